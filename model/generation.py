@@ -1,0 +1,96 @@
+"""`DbrxForCausalLM.generate`: tensors in, tensors out, with the arguments that people know from transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .decode import LogitsMask, Stopper, decode, prefill
+from .errors import ContextError
+from .generation_config import GenerationConfig, as_ids
+from .kv_cache import KVCache
+from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .transformer import DbrxForCausalLM
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+def generate(
+    network: DbrxForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    do_sample: bool | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    past_key_values: KVCache | None = None,
+    use_cache: bool = True,
+    stopping: Stopper | None = None,
+    logits_mask: LogitsMask | None = None,
+    seed: int | None = None,
+    **sampling: Any,
+) -> Tensor:
+    """Continue input_ids [batch, seq], padded on the left where attention_mask is 0; returns [batch, seq + new].
+
+    Greedy unless `do_sample` is true here or in the checkpoint's generation_config.json. At most `max_new_tokens`
+    new ones, or up to `max_length` in all; 1024 if neither is given, and never more than the context. A row ends at
+    one of `eos_token_id` (default: the checkpoint's) or when `stopping(row, new_ids)` is true, and is filled with
+    `pad_token_id`. `past_key_values` holds what an earlier call read of the front of input_ids. Sampling:
+    temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed.
+    """
+    unknown = sorted(set(sampling) - set(SAMPLING))
+    if unknown:
+        raise TypeError(f"generate() has no argument {unknown[0]!r}; sampling is set by {', '.join(SAMPLING)}")
+    if not use_cache:
+        raise ValueError("generate() always keeps keys and values; use_cache=False has no use here")
+    config = network.generation_config or GenerationConfig()
+    rows, seq = input_ids.shape
+    room = network.config.max_seq_len
+    if seq >= room:
+        raise ContextError(f"the prompt has {seq} tokens, and the model's context is {room}", "shorten the prompt")
+    wanted = max_new_tokens if max_new_tokens is not None else (max_length - seq if max_length is not None else None)
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"max_length {max_length} leaves no room behind a prompt of {seq} tokens")
+
+    neutral = SamplingParams(temperature=1.0, top_p=1.0)
+    params = replace(config.sampling(neutral), **{k: v for k, v in sampling.items() if v is not None})
+    do_sample = bool(config.do_sample) if do_sample is None else do_sample
+    params = replace(
+        params,
+        temperature=params.temperature if do_sample else 0.0,
+        max_tokens=min(wanted or params.max_tokens, room - seq),
+    )
+    eos_ids = config.eos_token_id if eos_token_id is None else as_ids(eos_token_id)
+    pad = next((i for i in (pad_token_id, config.pad_token_id, *eos_ids) if i is not None), 0)
+
+    input_ids = input_ids.to(network.device)
+    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(network.device)
+    cache = past_key_values
+    if cache is None:
+        cache = KVCache(network.config.n_layers, rows, seq + params.max_tokens)
+    if len(set(cache.lengths)) > 1 or len(cache) >= seq:
+        raise ValueError(f"past_key_values has rows of {cache.lengths} tokens: no front of input_ids [{rows}, {seq}]")
+    known = len(cache)
+    logits = prefill(network, input_ids[:, known:], cache, keep[:, known:])
+    prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, keep, strict=True)]
+    generator = torch.Generator(network.device).manual_seed(seed) if seed is not None else None
+    steps = decode(
+        network,
+        prompts,
+        logits,
+        cache,
+        params,
+        eos_ids=eos_ids,
+        stopper=stopping,
+        mask=logits_mask,
+        generator=generator,
+    )
+    new = [[pad if token is None else token for token in step] for step in steps]
+    return torch.cat((input_ids, torch.tensor(new, device=network.device).T), dim=1)

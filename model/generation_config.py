@@ -1,0 +1,70 @@
+"""generation_config.json: which ids end a reply, and how the checkpoint's makers sample."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The keys that this program reads; None where the file says nothing."""
+
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationConfig:
+        """Read `folder/generation_config.json`; a checkpoint without one says nothing."""
+        path = folder / "generation_config.json"
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            known = {f.name for f in fields(cls)}
+            values = {key: value for key, value in values.items() if key in known and value is not None}
+            values["eos_token_id"] = as_ids(values.get("eos_token_id"))
+            config = cls(**values)
+            config.sampling()
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{path}: cannot be used: {error}") from None
+        return config
+
+    def sampling(self, defaults: SamplingParams | None = None) -> SamplingParams:
+        """The checkpoint's sampling where it names a value, `defaults` elsewhere. `do_sample: false` is greedy."""
+        given: dict[str, Any] = {
+            "temperature": 0.0 if self.do_sample is False else self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "max_tokens": self.max_new_tokens,
+        }
+        return replace(defaults or SamplingParams(), **{key: v for key, v in given.items() if v is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a generation_config.json."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+        return values | ({"eos_token_id": list(self.eos_token_id)} if self.eos_token_id else {})
+
+
+def as_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    """One id, several or none -> a tuple."""
+    if value is None:
+        return ()
+    ids = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise ValueError(f"token ids must be whole numbers, not {value!r}")
+    return ids

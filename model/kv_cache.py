@@ -1,0 +1,78 @@
+"""Keys and values of the tokens that were read, a row a sequence, each row with a length of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .attention import AttentionPlan
+
+
+class KVCache:
+    """Preallocated [rows, capacity, kv_heads, head_dim] a layer: append, advance, trim.
+
+    A layer's buffer is made on its first append, on the device and in the dtype of what is appended, and grows by
+    doubling. A row holds its tokens without gaps (padding is never stored). `append` writes behind the rows' ends;
+    only `advance`, after the last layer, makes a step count: a forward pass that is interrupted leaves no trace.
+    """
+
+    def __init__(self, n_layers: int, rows: int = 1, capacity: int = 256) -> None:
+        self.lengths = [0] * rows
+        self.capacity = capacity
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
+
+    def __len__(self) -> int:
+        """Tokens in the longest row."""
+        return max(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
+
+    def get_seq_length(self) -> int:
+        """The same as `len`, under the name that transformers uses."""
+        return len(self)
+
+    def append(self, layer: int, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+        """Write one step's k, v [rows, seq, kv_heads, head_dim] of a layer; return all of its keys and values."""
+        end = plan.kv_len
+        keys, values = self._buffers(layer, k, end)
+        if plan.uniform:
+            start = end - plan.seq
+            keys[:, start:end] = k
+            values[:, start:end] = v
+        else:
+            k, v = plan.compact(k), plan.compact(v)
+            for row, (start, stop) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
+                keys[row, start:stop] = k[row, : stop - start]
+                values[row, start:stop] = v[row, : stop - start]
+        return keys[:, :end], values[:, :end]
+
+    def advance(self, plan: AttentionPlan) -> None:
+        """Make the step that was appended to every layer count."""
+        self.lengths = list(plan.lengths)
+
+    def trim(self, row: int, length: int) -> None:
+        """Forget the tokens of a row from `length` on; the next append overwrites them."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"row {row} has {self.lengths[row]} tokens; cannot trim it to {length}")
+        self.lengths[row] = length
+
+    def _buffers(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        old = self._layers[layer]
+        if old is not None and old[0].shape[1] >= needed:
+            return old
+        while self.capacity < needed:
+            self.capacity *= 2
+        shape = (self.rows, self.capacity, *like.shape[2:])
+        # Zeros, not empty: what lies behind a short row is masked, but 0 x NaN would still be NaN.
+        new = like.new_zeros(shape), like.new_zeros(shape)
+        if old is not None:
+            for buffer, before in zip(new, old, strict=True):
+                buffer[:, : before.shape[1]] = before
+        self._layers[layer] = new
+        return new

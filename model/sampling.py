@@ -1,0 +1,89 @@
+"""Way 5: logits -> the next id. `SamplingParams` needs no torch; the functions are pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Temperature 0 is greedy; the neutral value of each other field switches it off."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    max_tokens: int = 1024
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or above"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or above"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("frequency_penalty", self.frequency_penalty, True, "a finite number"),
+            ("presence_penalty", self.presence_penalty, True, "a finite number"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or above"),
+        )
+        for name, value, fits, wanted in checks:
+            if not math.isfinite(value) or not fits:
+                raise ValueError(f"{name} must be {wanted}, not {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+def penalize(logits: Tensor, seen: Tensor, counts: Tensor, params: SamplingParams) -> Tensor:
+    """Lower the logits of tokens that occurred.
+
+    logits [vocab]; seen [vocab] bool: in the prompt or the reply; counts [vocab]: occurrences in the reply.
+    The repetition penalty divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858); frequency
+    and presence penalty are subtracted (OpenAI's definition).
+    """
+    if params.repetition_penalty != 1:
+        factor = params.repetition_penalty
+        logits = logits.where(~seen, (logits / factor).where(logits > 0, logits * factor))
+    if params.frequency_penalty or params.presence_penalty:
+        logits = logits - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return logits
+
+
+def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Temperature, then top-k, top-p and min-p, in that order; what is cut off becomes -inf. logits [vocab]."""
+    logits = logits.float() / params.temperature
+    vocab = logits.shape[-1]
+    if 0 < params.top_k < vocab:
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        # A token stays while the mass before it is below top_p: the first one always does.
+        cut = probs.cumsum(-1) - probs >= params.top_p
+        logits = logits.masked_fill(cut.scatter(-1, order, cut), -math.inf)
+    if params.min_p > 0:
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < params.min_p * probs.max(), -math.inf)
+    return logits
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> int:
+    """Choose the next id from penalized logits [vocab]."""
+    if params.greedy:
+        return int(logits.argmax())
+    probs = filter_logits(logits, params).softmax(-1)
+    # The exponential race: argmax(p / Exp(1)) is a draw from p, and needs one pass where multinomial needs two.
+    noise = probs.new_empty(probs.shape).exponential_(generator=generator)
+    return int((probs / noise).argmax())

@@ -1,0 +1,276 @@
+"""The network: embedding, blocks of attention and experts, norm, head.
+
+Parameters are named as in the checkpoint. Inference is what this code is for: dropout and router jitter, which
+only act in training, are not applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .attention import Attend, AttentionPlan, choose
+from .attention.eager import EagerAttention
+from .config import DbrxConfig
+from .kv_cache import KVCache
+from .moe import DbrxFFN, load_balancing_loss
+from .outputs import BaseOutput, CausalLMOutput
+from .rope import rotary_table, rotate
+
+if TYPE_CHECKING:
+    from .generation_config import GenerationConfig
+
+EPS = 1e-5  # of every LayerNorm
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all blocks of one forward pass share."""
+
+    plan: AttentionPlan
+    attend: Attend
+    cache: KVCache | None
+    want_attentions: bool
+
+
+class DbrxAttention(nn.Module):
+    """Grouped-query attention with one fused projection and rotary positions."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.clip = config.attn_config.clip_qkv
+        self.heads = [config.n_heads, config.attn_config.kv_n_heads, config.attn_config.kv_n_heads]
+        self.Wqkv = nn.Linear(config.d_model, sum(self.heads) * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """x [batch, seq, d_model] -> the same shape, and the attention weights if they are wanted."""
+        qkv = self.Wqkv(x)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        plan = step.plan
+        if step.cache is not None:
+            k, v = step.cache.append(self.layer, k, v, plan)
+        else:
+            k, v = (plan.compact(part)[:, : plan.kv_len] for part in (k, v))
+        weights = None
+        scale = self.head_dim**-0.5
+        if step.want_attentions:
+            y, weights = EagerAttention().with_weights(q, k, v, scale=scale, plan=plan)
+        else:
+            y = step.attend(q, k, v, scale=scale, plan=plan)
+        return self.out_proj(y.flatten(-2)), weights
+
+
+class DbrxNormAttentionNorm(nn.Module):
+    """The attention half of a block with the norms on both sides of it."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.d_model, EPS, bias=False)
+        self.attn = DbrxAttention(config, layer)
+        self.norm_2 = nn.LayerNorm(config.d_model, EPS, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x -> the residual stream after attention, its norm for the experts, and attention weights or None."""
+        y, weights = self.attn(self.norm_1(x), cos, sin, step)
+        x = x + y
+        return x, self.norm_2(x), weights
+
+
+class DbrxBlock(nn.Module):
+    """One layer: x + attention(norm_1(x)), then x + experts(norm_2(x))."""
+
+    def __init__(self, config: DbrxConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_attn_norm = DbrxNormAttentionNorm(config, layer)
+        self.ffn = DbrxFFN(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [batch, seq, d_model] -> x, router probabilities [batch * seq, experts], attention weights or None."""
+        x, normed, weights = self.norm_attn_norm(x, cos, sin, step)
+        y, probabilities = self.ffn(normed)
+        return x + y, probabilities, weights
+
+
+class DbrxModel(nn.Module):
+    """The network without its head: ids -> hidden states."""
+
+    def __init__(self, config: DbrxConfig, attn_implementation: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(DbrxBlock(config, i) for i in range(config.n_layers))
+        self.norm_f = nn.LayerNorm(config.d_model, EPS, bias=False)
+        _initialize(self, config.initializer_range)
+        self.set_attention(attn_implementation)
+
+    def set_attention(self, name: str) -> None:
+        """Choose the attention backend by name; `ModelError` with the reason if it cannot run where the weights are."""
+        weight = next(self.blocks[0].parameters())
+        self.attention, self._attend = choose(name, weight.device, weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids belong."""
+        return self.wte.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
+    ) -> BaseOutput:
+        """Run one step over the rows of a batch.
+
+        input_ids [batch, seq], or inputs_embeds [batch, seq, d_model]; attention_mask [batch, seq] or, as
+        transformers has it, [batch, past + seq]: 0 marks padding, on either side; position_ids [batch, seq], counted
+        over real tokens if not given. With `past_key_values` the step goes on behind the cached tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seq = x.shape[:2]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = KVCache(len(self.blocks), batch)
+        if cache is not None and cache.rows != batch:
+            raise ValueError(f"past_key_values has {cache.rows} rows, the input {batch}")
+        valid = None if attention_mask is None else attention_mask[:, -seq:].bool().to(x.device)
+        plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
+        positions = plan.positions if position_ids is None else position_ids.to(x.device)
+        cos, sin = rotary_table(positions, self.config.head_dim, self.config.attn_config.rope_theta)
+        step = Step(plan, self._attend, cache, output_attentions)
+
+        hidden, routers, attentions = [], [], []
+        for block in self.blocks:
+            hidden.append(x)
+            x, probabilities, weights = block(x, cos, sin, step)
+            routers.append(probabilities)
+            if weights is not None:
+                attentions.append(plan.spread(weights))
+        if cache is not None:
+            cache.advance(plan)
+        x = self.norm_f(x)
+        want_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        return BaseOutput(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(routers) if want_routers else None,
+        )
+
+
+class DbrxForCausalLM(nn.Module):
+    """DBRX with its language-model head: ids -> logits of the next token, and text generation."""
+
+    def __init__(self, config: DbrxConfig, attn_implementation: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = DbrxModel(config, attn_implementation)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        _initialize(self.lm_head, config.initializer_range)
+        self.generation_config: GenerationConfig | None = None
+        self.device_map: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids belong."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activations' dtype."""
+        return self.transformer.norm_f.weight.dtype
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> Self:
+        """Load a checkpoint; see `loading.from_pretrained` for the options."""
+        from .loading import from_pretrained
+
+        return from_pretrained(cls, name_or_path, **options)
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
+        """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each."""
+        from .loading import save_pretrained
+
+        save_pretrained(self, Path(folder), max_shard_size)
+
+    def tie_weights(self) -> None:
+        """Nothing to do, since DBRX ties no weights; accelerate asks."""
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue each row; see `generation.generate` for the options. Returns [batch, prompt + new] ids."""
+        from .generation import generate
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """As DbrxModel, then logits of the last `logits_to_keep` positions (0: all) in the weights' dtype.
+
+        labels [batch, seq]: the same ids as the input; -100 is left out. The loss is the mean cross-entropy of each
+        next token, plus `moe_loss_weight` x the load-balancing loss when router logits are asked for.
+        """
+        out = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            output_router_logits,
+        )
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device))
+        if out.router_logits is not None:
+            ffn = self.config.ffn_config
+            mask = None if attention_mask is None else attention_mask[:, -out.last_hidden_state.shape[1] :]
+            aux_loss = load_balancing_loss(out.router_logits, ffn.moe_top_k, mask)
+            if loss is not None:
+                loss = loss + ffn.moe_loss_weight * aux_loss.to(loss.device)
+        return CausalLMOutput(
+            loss, aux_loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.router_logits
+        )
+
+
+def _initialize(module: nn.Module, std: float) -> None:
+    """Matrices from a normal distribution, norms 1 (no work on the meta device)."""
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            continue
+        with torch.no_grad():
+            parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(0, std)

@@ -1,0 +1,43 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two workers share two cores; and nothing may ask the Hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# DBRX's shape: 16 experts choose 4, unevenly, six query heads a KV head; its vocabulary, so that its tokenizer fits.
+TINY = {
+    "model_type": "dbrx",
+    "d_model": 48,
+    "n_heads": 6,
+    "n_layers": 3,
+    "max_seq_len": 640,
+    "vocab_size": 100352,
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 1, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint that routes as DBRX does, with DBRX's vocabulary; sharded, bfloat16."""
+    from tests.weights import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    make_checkpoint(folder, TINY, seed=7, dtype="bfloat16", shards=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The demo model, fetched and converted once for all runs."""
+    from dbrx_cli.demo import ensure_demo
+
+    return ensure_demo(print, lambda done, total: None)
