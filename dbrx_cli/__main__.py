@@ -1,0 +1,5 @@
+"""`python -m dbrx_cli` equals `dbrx`."""
+
+from .app import main
+
+main()

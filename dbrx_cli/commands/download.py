@@ -1,0 +1,38 @@
+"""`dbrx download`: a checkpoint from the Hub, resumable and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbrx_cli import options as opt
+from dbrx_cli.report import Report
+
+
+def download(
+    model: Annotated[str, typer.Argument(help="A Hub id (org/name).", show_default=False)],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="A plain folder instead of the Hub's cache.", show_default=False),
+    ] = None,
+    revision: opt.Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check files that are here already, too.")] = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Fetch a checkpoint. A download that was interrupted goes on where it stopped; every file is checked.
+
+    dbrx download org/name --to ./dbrx-instruct
+    """
+    from dbrx_cli.transfer import Transfer, print_plan
+    from model import hub
+
+    report = Report(quiet)
+    if dry_run:
+        print_plan(hub.plan_download(model, revision=revision, to=to))
+        return
+    with Transfer(report) as progress:
+        folder = hub.download(model, revision=revision, to=to, verify=verify, progress=progress)
+    typer.echo(folder)

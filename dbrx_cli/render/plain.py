@@ -1,0 +1,37 @@
+"""The text as it is; on a terminal without control characters, which could move its cursor or set its title."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from dbrx_cli.engine import Delta, Done
+
+# C0 but tab and newline, DEL, and C1: a terminal acts on them.
+_CONTROL = dict.fromkeys([c for c in range(0x20) if c not in (0x09, 0x0A)] + list(range(0x7F, 0xA0)))
+
+
+def safe(text: str) -> str:
+    """Text that a terminal shows and never obeys."""
+    return text.translate(_CONTROL)
+
+
+class PlainRenderer:
+    """Writes each piece at once (`stream`), or the whole at the end."""
+
+    def __init__(self, out: TextIO | None = None, *, stream: bool = True) -> None:
+        self.out = out or sys.stdout
+        self.stream = stream
+        self.terminal = self.out.isatty()
+
+    def delta(self, delta: Delta) -> None:
+        if self.stream and delta.text:
+            self._write(delta.text)
+
+    def done(self, done: Done) -> None:
+        # A reply ends its line, on a terminal and in a pipe, so that the next one starts on its own.
+        self._write("\n" if self.stream else done.text + "\n")
+
+    def _write(self, text: str) -> None:
+        self.out.write(safe(text) if self.terminal else text)
+        self.out.flush()

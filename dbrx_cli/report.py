@@ -1,0 +1,73 @@
+"""What goes to stderr beside the reply: notices, progress bars (on a terminal only), statistics."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from model.errors import DbrxError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+Advance = Callable[[int, int], None]  # done, total
+
+
+class Report:
+    """Tells how the work goes; quiet tells nothing, verbose tells timings as well."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+
+    def notice(self, text: str) -> None:
+        """A line that the user should know of."""
+        if not self.quiet:
+            print(f"dbrx: {text}", file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        """An answer to the user's own question, quiet or not."""
+        print(text, file=sys.stderr, flush=True)
+
+    def error(self, fault: DbrxError) -> None:
+        """A fault after which the program goes on."""
+        print(f"dbrx: {fault.one_line}", file=sys.stderr, flush=True)
+
+    def detail(self, text: str) -> None:
+        """A line for those who asked with --verbose."""
+        if self.verbose and not self.quiet:
+            print(f"dbrx: {text}", file=sys.stderr, flush=True)
+
+    @property
+    def bars(self) -> bool:
+        """Whether progress bars are shown."""
+        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
+
+    @contextmanager
+    def bar(self, text: str, *, unit: str = "bytes") -> Iterator[Advance]:
+        """A progress bar that goes when the work is done; gives the function to call with (done, total)."""
+        if not self.bars:
+            yield lambda done, total: None
+            return
+        with progress(stderr_console(), unit, transient=True) as bars:
+            task = bars.add_task(text, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def stderr_console() -> Console:
+    """rich on stderr, without its highlighting of numbers and paths."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def progress(console: Console, unit: str, transient: bool) -> Progress:
+    """A bar with amounts in `unit` ("bytes", or a plain count) and the time left."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=transient)
