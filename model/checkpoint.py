@@ -276,8 +276,6 @@ def _require_all(folder: Path, names: list[str]) -> None:
         first, rest = missing[0], f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         gone = f"shard {first + 1} of {len(names)} is missing{rest}"
         raise ModelError(f"{folder / names[first]}: {gone}", how_to_get(folder))
-            f"{folder / names[first]}: shard {first + 1} of {len(names)} is missing{rest}", how_to_get(folder)
-        )
 
 
 def _match_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:

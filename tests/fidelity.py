@@ -157,7 +157,7 @@ def figures() -> str:
     lines += _table("logits of", heads, rows)
     inside = [internals(load(name)) | losses(load(name)) for name in GOLDEN]
     lines += ["", "Inside the network, and losses (eager, float32):", "", *_table("model", list(GOLDEN), inside)]
-    lines += ["", "bfloat16 logits against the reference's float32 logits, ours beside the reference's own bfloat16:", ""]
+    lines += ["", "bfloat16 logits against float32 logits of the reference, ours beside the reference's own:", ""]
     lines += _table("model (sdpa)", list(GOLDEN), [bfloat16(name, "sdpa") for name in GOLDEN])
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def test_flash_without_the_package_says_how_to_install_it() -> None:
 @pytest.mark.parametrize("starts", [[0, 0], [5, 5], [3, 7]])
 def test_real_flash_equals_eager(starts: list[int]) -> None:
     device = torch.device("cuda")
-    name, attend = choose("flash", device, torch.bfloat16)
+    _, attend = choose("flash", device, torch.bfloat16)
     plan = AttentionPlan(starts, 4, None, device)
     q = torch.randn(2, 4, 12, 128, device=device, dtype=torch.bfloat16)
     k, v = torch.randn(2, 2, plan.kv_len, 2, 128, device=device, dtype=torch.bfloat16)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 # Standard deviations seen by the network; chosen so that every part of it changes the logits.
 QUERY_KEY_STD = 1.3  # attention scores of about 1.7: neither uniform nor one-hot
@@ -106,7 +107,7 @@ def make_checkpoint(
     return folder
 
 
-def _values(config: dict[str, Any], seed: int, name: str, shape: tuple[int, ...], common: Array) -> Array:
+def _values(config: dict[str, Any], seed: int, name: str, shape: tuple[int, ...], common: Array) -> Floats:
     width: int = config["d_model"]
     noise = _normal(seed, name, shape)
     per_input = noise / sqrt(width)  # maps a normalised input to outputs of standard deviation 1
@@ -155,7 +156,7 @@ def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     return _random_state(seed, name).standard_normal(prod(shape)).astype(np.float32).reshape(shape)
 
 
-def _round_to_bfloat16(values: Array) -> Array:
+def _round_to_bfloat16(values: Floats) -> Array:
     """The nearest float32 whose lower 16 bits are zero, ties to even."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
