@@ -96,8 +96,8 @@ class DbrxConfig:
     def __post_init__(self) -> None:
         for name, kind in (("attn_config", DbrxAttentionConfig), ("ffn_config", DbrxFFNConfig)):
             value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                object.__setattr__(self, name, _sub_config(kind, name, value or {}))
+            if not isinstance(value, kind):
+                object.__setattr__(self, name, _sub_config(kind, name, {} if value is None else value))
         _positive(self, "", "d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size")
         kv_heads = self.attn_config.kv_n_heads
         if self.d_model % self.n_heads or self.head_dim % 2:

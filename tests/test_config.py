@@ -1,0 +1,168 @@
+"""DbrxConfig: Databricks' own file, what must be refused, and the network that the real dimensions give."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import DbrxConfig, DbrxForCausalLM, DbrxModel
+from model.checkpoint import expected_tensors
+from model.errors import ModelError
+
+# The keys and values of Databricks' config.json for DBRX Instruct.
+REAL: dict[str, Any] = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
+    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig", "AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM"},
+    "d_model": 6144,
+    "emb_pdrop": 0.0,
+    "ffn_config": {
+        "ffn_hidden_size": 10752,
+        "model_type": "",
+        "moe_jitter_eps": 0,
+        "moe_loss_weight": 0.05,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+    },
+    "initializer_range": 0.02,
+    "max_seq_len": 32768,
+    "model_type": "dbrx",
+    "n_heads": 48,
+    "n_layers": 40,
+    "output_router_logits": False,
+    "resid_pdrop": 0.0,
+    "router_aux_loss_coef": 0.05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.2",
+    "use_cache": True,
+    "vocab_size": 100352,
+}  # fmt: skip
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """REAL with some values replaced; `attn__x` reaches into attn_config, `ffn__x` into ffn_config."""
+    values = copy.deepcopy(REAL)
+    for key, value in changes.items():
+        scope, _, inner = key.partition("__")
+        if inner:
+            values[f"{scope}_config"][inner] = value
+        else:
+            values[key] = value
+    return values
+
+
+def test_the_real_config_is_read() -> None:
+    config = DbrxConfig.from_dict(REAL)
+    assert (config.d_model, config.n_layers, config.n_heads, config.head_dim) == (6144, 40, 48, 128)
+    assert (config.attn_config.kv_n_heads, config.attn_config.clip_qkv, config.attn_config.rope_theta) == (8, 8, 5e5)
+    ffn = config.ffn_config
+    assert (ffn.ffn_hidden_size, ffn.moe_num_experts, ffn.moe_top_k, ffn.moe_normalize_expert_weights) == (
+        10752,
+        16,
+        4,
+        1,
+    )
+    assert ffn.activation == "silu" and config.max_seq_len == 32768 and config.vocab_size == 100352
+
+
+def test_the_real_network_has_every_parameter_and_no_other() -> None:
+    config = DbrxConfig.from_dict(REAL)
+    with torch.device("meta"):
+        network = DbrxForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert sum(p.numel() for p in network.parameters()) == 131_596_523_520
+    assert shapes == expected_tensors(config)
+    # The table of the model's own description.
+    block, kv = "transformer.blocks.39.", 2 * 8 * 128
+    assert {name.removeprefix(block): shape for name, shape in shapes.items() if name.startswith(block)} == {
+        "norm_attn_norm.norm_1.weight": (6144,),
+        "norm_attn_norm.norm_2.weight": (6144,),
+        "norm_attn_norm.attn.Wqkv.weight": (6144 + kv, 6144),
+        "norm_attn_norm.attn.out_proj.weight": (6144, 6144),
+        "ffn.router.layer.weight": (16, 6144),
+        "ffn.experts.mlp.w1": (16 * 10752, 6144),
+        "ffn.experts.mlp.v1": (16 * 10752, 6144),
+        "ffn.experts.mlp.w2": (16 * 10752, 6144),
+    }
+    assert shapes["transformer.wte.weight"] == shapes["lm_head.weight"] == (100352, 6144)
+    assert shapes["transformer.norm_f.weight"] == (6144,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ffn__moe_capacity": 2}, "unknown key 'moe_capacity' in ffn_config"),
+        ({"attn__window": 2}, "unknown key 'window' in attn_config"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"d_model": 6145}, "does not divide"),
+        ({"n_heads": 0}, "n_heads must be above 0"),
+        ({"n_layers": 10**12}, "n_layers must be above 0 and sane"),
+        ({"d_model": "6144"}, "d_model must be int"),
+        ({"d_model": 6144.5}, "d_model must be int"),
+        ({"d_model": True}, "d_model must be int"),
+        ({"use_cache": "yes"}, "use_cache must be bool"),
+        ({"attn__kv_n_heads": 7}, "not a multiple"),
+        ({"attn__clip_qkv": -1}, "clip_qkv"),
+        ({"ffn__moe_top_k": 17}, "there are 16 experts"),
+        ({"ffn__ffn_act_fn": {"name": "swish"}}, "is not supported"),
+        ({"ffn__ffn_act_fn": "silu"}, "is not supported"),
+        ({"ffn_config": [1]}, "ffn_config must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling 'linear' is not supported"),
+        ({"attn__rope_parameters": {"rope_type": "yarn"}}, "rope_parameters 'yarn' is not supported"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changed(**changes)))
+    with pytest.raises(ModelError, match=message) as caught:
+        DbrxConfig.from_json(tmp_path / "config.json")
+    assert str(tmp_path) in caught.value.message and "\n" not in caught.value.one_line
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "\udcff", "[" * 100_000], ids=["empty", "open", "list", "bytes", "deep"]
+)
+def test_a_file_that_is_no_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        DbrxConfig.from_json(tmp_path / "config.json")
+
+
+def test_no_config_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        DbrxConfig.from_json(tmp_path / "config.json")
+    assert caught.value.hint and "demo" in caught.value.hint
+
+
+def test_unknown_keys_at_the_top_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match="ignoring unknown key fine_tuned_by"):
+        DbrxConfig.from_dict(changed(fine_tuned_by="someone"))
+
+
+def test_a_second_rope_theta_is_warned_about_and_not_taken() -> None:
+    values = changed(attn__rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    with pytest.warns(UserWarning, match="attn_config counts"):
+        assert DbrxConfig.from_dict(values).attn_config.rope_theta == 500000
+
+
+def test_a_saved_config_is_the_same(tmp_path: Path) -> None:
+    config = DbrxConfig.from_dict(changed(attn__clip_qkv=None, ffn__moe_normalize_expert_weights=None))
+    config.save_pretrained(tmp_path)
+    assert DbrxConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_the_documented_example() -> None:
+    configuration = DbrxConfig(n_layers=2, d_model=256, n_heads=8, vocab_size=128)
+    model = DbrxModel(configuration)
+    assert model.config is configuration
+    assert configuration.hidden_size == 256 and configuration.num_attention_heads == 8
+    assert configuration.num_hidden_layers == 2 and configuration.max_position_embeddings == 2048
+    out = model(torch.tensor([[1, 2, 3]]))
+    assert out.last_hidden_state.shape == out[0].shape == (1, 3, 256)
+    assert out.past_key_values is not None and out.past_key_values.get_seq_length() == 3

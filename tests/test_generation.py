@@ -1,0 +1,172 @@
+"""Decoding: cached against recomputed, batches against single rows, stopping, penalties, faults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import DbrxForCausalLM, KVCache, SamplingParams
+from model.decode import decode, prefill
+from model.errors import ContextError, ModelError
+from model.generation_config import GenerationConfig
+from tests import fidelity
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def case() -> fidelity.Case:
+    """16 experts choose 4, unevenly."""
+    return fidelity.load("like_dbrx", "sdpa")
+
+
+def recomputed(network: DbrxForCausalLM, prompt: Sequence[int], new: int) -> list[int]:
+    """Greedy tokens without any cache."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            ids.append(int(network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_routing_is_uneven(case: fidelity.Case) -> None:
+    for counts in case.facts["tokens_of_each_expert"]:
+        assert len(counts) == 16 and max(counts) > 5 * min(counts)
+
+
+def test_cached_decoding_equals_recomputing(case: fidelity.Case) -> None:
+    prompt = case.data["greedy_prompt"].tolist()
+    out = case.network.generate(torch.tensor([prompt]), max_new_tokens=15, do_sample=False)
+    assert out[0, len(prompt) :].tolist() == recomputed(case.network, prompt, 15)
+
+
+def test_a_left_padded_batch_gives_what_each_row_gives(case: fidelity.Case) -> None:
+    ids, mask = case.data["batch_left_ids"], case.data["batch_left_mask"]
+    together = case.network.generate(ids, mask, max_new_tokens=12, do_sample=False)
+    assert together.shape == (3, ids.shape[1] + 12)
+    for row in range(3):
+        alone = ids[row][mask[row].bool()]
+        single = case.network.generate(alone[None], max_new_tokens=12, do_sample=False)
+        assert torch.equal(together[row, ids.shape[1] :], single[0, len(alone) :])
+
+
+def test_a_kept_cache_goes_on_where_it_stopped(case: fidelity.Case) -> None:
+    prompt = case.data["input_ids"][None, :40]
+    expected = case.network.generate(prompt, max_new_tokens=10, do_sample=False)
+    cache = KVCache(case.network.config.n_layers)
+    prefill(case.network, prompt[:, :25], cache)
+    again = case.network.generate(prompt, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    assert torch.equal(again, expected)
+
+
+def test_forward_with_past_key_values_as_in_transformers(case: fidelity.Case) -> None:
+    ids = case.data["input_ids"][None, :20]
+    with torch.no_grad():
+        whole = case.network(ids).logits[:, -1]
+        first = case.network(ids[:, :12])
+        mask = torch.ones(1, 20)
+        second = case.network(ids[:, 12:], mask, past_key_values=first.past_key_values, logits_to_keep=1)
+    assert second.logits is not None and second.logits.shape[1] == 1
+    torch.testing.assert_close(second.logits[:, -1], whole, atol=1e-4, rtol=0)
+
+
+def test_rows_end_at_any_eos_and_are_padded(case: fidelity.Case) -> None:
+    prompt = case.data["greedy_prompt"].repeat(2, 1)
+    greedy = case.data["greedy_ids"].tolist()
+    prompt[1, 0] = (prompt[1, 0] + 1) % case.network.config.vocab_size
+    other = case.network.generate(prompt[1:], max_new_tokens=8, do_sample=False)[0, 12:].tolist()
+    eos = next(t for t in greedy[2:8] if t not in greedy[:2] and t not in other)
+    out = case.network.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=[eos, 10**6], pad_token_id=1)
+    end = greedy.index(eos)
+    assert out[0, 12:].tolist() == greedy[: end + 1] + [1] * (8 - end - 1)
+    assert out[1, 12:].tolist() == other
+
+
+def test_stopping_and_lengths(case: fidelity.Case) -> None:
+    prompt = case.data["greedy_prompt"][None]
+    seen: list[tuple[int, int]] = []
+
+    def stop(row: int, ids: Sequence[int]) -> bool:
+        seen.append((row, len(ids)))
+        return len(ids) == 3
+
+    assert case.network.generate(prompt, max_new_tokens=9, do_sample=False, stopping=stop).shape[1] == 12 + 3
+    assert seen == [(0, 1), (0, 2), (0, 3)]
+    assert case.network.generate(prompt, max_length=30, do_sample=False).shape[1] == 30
+    with pytest.raises(ValueError, match="leaves no room"):
+        case.network.generate(prompt, max_length=12)
+    with pytest.raises(TypeError, match="num_beams"):
+        case.network.generate(prompt, num_beams=3)
+
+
+def test_the_context_is_never_exceeded(case: fidelity.Case) -> None:
+    room = case.network.config.max_seq_len
+    prompt = torch.arange(room - 3)[None] % case.network.config.vocab_size
+    assert case.network.generate(prompt, max_new_tokens=50, do_sample=False).shape[1] == room
+    with pytest.raises(ContextError, match=f"{room} tokens"):
+        case.network.generate(torch.zeros(1, room, dtype=torch.long))
+
+
+def test_same_seed_same_tokens_other_seed_others(case: fidelity.Case) -> None:
+    prompt = case.data["greedy_prompt"][None]
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.9}
+    first, again, other = (case.network.generate(prompt, seed=seed, **options) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_checkpoints_defaults_are_taken(case: fidelity.Case) -> None:
+    network = fidelity.load("like_dbrx", "sdpa").network
+    eos = int(case.data["greedy_ids"][4])
+    network.generation_config = GenerationConfig(eos_token_id=(eos,), do_sample=False)
+    end = case.data["greedy_ids"].tolist().index(eos) + 1
+    assert network.generate(case.data["greedy_prompt"][None]).shape[1] == 12 + end
+
+
+def test_repetition_penalty_forbids_what_was_said(case: fidelity.Case) -> None:
+    """A penalty without bound leaves only tokens that are neither in the prompt nor in the reply."""
+    prompt = case.data["greedy_prompt"].tolist()
+    out = case.network.generate(
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, repetition_penalty=1e6, frequency_penalty=1e6
+    )[0].tolist()
+    reply = out[len(prompt) :]
+    assert len(set(reply)) == len(reply)
+
+
+def test_a_mask_decides_what_may_come(case: fidelity.Case) -> None:
+    def only_even(row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
+        return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
+
+    out = case.network.generate(
+        case.data["greedy_prompt"][None], max_new_tokens=10, do_sample=False, logits_mask=only_even
+    )
+    assert not (out[0, 12:] % 2).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_a_clear_error(bad: float) -> None:
+    network = fidelity.load("like_dbrx", "sdpa").network
+    network.lm_head.weight.data[7, 3] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        network.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+
+
+def test_an_interrupted_step_leaves_no_trace(case: fidelity.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = case.data["greedy_prompt"].tolist()
+    cache = KVCache(case.network.config.n_layers)
+    logits = prefill(case.network, torch.tensor([prompt]), cache)
+    steps = decode(case.network, [prompt], logits, cache, SamplingParams(temperature=0, max_tokens=40))
+    tokens = [next(steps)[0] for _ in range(3)]
+
+    last = case.network.transformer.blocks[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(steps)
+    assert len(cache) == len(prompt) + 2  # the third token was chosen, but not read
+    with torch.inference_mode():
+        again = case.network(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0, -1]
+    assert int(again.argmax()) == case.data["greedy_ids"][3]

@@ -1,0 +1,82 @@
+"""The rules of import: who may know whom, and what starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODEL = sorted((ROOT / "model").rglob("*.py"))
+LIGHT = ["errors", "messages", "chat_template", "tokenizer", "detokenizer", "config", "checkpoint", "hub", "sampling"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, by its full name."""
+    package = [*path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", MODEL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_knows_no_terminal(path: Path) -> None:
+    for name in imported(path):
+        for banned in ("dbrx_cli", "typer", "click", "rich", "prompt_toolkit", "httpx", "tests"):
+            assert not within(name, banned), name
+
+
+@pytest.mark.parametrize("path", MODEL, ids=lambda p: str(p.relative_to(ROOT)))
+def test_inside_the_library_imports_are_relative(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(within(alias.name, "model") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert not within(node.module or "", "model")
+
+
+def test_the_decode_loop_sees_no_text() -> None:
+    for name in imported(ROOT / "model" / "decode.py"):
+        assert not any(within(name, f"model.{m}") for m in ("tokenizer", "detokenizer", "chat_template", "messages"))
+
+
+@pytest.mark.parametrize("folder", ["attention", "experts", "quantization"])
+def test_choices_do_not_know_who_chooses(folder: str) -> None:
+    for path in (ROOT / "model" / folder).glob("*.py"):
+        assert not any(within(name, "model.loading") for name in imported(path))
+
+
+def test_nobody_imports_click() -> None:
+    for path in (ROOT / "dbrx_cli").rglob("*.py"):
+        assert not any(within(name, "click") for name in imported(path))
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that are loaded after running some code in a fresh process."""
+    script = f"import sys, json\n{code}\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_imports_without_torch(module: str) -> None:
+    assert not {"torch", "accelerate", "huggingface_hub"} & loaded_by(f"import model.{module}")
+
+
+def test_help_starts_without_torch() -> None:
+    code = "from dbrx_cli.app import app\ntry: app(['generate', '--help'])\nexcept SystemExit: pass"
+    assert not {"torch", "accelerate", "huggingface_hub", "prompt_toolkit", "tiktoken"} & loaded_by(code)
