@@ -26,18 +26,25 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        # Beyond these bounds the arithmetic of float32 breaks, and no text is better for it.
         checks = (
-            ("temperature", self.temperature, self.temperature >= 0, "0 or above"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature == 0 or 1e-3 <= self.temperature <= 100,
+                "0, or 0.001-100",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or above"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            ("frequency_penalty", self.frequency_penalty, True, "a finite number"),
-            ("presence_penalty", self.presence_penalty, True, "a finite number"),
+            ("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
+            ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 100, "from -100 to 100"),
+            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "from -100 to 100"),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or above"),
+            ("seed", self.seed or 0, -(2**63) <= (self.seed or 0) < 2**64, "a 64-bit number"),
         )
         for name, value, fits, wanted in checks:
-            if not math.isfinite(value) or not fits:
+            if not fits or not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be {wanted}, not {value}")
 
     @property
@@ -70,8 +77,9 @@ def filter_logits(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True, stable=True)
         probs = ordered.softmax(-1)
-        # A token stays while the mass before it is below top_p: the first one always does.
+        # A token stays while the mass before it is below top_p; the first one even where float32 rounds top_p to 0.
         cut = probs.cumsum(-1) - probs >= params.top_p
+        cut[..., 0] = False
         logits = logits.masked_fill(cut.scatter(-1, order, cut), -math.inf)
     if params.min_p > 0:
         probs = logits.softmax(-1)

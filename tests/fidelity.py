@@ -19,7 +19,7 @@ from model import DbrxConfig, DbrxForCausalLM, KVCache
 from model.attention.flash import FlashAttention
 from model.decode import prefill
 from tests import flash_stand_in
-from tests.weights import make_weights
+from tests.weights import fingerprint, make_weights
 
 DATA = Path(__file__).parent / "data"
 DOCS = Path(__file__).parent.parent / "docs" / "fidelity.md"
@@ -44,6 +44,7 @@ def load(name: str, attention: str = "eager", dtype: torch.dtype = torch.float32
     config = DbrxConfig.from_dict({"model_type": "dbrx", **facts["config"]})
     network = DbrxForCausalLM(config, "eager" if attention == "flash" else attention).eval()
     weights = make_weights(facts["config"], facts["seed"])
+    assert fingerprint(weights) == facts["weights_sha256"], "these are not the weights that the reference had"
     network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
     if attention == "flash":
         network.transformer._attend = FlashAttention(flash_stand_in)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from model.errors import ModelError
 REAL: dict[str, Any] = {
     "architectures": ["DbrxForCausalLM"],
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
-    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig", "AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM"},
+    "auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig"},
     "d_model": 6144,
     "emb_pdrop": 0.0,
     "ffn_config": {

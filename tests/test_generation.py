@@ -130,7 +130,7 @@ def test_repetition_penalty_forbids_what_was_said(case: fidelity.Case) -> None:
     """A penalty without bound leaves only tokens that are neither in the prompt nor in the reply."""
     prompt = case.data["greedy_prompt"].tolist()
     out = case.network.generate(
-        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, repetition_penalty=1e6, frequency_penalty=1e6
+        torch.tensor([prompt]), max_new_tokens=30, do_sample=False, repetition_penalty=100.0, frequency_penalty=100.0
     )[0].tolist()
     reply = out[len(prompt) :]
     assert len(set(reply)) == len(reply)
