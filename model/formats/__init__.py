@@ -1,0 +1,1 @@
+"""A choice: other layouts and files that the same weights come in."""
