@@ -119,9 +119,9 @@ class ModelOptions:
     context: int | None = None
 
     def __post_init__(self) -> None:
-        for flag, value in (("--threads", self.threads), ("--context", self.context)):
-            if value is not None and value < 1:
-                raise InputError(f"{flag} must be 1 or above, not {value}")
+        for flag, value, limit in (("--threads", self.threads, 1024), ("--context", self.context, 2**31)):
+            if value is not None and not 1 <= value <= limit:
+                raise InputError(f"{flag} must be from 1 to {limit}, not {value}")
 
     @property
     def memory_limits(self) -> dict[int | str, int | str] | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import Cli
+
 # Two workers share two cores; and nothing may ask the Hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,7 +33,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.weights import make_checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    make_checkpoint(folder, TINY, seed=7, dtype="bfloat16", shards=3)
+    make_checkpoint(folder, TINY, seed=7, dtype="bfloat16", shards=2)
     return folder
 
 
@@ -41,3 +43,18 @@ def demo_checkpoint() -> Path:
     from dbrx_cli.demo import ensure_demo
 
     return ensure_demo(print, lambda done, total: None)
+
+
+@pytest.fixture(params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    """Both kinds of model: random weights that route 16-choose-4 unevenly, and real weights that use every expert."""
+    folder: Path = request.getfixturevalue(f"{request.param}_checkpoint")
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The command line inside this process."""
+    for name in [name for name in os.environ if name.startswith("DBRX_") and name != "DBRX_CACHE"]:
+        monkeypatch.delenv(name)
+    return Cli(monkeypatch, capsys)

@@ -64,6 +64,7 @@ class Done:
     dtype: str
     quantize: str
     seed: int
+    logprobs: None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As the contract's JSON."""

@@ -56,11 +56,13 @@ class LocalEngine:
         folder = find_model(options, report)
         import torch
 
+        from model.config import DbrxConfig
         from model.tokenizer import AutoTokenizer
         from model.transformer import DbrxForCausalLM
 
         if options.threads:
             torch.set_num_threads(options.threads)
+        DbrxConfig.from_json(folder / "config.json")  # a folder that is no model is told so before all else
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with report.bar("Reading the weights") as advance:
             network = DbrxForCausalLM.from_pretrained(

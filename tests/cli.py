@@ -1,0 +1,63 @@
+"""Run the command line: inside this process for speed, or as a real process where pipes and signals matter."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "dbrx_cli"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def fault(self) -> str:
+        """The one line that a fault prints."""
+        (line,) = self.err.splitlines()
+        return line
+
+
+class Cli:
+    """`dbrx` inside this process, with stdin from bytes and what it writes captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *args: str | Path, stdin: bytes | str = b"") -> Result:
+        from dbrx_cli.app import main
+
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        self._monkeypatch.setattr(sys, "argv", ["dbrx", *map(str, args)])
+        self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main()
+        captured = self._capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return Result(left.value.code, captured.out, captured.err)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process of its own: one thread, nothing asked of the Hub."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def start(*args: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """`dbrx` as a process with pipes."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([*COMMAND, *map(str, args)], env=environment(), cwd=ROOT, **(pipes | options))
