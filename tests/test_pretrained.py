@@ -1,0 +1,146 @@
+"""The examples of the model's documentation, with `from model import ...`; saving, casting and placing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import AutoTokenizer, DbrxForCausalLM
+from model.errors import ModelError, ResourceError
+from tests import fidelity
+from tests.weights import make_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_the_documented_way_from_messages_to_text(checkpoint: Path, attention: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), token="YOUR_HF_TOKEN")
+    options = {} if attention is None else {"attn_implementation": attention}
+    model = DbrxForCausalLM.from_pretrained(
+        str(checkpoint), device_map="auto", torch_dtype=torch.float32, token="YOUR_HF_TOKEN", **options
+    )
+    input_text = "What does it take to build a great LLM?"
+    messages = [{"role": "user", "content": input_text}]
+    input_ids = tokenizer.apply_chat_template(
+        messages, return_dict=True, tokenize=True, add_generation_prompt=True, return_tensors="pt"
+    ).to(model.device)
+
+    outputs = model.generate(**input_ids, max_new_tokens=20)
+    text = tokenizer.decode(outputs[0])
+    assert input_text in text and text.count("<|im_start|>") >= 2
+    assert outputs.shape[1] <= input_ids.input_ids.shape[1] + 20
+
+
+def test_the_documented_prompt_without_a_template(checkpoint: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer("Hey, are you conscious? Can you talk to me?", return_tensors="pt")
+    generate_ids = model.generate(inputs.input_ids, max_length=30)
+    (text,) = tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert text.startswith("Hey, are you conscious? Can you talk to me?") and generate_ids.shape[1] <= 30
+
+
+def test_a_padded_batch_of_texts(checkpoint: Path) -> None:
+    model = DbrxForCausalLM.from_pretrained(checkpoint, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    texts = ["One.", "A somewhat longer text, with more tokens than the first one has.", "سلام"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=[])
+    for row, text in enumerate(texts):
+        alone = model.generate(
+            tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=8, do_sample=False, eos_token_id=[]
+        )
+        assert torch.equal(together[row, -8:], alone[0, -8:])
+
+
+def test_flash_where_there_is_no_gpu_says_why(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="needs an NVIDIA GPU"):
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, attn_implementation="flash_attention_2")
+
+
+def test_a_device_that_is_not_there_is_a_clear_error(tiny_checkpoint: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for device in ("cuda", "cuda:0", 0, torch.device("cuda"), {"": "cuda"}):
+        with pytest.raises(ModelError, match="no device 'cuda"):
+            DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map=device)
+    encoded = AutoTokenizer.from_pretrained(tiny_checkpoint)("hi", return_tensors="pt")
+    with pytest.raises(ModelError, match="cuda"):
+        encoded.to("cuda")
+
+
+def test_loading_gives_the_weights_in_their_dtype_or_cast(tmp_path: Path) -> None:
+    facts = fidelity.GOLDEN["like_dbrx"]
+    folder = make_checkpoint(tmp_path, facts["config"], facts["seed"], dtype="bfloat16", shards=3)
+    expected = fidelity.load("like_dbrx").network.state_dict()
+    for asked, dtype in ((None, torch.bfloat16), ("auto", torch.bfloat16), ("float32", torch.float32)):
+        network = DbrxForCausalLM.from_pretrained(folder, dtype=asked)
+        assert network.dtype == dtype and not network.training
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(tensor.float(), expected[name]), name
+
+
+def test_experts_stay_a_map_of_the_file(tmp_path: Path) -> None:
+    """Pages of the file, not copies: what lies between two tensors in memory is what lies between them on disk."""
+    facts = fidelity.GOLDEN["like_dbrx"]
+    folder = make_checkpoint(tmp_path, facts["config"], facts["seed"], shards=1)
+    network = DbrxForCausalLM.from_pretrained(folder)
+    header = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    entries = json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + header])
+    state = network.state_dict()
+    names = [name for name in state if ".mlp." in name]
+    first = names[0]
+    for name in names:
+        apart = entries[name]["data_offsets"][0] - entries[first]["data_offsets"][0]
+        assert state[name].data_ptr() - state[first].data_ptr() == apart
+
+
+def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+    network = fidelity.load("two_to_one").network
+    network.save_pretrained(tmp_path, max_shard_size=200_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2 and (tmp_path / "model.safetensors.index.json").exists()
+    again = DbrxForCausalLM.from_pretrained(tmp_path)
+    assert again.config == network.config
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_the_first_logits_after_loading_are_the_references(tmp_path: Path) -> None:
+    """The whole way of a checkpoint: written, checked, mapped, run."""
+    case = fidelity.load("gelu")
+    folder = make_checkpoint(tmp_path, case.facts["config"], case.facts["seed"], shards=4)
+    with torch.no_grad():
+        logits = DbrxForCausalLM.from_pretrained(folder, device_map="auto")(case.data["input_ids"][None]).logits
+    assert logits is not None
+    assert fidelity.distance(logits[0, case.data["positions"]], case.data["logits"]) < 1e-4
+
+
+def test_a_model_that_does_not_fit_is_not_begun(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ResourceError, match=r"0\.0 GB in bfloat16") as caught:
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map="auto", max_memory={"cpu": "1MB"})
+    assert caught.value.exit_code == 5
+
+
+def test_casting_a_network_keeps_its_rotary_angles_exact() -> None:
+    """Angles are computed in float32 at each step, so `.to(bfloat16)` has nothing to round."""
+    case = fidelity.load("like_dbrx")
+    assert not list(case.network.buffers())
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    facts = fidelity.GOLDEN["deep"]
+    folder = make_checkpoint(tmp_path, facts["config"], facts["seed"], shards=1)
+    canary = tmp_path / "canary"
+    (folder / "modeling_dbrx.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DbrxForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not canary.exists()
