@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PROMPT ?= What is the capital of France? Answer briefly.
 
-.PHONY: demo test quick lint format docs fidelity soak reference clean
+.PHONY: demo test quick lint format docs fidelity record soak clean
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
@@ -32,6 +32,9 @@ docs: $(READY)  ## write docs/cli.md from the program
 
 fidelity: $(READY)  ## compare with the reference implementation and print every figure
 	$(BIN)/python -m tests.fidelity
+
+record: $(READY)  ## record docs/session.svg, a chat with the demo model
+	$(BIN)/python -m tests.record_session
 
 soak: $(READY)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
