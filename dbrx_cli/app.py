@@ -39,7 +39,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and leave.", metavar=""
+        ),
     ] = False,
 ) -> None:
     """Chat with DBRX, Databricks' open mixture-of-experts language model.

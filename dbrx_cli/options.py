@@ -1,122 +1,119 @@
-"""The options that several commands share: their flags, variables and help, in one place."""
+"""The options that several commands share: dataclasses whose fields are the flags (`takes` expands them).
+
+A field's annotation holds flag, variable and help; its default is the flag's. So a flag is written once, every command
+that takes the group has it, and what reaches the command is one typed object.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from model.errors import InputError
 from model.sampling import SamplingParams
 
+from .stdin import check_argument
+
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 
 AttnName = Literal["auto", "eager", "sdpa", "flash"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-
-_MODEL = "Model"
-_SAMPLING = "Sampling"
-_OUTPUT = "Output"
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def _option(*flags: str, panel: str, help: str, env: str | None = None, metavar: str | None = None) -> Any:
+def takes(**groups: type) -> Callable[[Command], Command]:
+    """Give a command the fields of each group as flags; it gets the built groups under the names given here."""
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        parameters = []
+        for parameter in inspect.signature(command).parameters.values():
+            group = groups.get(parameter.name)
+            parameters += _flags(group) if group else [parameter.replace(annotation=hints[parameter.name])]
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            for name, group in groups.items():
+                values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+            command(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def _flags(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if f.default is MISSING else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(group)
+    ]
+
+
+def option(*flags: str, panel: str, help: str, metavar: str | None = None, hidden: bool = False) -> Any:
+    """A flag of a shared group; its variable is DBRX_ and the long flag's name."""
+    long = next(flag for flag in flags if flag.startswith("--"))
+    variable = "DBRX_" + long.removeprefix("--").replace("-", "_").upper()
     return typer.Option(
-        *flags, rich_help_panel=panel, help=help, envvar=env, show_envvar=False, metavar=metavar, show_default=False
+        *flags,
+        rich_help_panel=panel,
+        help=help,
+        envvar=variable,
+        show_envvar=False,
+        metavar=metavar,
+        show_default=False,
+        hidden=hidden,
     )
 
 
-Model = Annotated[
-    str,
-    _option("-m", "--model", panel=_MODEL, env="DBRX_MODEL", help="A folder, a Hub id (org/name), or `demo`."),
-]
-Revision = Annotated[
-    str | None, _option("--revision", panel=_MODEL, env="DBRX_REVISION", help="Branch, tag or commit on the Hub.")
-]
-Attn = Annotated[
-    AttnName, _option("--attn", panel=_MODEL, env="DBRX_ATTN", help="Attention backend; auto takes the best there is.")
-]
-Dtype = Annotated[
-    DtypeName, _option("--dtype", panel=_MODEL, env="DBRX_DTYPE", help="Of weights and activations; auto: as stored.")
-]
-DeviceMap = Annotated[
-    str,
-    _option(
-        "--device-map",
-        panel=_MODEL,
-        env="DBRX_DEVICE_MAP",
-        metavar="auto|balanced|sequential|cpu|DEVICE",
-        help="Where the layers go.",
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    _option(
-        "--max-memory",
-        panel=_MODEL,
-        env="DBRX_MAX_MEMORY",
-        help='Limits for the device map, such as "0=70GiB,cpu=200GiB".',
-    ),
-]
-Threads = Annotated[
-    int | None, _option("--threads", panel=_MODEL, env="DBRX_THREADS", help="CPU threads (default: one a core).")
-]
-Context = Annotated[
-    int | None,
-    _option("--context", panel=_MODEL, env="DBRX_CONTEXT", help="Tokens of prompt and reply (default: the model's)."),
-]
+def switch(*flags: str, help: str, panel: str | None = None) -> Any:
+    """A flag without a value."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False, metavar="")
 
-MaxTokens = Annotated[
-    int | None,
-    _option("-n", "--max-tokens", panel=_SAMPLING, env="DBRX_MAX_TOKENS", help="Longest reply in tokens."),
-]
-Temperature = Annotated[
-    float | None,
-    _option("-t", "--temperature", panel=_SAMPLING, env="DBRX_TEMPERATURE", help="0 always takes the likeliest."),
-]
-TopP = Annotated[
-    float | None, _option("--top-p", panel=_SAMPLING, env="DBRX_TOP_P", help="Likeliest tokens of this total mass.")
-]
-TopK = Annotated[int | None, _option("--top-k", panel=_SAMPLING, env="DBRX_TOP_K", help="Likeliest tokens; 0 for all.")]
-MinP = Annotated[
-    float | None,
-    _option("--min-p", panel=_SAMPLING, env="DBRX_MIN_P", help="Tokens at least this likely against the likeliest."),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    _option("--repetition-penalty", panel=_SAMPLING, env="DBRX_REPETITION_PENALTY", help="1 switches it off."),
-]
-FrequencyPenalty = Annotated[
-    float | None,
-    _option("--frequency-penalty", panel=_SAMPLING, env="DBRX_FREQUENCY_PENALTY", help="By count in the reply."),
-]
-PresencePenalty = Annotated[
-    float | None,
-    _option("--presence-penalty", panel=_SAMPLING, env="DBRX_PRESENCE_PENALTY", help="Once for what has occurred."),
-]
-Seed = Annotated[int | None, _option("--seed", panel=_SAMPLING, env="DBRX_SEED", help="Same seed, same text.")]
-Stop = Annotated[
-    list[str] | None,
-    _option("--stop", panel=_SAMPLING, metavar="TEXT", help="End the reply before this text (repeatable)."),
-]
 
-Quiet = Annotated[bool, _option("-q", "--quiet", panel=_OUTPUT, help="Errors only on stderr.")]
-Verbose = Annotated[bool, _option("-v", "--verbose", panel=_OUTPUT, help="Timings on stderr.")]
+MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is laid out on this machine."""
 
-    model: str = DEFAULT_MODEL
-    revision: str | None = None
-    attn: AttnName = "auto"
-    dtype: DtypeName = "auto"
-    device_map: str = "auto"
-    max_memory: str | None = None
-    threads: int | None = None
-    context: int | None = None
+    model: Annotated[
+        str, option("-m", "--model", panel=MODEL, metavar="MODEL", help="A folder, a Hub id (org/name), or `demo`.")
+    ] = DEFAULT_MODEL
+    revision: Annotated[
+        str | None, option("--revision", panel=MODEL, metavar="REV", help="Branch, tag or commit on the Hub.")
+    ] = None
+    attn: Annotated[
+        AttnName, option("--attn", panel=MODEL, help="Attention backend; auto takes the best there is.")
+    ] = "auto"
+    dtype: Annotated[DtypeName, option("--dtype", panel=MODEL, help="Of weights and activations; auto: as stored.")] = (
+        "auto"
+    )
+    device_map: Annotated[
+        str,
+        option("--device-map", panel=MODEL, metavar="auto|balanced|sequential|cpu|...", help="Where the layers go."),
+    ] = "auto"
+    max_memory: Annotated[
+        str | None,
+        option("--max-memory", panel=MODEL, metavar="LIMITS", help='Such as "0=70GiB,cpu=200GiB".'),
+    ] = None
+    threads: Annotated[int | None, option("--threads", panel=MODEL, help="CPU threads (default: one a core).")] = None
+    context: Annotated[
+        int | None, option("--context", panel=MODEL, help="Tokens of prompt and reply (default: the model's).")
+    ] = None
 
     def __post_init__(self) -> None:
         for flag, value, limit in (("--threads", self.threads, 1024), ("--context", self.context, 2**31)):
@@ -141,25 +138,51 @@ class ModelOptions:
 class SamplingOptions:
     """The sampling flags that were given; None leaves a value to the checkpoint."""
 
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    seed: int | None = None
+    max_tokens: Annotated[int | None, option("-n", "--max-tokens", panel=SAMPLING, help="Longest reply in tokens.")] = (
+        None
+    )
+    temperature: Annotated[
+        float | None, option("-t", "--temperature", panel=SAMPLING, help="0 always takes the likeliest.")
+    ] = None
+    top_p: Annotated[float | None, option("--top-p", panel=SAMPLING, help="Likeliest tokens of this total mass.")] = (
+        None
+    )
+    top_k: Annotated[int | None, option("--top-k", panel=SAMPLING, help="Likeliest tokens; 0 for all.")] = None
+    min_p: Annotated[
+        float | None, option("--min-p", panel=SAMPLING, help="Tokens at least this likely against the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, option("--repetition-penalty", panel=SAMPLING, help="1 switches it off.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, option("--frequency-penalty", panel=SAMPLING, help="By count in the reply.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, option("--presence-penalty", panel=SAMPLING, help="Once for what has occurred.")
+    ] = None
+    seed: Annotated[int | None, option("--seed", panel=SAMPLING, help="Same seed, same text.")] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", rich_help_panel=SAMPLING, metavar="TEXT", help="End the reply before it (repeatable)."),
+    ] = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """--stop, checked."""
+        return tuple(check_argument(text, "--stop") for text in self.stop or ())
 
     def over(self, defaults: SamplingParams) -> SamplingParams:
         """These values where given, `defaults` elsewhere."""
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "stop"}
         try:
             return replace(defaults, **given)
         except ValueError as error:
             raise InputError(str(error)) from None
 
 
-def as_path(name: str) -> Path:
-    """A folder that a person typed, with ~ expanded."""
-    return Path(name).expanduser()
+@dataclass(frozen=True)
+class OutputOptions:
+    """What goes to stderr."""
+
+    quiet: Annotated[bool, switch("-q", "--quiet", panel=OUTPUT, help="Errors only on stderr.")] = False
+    verbose: Annotated[bool, switch("-v", "--verbose", panel=OUTPUT, help="Timings on stderr.")] = False

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dbrx_cli.options import OutputOptions
 from model.errors import DbrxError
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ Advance = Callable[[int, int], None]  # done, total
 class Report:
     """Tells how the work goes; quiet tells nothing, verbose tells timings as well."""
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        self.quiet = quiet
-        self.verbose = verbose
+    def __init__(self, options: OutputOptions) -> None:
+        self.quiet = options.quiet
+        self.verbose = options.verbose
 
     def notice(self, text: str) -> None:
         """A line that the user should know of."""

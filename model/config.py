@@ -13,8 +13,8 @@ from .errors import ModelError
 # Keys that transformers puts into sub-configs when it saves: they say nothing about the network.
 IGNORED_INSIDE = {
     "model_type", "attn_implementation", "transformers_version", "_commit_hash", "torch_dtype", "dtype",
-    "_name_or_path", "architectures", "chunk_size_feed_forward", "hidden_size", "id2label", "label2id", "is_encoder_decoder",
-    "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "_name_or_path", "architectures", "chunk_size_feed_forward", "hidden_size", "id2label", "label2id",
+    "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
 }  # fmt: skip
 # What transformers writes at the top level beside the network's own keys.
 IGNORED_AT_TOP = {

@@ -1,6 +1,6 @@
 """Record a chat in a real terminal as docs/session.svg: `make record`.
 
-pexpect types at human pace, pyte is the terminal, rich draws its screen. Nothing is staged: the replies are the model's.
+pexpect types, pyte is the terminal, rich draws its screen. Nothing is staged: the replies are the model's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Session:
     def __init__(self) -> None:
         self.screen = pyte.Screen(COLUMNS, ROWS)
         self._stream = pyte.ByteStream(self.screen)
+        self.screen.write_process_input = lambda data: self.process.send(data)
         program = [sys.executable, "-m", "dbrx_cli", *COMMAND.split()[1:]]
         self.process = pexpect.spawn(program[0], program[1:], dimensions=(ROWS, COLUMNS), timeout=300)
 
@@ -81,7 +82,7 @@ def main() -> None:
         session.wait(number)
         session.type(line)
     session.wait(len(LINES) + 1)
-    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"), force_terminal=True)
     console.print(session.draw())
     PICTURE.write_text(console.export_svg(title=COMMAND), "utf-8")
     session.process.sendeof()

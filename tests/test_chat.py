@@ -87,6 +87,8 @@ class Terminal:
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         command, *rest = [*COMMAND, "chat", *args]
+        # Answers the program's question where the cursor is, as a real terminal does.
+        self.screen.write_process_input = lambda data: self.process.send(data)
         self.process = pexpect.spawn(
             command, rest, dimensions=(rows, columns), env=environment(TERM="xterm-256color"), cwd=str(ROOT), timeout=60
         )

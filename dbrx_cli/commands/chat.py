@@ -6,35 +6,21 @@ from typing import Annotated
 
 import typer
 
-from dbrx_cli import options as opt
+from dbrx_cli.engine.choose import open_engine
+from dbrx_cli.options import ModelOptions, OutputOptions, SamplingOptions, takes
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import check_argument
 
 
+@takes(model=ModelOptions, sampling=SamplingOptions, output=OutputOptions)
 def chat(
+    *,
     system: Annotated[
         str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
     ] = None,
-    model: opt.Model = opt.DEFAULT_MODEL,
-    revision: opt.Revision = None,
-    attn: opt.Attn = "auto",
-    dtype: opt.Dtype = "auto",
-    device_map: opt.DeviceMap = "auto",
-    max_memory: opt.MaxMemory = None,
-    threads: opt.Threads = None,
-    context: opt.Context = None,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    top_k: opt.TopK = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    frequency_penalty: opt.FrequencyPenalty = None,
-    presence_penalty: opt.PresencePenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    output: OutputOptions,
 ) -> None:
     """Talk with the model. Enter sends, Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.
 
@@ -42,22 +28,11 @@ def chat(
 
     dbrx chat -m demo < script.txt
     """
-    sampling = opt.SamplingOptions(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
-    )
-    where = opt.ModelOptions(model, revision, attn, dtype, device_map, max_memory, threads, context)
-    report = Report(quiet, verbose)
-
     from dbrx_cli.conversation import Conversation
-    from dbrx_cli.engine.local import LocalEngine
     from dbrx_cli.repl.loop import Repl
 
-    engine = LocalEngine.load(where, report)
-    Repl(
-        engine,
-        Conversation(None if system is None else check_argument(system, "--system")),
-        sampling.over(engine.defaults),
-        tuple(check_argument(text, "--stop") for text in stop or ()),
-        report,
-        name=model,
-    ).run()
+    conversation = Conversation(None if system is None else check_argument(system, "--system"))
+    report = Report(output)
+    engine = open_engine(model, report)
+    params = sampling.over(engine.defaults)
+    Repl(engine, conversation, params, sampling.stop_strings, report, name=model.model).run()

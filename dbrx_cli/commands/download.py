@@ -7,20 +7,25 @@ from typing import Annotated
 
 import typer
 
-from dbrx_cli import options as opt
+from dbrx_cli.options import OutputOptions, switch, takes
 from dbrx_cli.report import Report
 
 
+@takes(output=OutputOptions)
 def download(
     model: Annotated[str, typer.Argument(help="A Hub id (org/name).", show_default=False)],
+    *,
     to: Annotated[
         Path | None,
         typer.Option("--to", metavar="DIR", help="A plain folder instead of the Hub's cache.", show_default=False),
     ] = None,
-    revision: opt.Revision = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check files that are here already, too.")] = False,
-    quiet: opt.Quiet = False,
+    revision: Annotated[
+        str | None,
+        typer.Option("--revision", metavar="REV", help="Branch, tag or commit on the Hub.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, switch("--dry-run", help="Only say what would be fetched.")] = False,
+    verify: Annotated[bool, switch("--verify", help="Check files that are here already, too.")] = False,
+    output: OutputOptions,
 ) -> None:
     """Fetch a checkpoint. A download that was interrupted goes on where it stopped; every file is checked.
 
@@ -29,7 +34,7 @@ def download(
     from dbrx_cli.transfer import Transfer, print_plan
     from model import hub
 
-    report = Report(quiet)
+    report = Report(output)
     if dry_run:
         print_plan(hub.plan_download(model, revision=revision, to=to))
         return

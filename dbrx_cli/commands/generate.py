@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from dbrx_cli import options as opt
 from dbrx_cli.engine import Request
+from dbrx_cli.engine.choose import open_engine
+from dbrx_cli.options import OUTPUT, ModelOptions, OutputOptions, SamplingOptions, switch, takes
 from dbrx_cli.render import Renderer, show
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
@@ -17,49 +18,28 @@ from model.messages import Message
 STDIN = "-"
 
 
+@takes(model=ModelOptions, sampling=SamplingOptions, output=OutputOptions)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; `-` reads it from stdin.", show_default=False)
     ] = None,
+    *,
     system: Annotated[
         str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
     ] = None,
-    no_system: Annotated[
-        bool, typer.Option("--no-system", help="Without the checkpoint's default system message.")
-    ] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text (base models).")] = False,
+    no_system: Annotated[bool, switch("--no-system", help="Without the checkpoint's default system message.")] = False,
+    raw: Annotated[bool, switch("--raw", help="No chat template: continue the text (base models).")] = False,
     input_errors: Annotated[
         InputErrors, typer.Option("--input-errors", help="What to do with stdin that is not UTF-8.")
     ] = "strict",
-    model: opt.Model = opt.DEFAULT_MODEL,
-    revision: opt.Revision = None,
-    attn: opt.Attn = "auto",
-    dtype: opt.Dtype = "auto",
-    device_map: opt.DeviceMap = "auto",
-    max_memory: opt.MaxMemory = None,
-    threads: opt.Threads = None,
-    context: opt.Context = None,
-    max_tokens: opt.MaxTokens = None,
-    temperature: opt.Temperature = None,
-    top_p: opt.TopP = None,
-    top_k: opt.TopK = None,
-    min_p: opt.MinP = None,
-    repetition_penalty: opt.RepetitionPenalty = None,
-    frequency_penalty: opt.FrequencyPenalty = None,
-    presence_penalty: opt.PresencePenalty = None,
-    seed: opt.Seed = None,
-    stop: opt.Stop = None,
+    model: ModelOptions,
+    sampling: SamplingOptions,
     no_stream: Annotated[
-        bool, typer.Option("--no-stream", rich_help_panel="Output", help="Print the reply when it is complete.")
+        bool, switch("--no-stream", panel=OUTPUT, help="Print the reply when it is complete.")
     ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", rich_help_panel="Output", help="Print one JSON object.")
-    ] = False,
-    jsonl: Annotated[
-        bool, typer.Option("--jsonl", rich_help_panel="Output", help="Print a JSON line an event.")
-    ] = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
+    json_output: Annotated[bool, switch("--json", panel=OUTPUT, help="Print one JSON object.")] = False,
+    jsonl: Annotated[bool, switch("--jsonl", panel=OUTPUT, help="Print a JSON line an event.")] = False,
+    output: OutputOptions,
 ) -> None:
     """Answer one prompt: from the argument, from stdin, or from both (stdin goes behind the argument).
 
@@ -72,30 +52,12 @@ def generate(
     if raw and (system is not None or no_system):
         raise InputError("--raw has no system message", "leave out -s and --no-system")
     text = _prompt(prompt, input_errors)
-    sampling = opt.SamplingOptions(
-        max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed
-    )
-    where = opt.ModelOptions(model, revision, attn, dtype, device_map, max_memory, threads, context)
-    report = Report(quiet, verbose)
-
-    from dbrx_cli.engine.local import LocalEngine
-    from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
-    from dbrx_cli.render.plain import PlainRenderer
-
-    engine = LocalEngine.load(where, report)
+    report = Report(output)
+    engine = open_engine(model, report)
     request = Request(
-        text if raw else _conversation(text, system, no_system),
-        sampling.over(engine.defaults),
-        tuple(check_argument(s, "--stop") for s in stop or ()),
+        text if raw else _conversation(text, system, no_system), sampling.over(engine.defaults), sampling.stop_strings
     )
-    renderer: Renderer
-    if json_output:
-        renderer = JsonRenderer()
-    elif jsonl:
-        renderer = JsonLinesRenderer(model)
-    else:
-        renderer = PlainRenderer(stream=not no_stream)
-    done = show(engine.stream(request), renderer)
+    done = show(engine.stream(request), _renderer(model.model, json_output, jsonl, no_stream))
     report.detail(done.summary())
     if done.finish_reason == "interrupted":
         raise KeyboardInterrupt
@@ -103,10 +65,9 @@ def generate(
 
 def _prompt(prompt: str | None, errors: InputErrors) -> str:
     """Argument and stdin as one text, a blank line between them."""
+    piped = read_piped(errors)
     if prompt == STDIN:
-        piped, prompt = read_piped(errors), None
-    else:
-        piped = read_piped(errors)
+        prompt = None
     parts = [check_argument(prompt, "the prompt")] if prompt is not None else []
     parts += [piped] if piped is not None else []
     if not any(part.strip() for part in parts):
@@ -119,3 +80,12 @@ def _conversation(text: str, system: str | None, no_system: bool) -> list[Messag
         raise InputError("-s and --no-system exclude each other", "choose one")
     first = [Message("system", check_argument(system or "", "--system"))] if system is not None or no_system else []
     return [*first, Message("user", text)]
+
+
+def _renderer(model: str, json_output: bool, jsonl: bool, no_stream: bool) -> Renderer:
+    from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
+    from dbrx_cli.render.plain import PlainRenderer
+
+    if json_output:
+        return JsonRenderer()
+    return JsonLinesRenderer(model) if jsonl else PlainRenderer(stream=not no_stream)

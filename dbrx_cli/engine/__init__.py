@@ -19,6 +19,7 @@ class Request:
     prompt: Sequence[Message] | str
     params: SamplingParams
     stop: tuple[str, ...] = ()
+    continue_final: bool = False  # go on with the last message, an assistant's, instead of answering
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class Engine(Protocol):
 
     def count(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation as it would be read."""
+
+    def unread(self, messages: Sequence[Message]) -> int:
+        """How many tokens of that conversation would be read anew: what the cache does not hold."""
 
     def close(self) -> None:
         """Give the model's memory back."""

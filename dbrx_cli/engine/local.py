@@ -86,7 +86,7 @@ class LocalEngine:
 
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
         """See `Engine.stream`."""
-        ids = self._encode(request.prompt)
+        ids = self._encode(request.prompt, request.continue_final)
         if len(ids) >= self.context:
             raise ContextError(
                 f"the prompt has {len(ids)} tokens, and the context is {self.context}",
@@ -111,16 +111,23 @@ class LocalEngine:
         """See `Engine.count`."""
         return len(self._encode(messages))
 
+    def unread(self, messages: Sequence[Message]) -> int:
+        """See `Engine.unread`."""
+        ids = self._encode(messages)
+        return len(ids) - _common_prefix(ids, self._cached)
+
     def close(self) -> None:
         """See `Engine.close`."""
         del self.network, self._cache
 
-    def _encode(self, prompt: Sequence[Message] | str) -> list[int]:
+    def _encode(self, prompt: Sequence[Message] | str, continue_final: bool = False) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
-            template = self.tokenizer.chat_template
-            ids = self.tokenizer.encode_segments(template.segments(prompt, add_generation_prompt=True))
+            segments = self.tokenizer.chat_template.segments(
+                prompt, add_generation_prompt=not continue_final, continue_final_message=continue_final
+            )
+            ids = self.tokenizer.encode_segments(segments)
         if not ids:
             raise InputError("the prompt is empty", "type a prompt, or pipe one to stdin")
         return ids

@@ -1,0 +1,217 @@
+"""Requests to the Hub: who may see the token, what an answer means, which faults another attempt may cure."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
+from .layout import HubFile
+from .patience import AGAIN, Patience, Transient
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LARGEST_ANSWER = 64 << 20  # bytes of JSON; the listing of a real repository has some KB
+MOST_PAGES = 1000
+
+
+class NoSuchRevision(ModelError):
+    """The repository exists, the revision does not."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One repository as one person sees it. The token goes to the endpoint's origin and nowhere else."""
+
+    name: str
+    endpoint: str
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def connect(cls, name: str, token: str | bool | None) -> Hub:
+        """Endpoint and token as every Hub client finds them: HF_ENDPOINT, HF_TOKEN, or the saved login."""
+        from huggingface_hub import constants, get_token
+
+        if token is True or (token is None and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
+            found = get_token()
+        else:
+            found = token or None
+        if token is True and found is None:
+            raise AccessError("no token found", "set HF_TOKEN, or log in with: hf auth login")
+        if found is not None and not re.fullmatch(r"[!-~]+", found):
+            raise AccessError("the Hub token holds characters that no token has", "set HF_TOKEN again")
+        endpoint = constants.ENDPOINT.rstrip("/")
+        if _origin(endpoint) is None:
+            raise InputError("HF_ENDPOINT is not the address of a server", "it looks like https://huggingface.co")
+        return cls(name, endpoint, found)
+
+    def commit(self, revision: str, patience: Patience) -> str:
+        """The commit that a branch or tag points to."""
+        if COMMIT.fullmatch(revision):
+            return revision
+        try:
+            answer, _ = self._json(f"{self._api}/revision/{quote(revision, safe='')}", patience)
+        except NoSuchRevision as fault:
+            raise ModelError(fault.message, self._revisions(patience)) from None
+        commit = answer.get("sha") if isinstance(answer, dict) else None
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+            raise self._not_a_hub()
+        return commit
+
+    def tree(self, commit: str, patience: Patience) -> list[HubFile]:
+        """All files of a commit."""
+        files: list[HubFile] = []
+        url: str | None = f"{self._api}/tree/{commit}?recursive=true&expand=false"
+        for _ in range(MOST_PAGES):
+            if url is None:
+                return files
+            entries, url = self._json(url, patience)
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise self._not_a_hub()
+            files += [HubFile.from_listing(entry) for entry in entries if entry.get("type") == "file"]
+        raise self._not_a_hub()
+
+    def file_url(self, path: str, commit: str) -> str:
+        """Where the bytes of a file are asked for; the Hub redirects to its storage."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.name, path, revision=commit, endpoint=self.endpoint)
+
+    @contextmanager
+    def get(self, url: str, patience: Patience, start: int = 0) -> Iterator[Any]:
+        """A streamed answer, from byte `start`; raises `Transient` for what another attempt may cure.
+
+        The session's client drops the authorization header when a redirect leaves the origin.
+        """
+        import huggingface_hub
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the http client's base error
+
+        headers = {"user-agent": f"dbrx; hf_hub/{huggingface_hub.__version__}", "accept-encoding": "identity"}
+        if start:
+            headers["range"] = f"bytes={start}-"
+        if self.token and _origin(url) == _origin(self.endpoint):
+            headers["authorization"] = f"Bearer {self.token}"
+        timeout = min(float(constants.HF_HUB_DOWNLOAD_TIMEOUT), max(patience.left, 0.5))
+        try:
+            with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+                if response.status_code not in (200, 206):
+                    raise self._refusal(response)
+                yield response
+        except HTTPError as error:
+            raise _network_fault(error, url) from None
+
+    @property
+    def _api(self) -> str:
+        return f"{self.endpoint}/api/models/{self.name}"
+
+    def _json(self, url: str, patience: Patience) -> tuple[Any, str | None]:
+        """A parsed answer and the address of the next page."""
+
+        def attempt() -> tuple[Any, str | None]:
+            with self.get(url, patience) as response:
+                body = bytearray()
+                for chunk in response.iter_raw():
+                    body += chunk
+                    patience.reached(len(body))
+                    if len(body) > LARGEST_ANSWER:
+                        raise self._not_a_hub()
+                following = response.links.get("next", {}).get("url")
+            try:
+                return json.loads(body), urljoin(url, following) if following else None
+            except (ValueError, RecursionError):
+                raise Transient(self._not_a_hub()) from None
+
+        return patience.persist(attempt)
+
+    def _revisions(self, patience: Patience) -> str | None:
+        """A hint that lists the branches and tags, if the Hub tells them."""
+        try:
+            refs, _ = self._json(f"{self._api}/refs", patience)
+            names = [str(ref["name"]) for kind in ("branches", "tags") for ref in refs.get(kind, [])]
+        except (DbrxError, AttributeError, KeyError, TypeError):
+            return None
+        return f"revisions of {self.name}: {', '.join(names[:20])}" if names else None
+
+    def _refusal(self, response: Any) -> Exception:
+        """What an answer other than 200 and 206 means."""
+        status, code = response.status_code, response.headers.get("x-error-code", "")
+        said = self._said(response)
+        if status in (408, 425, 429) or status >= 500:
+            pause = _asked_pause(response.headers)
+            wait = f" and asks to wait {pause:.0f} seconds" if pause is not None else ""
+            return Transient(ConnectionFault(f"{response.url.host} answered {said}{wait}", AGAIN), pause=pause)
+        if status == 416:
+            return Transient(ConnectionFault(f"{response.url.host} answered {said}", AGAIN), restart=True)
+        if _origin(str(response.url)) != _origin(self.endpoint):
+            # The link to the storage ran out, most likely: the next attempt asks the Hub for a new one.
+            return Transient(ConnectionFault(f"{response.url.host} answered {said}", AGAIN))
+        if code == "RevisionNotFound":
+            return NoSuchRevision(f"{self.name} has no such revision: {self.endpoint} answered {said}")
+        if code == "EntryNotFound":
+            return ModelError(f"{self.name} has no such file: {self.endpoint} answered {said}")
+        if code in ("GatedRepo", "RepoNotFound") or status in (401, 403):
+            return self._no_access(code, said)
+        return ConnectionFault(f"{self.endpoint} answered {said} for {self.name}", "check HF_ENDPOINT, or try later")
+
+    def _no_access(self, code: str, said: str) -> AccessError:
+        others = "give a local folder or another Hub id (org/name), or set HF_ENDPOINT to a mirror that has it"
+        if not self.token:
+            others += "; no HF_TOKEN is set: set one if you were given access"
+        if code == "GatedRepo" and not self.name.startswith("databricks/"):  # those are closed: nobody can ask
+            others = f"ask for access at {self.endpoint}/{self.name}, or {others}"
+        return AccessError(f"the Hub gives no access to {self.name}: {self.endpoint} answered {said}", others)
+
+    def _said(self, response: Any) -> str:
+        """Status and message of an answer, on one line; a server that repeats the token is not repeated."""
+        words = " ".join(response.headers.get("x-error-message", "").split())[:300]
+        if self.token:
+            words = words.replace(self.token, "[token]")
+        words = "".join(c for c in words if c.isprintable())
+        return f"{response.status_code} ({words})" if words else str(response.status_code)
+
+    def _not_a_hub(self) -> ConnectionFault:
+        return ConnectionFault(f"{self.endpoint} does not answer like a Hugging Face Hub", "check HF_ENDPOINT")
+
+
+def _origin(url: str) -> tuple[str, str, int | None] | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname, port) if parts.scheme in ("http", "https") and parts.hostname else None
+
+
+def _network_fault(error: Exception, url: str) -> Transient:
+    """A fault of the transport; its own text is not repeated, it may hold headers or signed addresses."""
+    kind = type(error).__name__
+    host = urlsplit(url).hostname
+    if kind in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"):
+        text = f"{host} cannot be reached"
+        hint = "check the network and HF_ENDPOINT, or give a local folder"
+        return Transient(ConnectionFault(text, hint), unreachable=kind != "ConnectTimeout")
+    text = f"{host} stopped answering" if "Timeout" in kind else f"{host} broke off the connection"
+    return Transient(ConnectionFault(text, AGAIN))
+
+
+def _asked_pause(headers: Any) -> float | None:
+    """Seconds that the server asks to wait: RateLimit (IETF draft) or Retry-After (RFC 9110, seconds or a date)."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,130 @@
+"""A whole checkpoint from the Hub: all files of one commit, several at a time."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..errors import ModelError
+from .client import Hub
+from .fetch import disk_fault, fetch
+from .layout import CacheSnapshot, HubFile, Place, cached_commit, missing_files, write_ref, write_tree
+from .patience import Patience, run
+from .plan import DEFAULT_REVISION, DownloadPlan, check_disk, check_name, is_offline, place_of, plan_download
+from .progress import Progress, Silent
+from .verify import remove, verify_cached
+
+
+def download(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    to: Path | None = None,
+    patterns: Sequence[str] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+    workers: int = 4,
+) -> Path:
+    """Bring the files of a Hub repository that match `patterns` here, and return their folder.
+
+    Into the shared cache, or as plain files into `to`. Continues where an earlier attempt stopped, in whichever
+    process. Each fetched file is checked against its checksum; `verify` checks those that were there before, too,
+    removes the damaged ones and names them in a `ModelError`. Raises also `AccessError`, `ResourceError` (disk),
+    `ConnectionFault`; Ctrl-C stops within a second and keeps what came. Offline: what the cache has.
+    """
+    progress = progress or Silent()
+    if is_offline():
+        folder = cached(name, revision, patterns)
+        progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, the cached files are used")
+    else:
+        plan = plan_download(name, revision=revision, token=token, patterns=patterns, to=to)
+        check_disk(plan)
+        _carry_out(plan, place_of(name, plan.commit, to), Hub.connect(name, token), progress, workers)
+        folder = plan.folder
+    if verify:
+        _verify(folder, progress)
+    return folder
+
+
+def cached(name: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+    """The complete snapshot in the cache, without network; `ModelError` says what is missing and what to type."""
+    check_name(name, revision)
+    command = f"dbrx download {name}" + (f" --revision {revision}" if revision else "")
+    if is_offline():
+        command = f"unset HF_HUB_OFFLINE, then: {command}"
+    commit = cached_commit(name, revision or DEFAULT_REVISION)
+    folder = CacheSnapshot(name, commit).root if commit else None
+    if folder is None or not folder.is_dir():
+        which = f"{name} (revision {revision})" if revision else name
+        raise ModelError(f"{which} is not on this machine", f"to fetch it: {command}")
+    missing = missing_files(folder, patterns)
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(f"{name} is not complete on this machine: {names} missing", f"to continue: {command}")
+    return folder
+
+
+def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, workers: int) -> None:
+    """Fetch what is missing; the branch or tag points to the commit once all of it is there."""
+    on_disk = {file.path: file.done for file in plan.files}  # each key is written by one worker at a time
+    told = dict(on_disk)
+    begun: list[HubFile] = []
+    notices: list[str] = []
+    missing = [file for file in plan.files if not place.holds(file)]
+
+    def job(file: HubFile, patience: Patience) -> None:
+        begun.append(file)
+        fetch(hub, file, place, patience, on_disk.__setitem__, notices.append)
+
+    def tick() -> None:
+        while begun:
+            file = begun.pop(0)
+            progress.file(file.path, file.size, told[file.path])
+        while notices:
+            progress.notice(notices.pop(0))
+        for path, done in list(on_disk.items()):
+            if done != told[path]:
+                progress.advance(path, done - told[path])
+                told[path] = done
+
+    progress.start(plan.total_bytes, sum(told.values()), len(plan.files))
+    if missing:
+        _note_commit(plan, place, first=True)
+        # Small files first: a wrong repository or a refused access shows before the shards begin.
+        jobs: list[Callable[[Patience], None]] = [
+            partial(job, file) for file in sorted(missing, key=lambda file: file.sha256 is not None)
+        ]
+        try:
+            run(jobs, workers, tick)
+        finally:
+            tick()
+    _note_commit(plan, place, first=False)
+
+
+def _note_commit(plan: DownloadPlan, place: Place, first: bool) -> None:
+    """Keep the listing and the ref. An older complete snapshot stays the one in use until the new one is complete."""
+    try:
+        if not place.tree_path.exists():
+            write_tree(place.tree_path, plan.listing)
+        if isinstance(place, CacheSnapshot) and not (first and cached_commit(plan.name, plan.revision)):
+            place.root.mkdir(parents=True, exist_ok=True)
+            if cached_commit(plan.name, plan.revision) != plan.commit:
+                write_ref(place.storage, plan.revision, plan.commit)
+    except OSError as error:
+        if first or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):  # a cache that is only read is fine
+            raise disk_fault(error, plan.files[0], place) from None
+
+
+def _verify(folder: Path, progress: Progress) -> None:
+    problems = verify_cached(folder, progress)
+    for problem in problems:
+        remove(folder, problem)
+    if problems:
+        raise ModelError(
+            f"{len(problems)} damaged file{'s' * (len(problems) > 1)} in {folder}, now removed: "
+            + "; ".join(map(str, problems)),
+            "run the same command again: it fetches them anew",
+        )

@@ -1,0 +1,141 @@
+"""How long a piece of work on a bad network goes on: retries with backoff, and an end when nothing moves."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ..errors import ConnectionFault, DbrxError
+
+T = TypeVar("T")
+
+STALL_SECONDS = 25.0  # without progress; with the last attempt's own timeout the end comes within 30 s
+LEAST_PROGRESS = 32 * 1024  # bytes that count as progress: a drip of a byte a second is a stall
+CRAWL_SECONDS = 8.0  # without progress on one connection: another one may do better
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 8.0
+UNREACHABLE_TRIES = 4  # a Hub that cannot be connected to at all is given up sooner: most likely there is no network
+OVERDUE_SECONDS = 4.0  # grace for an attempt that hangs where no timeout of a single read ends it
+POLL_SECONDS = 0.05
+FAREWELL_SECONDS = 0.5  # how long workers may take to notice that they should stop
+
+AGAIN = "run the same command again: it continues where this one stopped"
+
+
+class Transient(Exception):
+    """A fault that another attempt may cure; `fault` is what the user reads if none does."""
+
+    def __init__(
+        self, fault: DbrxError, *, pause: float | None = None, unreachable: bool = False, restart: bool = False
+    ) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+        self.pause = pause  # seconds that the server asked to wait
+        self.unreachable = unreachable  # no connection was made
+        self.restart = restart  # what was received so far cannot be continued
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user pressed Ctrl-C."""
+
+
+class Patience:
+    """The clock of one piece of work; it starts again whenever enough bytes beyond the furthest point arrived."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._furthest = 0
+        self.restart()
+
+    def restart(self, offset: int = 0) -> None:
+        """Begin to wait from now, with `offset` bytes on disk."""
+        self._furthest = max(self._furthest, offset)
+        self._since = self._attempt = time.monotonic()
+        self._failures = 0
+
+    def reached(self, offset: int) -> None:
+        """Note how far the work is; raises `Stopped`, or `Transient` when this attempt crawls."""
+        self.check_stop()
+        if offset - self._furthest >= LEAST_PROGRESS:
+            self.restart(offset)
+        elif time.monotonic() - max(self._since, self._attempt) > CRAWL_SECONDS:
+            raise Transient(ConnectionFault("the server sent next to nothing", AGAIN))
+
+    def check_stop(self) -> None:
+        """Raise `Stopped` if the work is to end."""
+        if self._stop.is_set():
+            raise Stopped
+
+    @property
+    def left(self) -> float:
+        """Seconds until the work is given up."""
+        return self._since + STALL_SECONDS - time.monotonic()
+
+    def pause(self, transient: Transient) -> None:
+        """Wait before the next attempt, or raise the fault if there is no time for one."""
+        seconds = transient.pause
+        if seconds is None:
+            seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._failures)
+        self._failures += 1
+        if seconds > self.left or (transient.unreachable and self._failures >= UNREACHABLE_TRIES):
+            raise transient.fault
+        if self._stop.wait(seconds):
+            raise Stopped
+        self._attempt = time.monotonic()
+
+    def persist(self, attempt: Callable[[], T]) -> T:
+        """Repeat `attempt` until it returns, fails for good, or patience ends."""
+        while True:
+            try:
+                return attempt()
+            except Transient as transient:
+                self.pause(transient)
+
+
+def run(jobs: Sequence[Callable[[Patience], None]], workers: int = 1, tick: Callable[[], None] = lambda: None) -> None:
+    """Do all jobs in `workers` threads; `tick` is called from the calling thread meanwhile.
+
+    The first fault stops the others and is raised. The threads are daemons that the caller watches: Ctrl-C ends the
+    wait at once even if a worker hangs in a system call, and so does a worker that is long out of patience.
+    """
+    stop, finished = threading.Event(), threading.Semaphore(0)
+    waiting: queue.SimpleQueue[Callable[[Patience], None]] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    busy: dict[int, Patience] = {}
+    faults: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                patience = busy[threading.get_ident()] = Patience(stop)
+                waiting.get_nowait()(patience)
+        except (queue.Empty, Stopped):
+            pass
+        except BaseException as fault:
+            faults.append(fault)
+        finally:
+            busy.pop(threading.get_ident(), None)
+            finished.release()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]
+    try:
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        while running and not faults:
+            running -= finished.acquire(timeout=POLL_SECONDS)
+            tick()
+            if any(patience.left < -OVERDUE_SECONDS for patience in list(busy.values())):
+                raise ConnectionFault(f"the server sent nothing useful for {STALL_SECONDS:.0f} seconds", AGAIN)
+    finally:
+        stop.set()
+        end = time.monotonic() + FAREWELL_SECONDS
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, end - time.monotonic()))
+    if faults:
+        raise faults[0]

@@ -1,0 +1,169 @@
+"""The documentation says what is so: generated pages, links, quoted commands, figures, the tree."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.exceptions import TyperException
+from typer.main import get_command
+
+from dbrx_cli.app import app
+from tests import fidelity, make_cli_docs
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("README.md"), ROOT / "CHANGELOG.md"])
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+ASSIGNMENT = re.compile(r"\w+=.*")
+BETWEEN = {"|", "||", "&&", ";", "(", ")", "&"}
+REDIRECTION = re.compile(r"[<>]+&?")
+
+
+def test_the_command_lines_page_is_what_the_program_says() -> None:
+    assert make_cli_docs.PAGE.read_text("utf-8") == make_cli_docs.page(), "run `make docs`"
+
+
+def prose(path: Path) -> str:
+    """A page without its code blocks."""
+    return BLOCK.sub("", path.read_text("utf-8"))
+
+
+def anchors(path: Path) -> set[str]:
+    """What headings of a page can be linked to, as GitHub makes them."""
+    headings = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in HEADING.findall(prose(path))]
+    return {heading.replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_relative_links_resolve(path: Path) -> None:
+    for link in LINK.findall(prose(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_can_be_reached() -> None:
+    reached, waiting = set(), [DOCS / "index.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        links = (link.partition("#")[0] for link in LINK.findall(prose(page)))
+        waiting += [(page.parent / link).resolve() for link in links if link.endswith(".md") and "://" not in link]
+    assert {path for path in PAGES if DOCS in path.parents} <= reached
+
+
+def quoted(text: str) -> Iterator[list[str]]:
+    """The arguments of each `dbrx` command in the shell blocks of a page."""
+    for kind, block in BLOCK.findall(text):
+        if kind not in ("console", "sh", "bash", "shell"):
+            continue
+        lines = block.replace("\\\n", " ").splitlines()
+        if kind == "console":  # what follows a prompt is typed, the rest is the answer
+            lines = [line[2:] for line in lines if line.startswith("$ ")]
+        for line in lines:
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            yield from dbrx_commands(list(lexer))
+
+
+def dbrx_commands(words: list[str]) -> Iterator[list[str]]:
+    """The arguments of `dbrx` in a line of the shell: behind variables, in a pipe, without its redirections."""
+    part: list[str] = []
+    for word in [*words, ";"]:
+        if word not in BETWEEN:
+            part.append(word)
+            continue
+        while part and ASSIGNMENT.fullmatch(part[0]):
+            part.pop(0)
+        if part[1:3] == ["-m", "dbrx_cli"]:
+            part = ["dbrx", *part[3:]]
+        if part and part[0].rpartition("/")[2] == "dbrx":
+            end = next((i for i, word in enumerate(part) if REDIRECTION.fullmatch(word)), len(part))
+            yield part[1:end]
+        part = []
+
+
+def parse(args: list[str]) -> None:
+    """Have Typer read a command line as the program would, without running it."""
+    group: Any = get_command(app)
+    context = typer.Context(group)
+    try:
+        if args and args[0].startswith("-"):
+            group.make_context("dbrx", args)
+        elif args:
+            name, command, rest = group.resolve_command(context, list(args))
+            command.make_context(name, rest, parent=context)
+    except typer.Exit:  # --help or --version did its work
+        pass
+
+
+@each_page
+def test_quoted_commands_parse(path: Path) -> None:
+    for args in quoted(path.read_text("utf-8")):
+        try:
+            parse(args)
+        except TyperException as error:
+            pytest.fail(f"dbrx {shlex.join(args)}: {error.format_message()}")
+
+
+def test_the_test_of_commands_tests() -> None:
+    page = (
+        "```sh\nA=1 .venv/bin/dbrx chat -m demo < script.txt  # to\ncat x | python -m dbrx_cli generate 'a | b' \\\n"
+        "  --json > out\n```\n```console\n$ dbrx --version\ndbrx 1.0\n```\n```python\ndbrx = 1\n```\n"
+    )
+    assert list(quoted(page)) == [["chat", "-m", "demo"], ["generate", "a | b", "--json"], ["--version"]]
+    for args in (["chat", "--no-such-flag"], ["no-such-command"], ["generate", "--attn", "none"], ["download"]):
+        with pytest.raises(TyperException):
+            parse(args)
+
+
+def test_the_fidelity_page_has_every_model_and_backend() -> None:
+    page = (DOCS / "fidelity.md").read_text("utf-8")
+    assert page.count(fidelity.BEGIN) == page.count(fidelity.END) == 1
+    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    assert {f"{name}, {backend}" for name in fidelity.GOLDEN for backend in fidelity.BACKENDS} <= rows
+    assert set(fidelity.GOLDEN) <= rows
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    for package in ("model", "dbrx_cli"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name not in ("__init__.py", "__main__.py"):
+                assert re.search(rf"\b{re.escape(path.name)}\b", page), path.relative_to(ROOT)
+    for name in re.findall(r"^ *(\w+\.py) ", page, re.MULTILINE):
+        assert any(ROOT.glob(f"model/**/{name}")) or any(ROOT.glob(f"dbrx_cli/**/{name}")), name
+
+
+def test_security_names_tests_that_exist() -> None:
+    """Each function is named behind its file."""
+    source = ""
+    for name, suffix in re.findall(r"`(test_\w+)(\.py)?`", (DOCS / "security.md").read_text("utf-8")):
+        if suffix:
+            source = (ROOT / "tests" / f"{name}.py").read_text("utf-8")
+        else:
+            assert f"def {name}(" in source, name
+    assert source
+
+
+def test_the_decision_on_dependencies_has_their_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = {*project["dependencies"], *project["optional-dependencies"]["flash"]}
+    page = (DOCS / "decisions" / "0002-dependencies.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)) == wanted
