@@ -112,9 +112,9 @@ def test_an_unexpected_fault_shows_its_traceback_only_when_asked(
 
 NUMBERS = st.sampled_from(["-1", "0", "1", "7", "nan", "inf", "-inf", "1e308", "1e-308", "", " ", "x", "9" * 400])
 FLAGS = st.sampled_from(
-    ["-t", "--top-p", "--top-k", "--min-p", "--repetition-penalty", "--frequency-penalty", "--presence-penalty",
-     "--seed", "--threads", "--context", "--stop", "--dtype", "--attn", "--max-memory", "--device-map", "--input-errors", "-s"]
-)  # fmt: skip
+    """-t --top-p --top-k --min-p --repetition-penalty --frequency-penalty --presence-penalty --seed --threads --context
+    --stop --dtype --attn --max-memory --device-map --input-errors -s""".split()
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
