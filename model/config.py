@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ModelError
+from .safetensors_file import read_text
 
 # Keys that transformers puts into sub-configs when it saves: they say nothing about the network.
 IGNORED_INSIDE = {
@@ -158,14 +160,14 @@ class DbrxConfig:
     def from_json(cls, path: str | Path) -> DbrxConfig:
         """Read a config.json; `ModelError` names the file when it cannot be used."""
         path = Path(path)
-        try:
-            values = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             raise ModelError(
                 f"no config.json in {path.parent}", "give the folder of a checkpoint, a Hub id (org/name), or `demo`"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from None
+            )
+        try:
+            values = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path}: is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ModelError(f"{path}: is not a JSON object")
         try:

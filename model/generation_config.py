@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
+from .safetensors_file import read_text
 from .sampling import SamplingParams
 
 
@@ -32,13 +33,13 @@ class GenerationConfig:
         if not path.is_file():
             return cls()
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = json.loads(read_text(path))
             known = {f.name for f in fields(cls)}
             values = {key: value for key, value in values.items() if key in known and value is not None}
             values["eos_token_id"] = as_ids(values.get("eos_token_id"))
             config = cls(**values)
             config.sampling()
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path}: cannot be used: {error}") from None
         return config
 

@@ -21,6 +21,7 @@ from .errors import ModelError
 # safetensors itself allows 100 MB, which Python's JSON parser turns into gigabytes. DBRX's own headers have a few KB,
 # those of a layout with every expert's matrices in four pieces about 1 MB.
 MAX_JSON = 4 * 2**20
+MAX_TEXT = 64 * 2**20  # the largest tokenizer.json known has 17 MB
 MAX_NAME = 256
 MAX_DIMENSIONS = 8
 
@@ -65,6 +66,18 @@ def opened(path: Path, folder: Path) -> Iterator[tuple[int, int]]:
     finally:
         if fd >= 0:
             os.close(fd)
+
+
+def read_text(path: Path) -> str:
+    """A text file of a checkpoint (configuration, tokenizer, template), bounded and never from outside the folder."""
+    with opened(path, path.parent) as (fd, size):
+        if size > MAX_TEXT:
+            raise ModelError(f"{path}: has {size} bytes, more than any such file needs")
+        content = pread(fd, size, 0)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _require_regular(status: os.stat_result, path: Path) -> None:

@@ -15,6 +15,7 @@ from .bpe import BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vo
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
 from .messages import Message
+from .safetensors_file import read_text
 
 DBRX_PADDED_VOCAB = 100352
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -321,7 +322,7 @@ def _template(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     """The checkpoint's chat template and where it was found: a file of its own, else in tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _read_text(path), str(path)
+        return read_text(path), str(path)
     where, source = f"{folder / 'tokenizer_config.json'}: chat_template", config.get("chat_template")
     if isinstance(source, list):  # named templates
         named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
@@ -354,19 +355,12 @@ def _tensors(rows: list[list[int]], return_tensors: str | None) -> Any:
     return torch.tensor(rows, dtype=torch.long)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read: {error}") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is not valid JSON: {error}") from None
     if not isinstance(values, dict):

@@ -286,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.kind == "html":
             self._answer(200, b"<html>Please log in to this network</html>", {"Content-Type": "text/html"})
         elif fault.kind == "header drip":
-            for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 40:
+            for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"a" * 12:
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
                 time.sleep(0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,21 @@ def test_what_would_compute_something_else_is_refused(changes: dict[str, Any], m
 def test_a_file_that_is_no_config_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=r"config\.json"):
+        DbrxConfig.from_json(tmp_path / "config.json")
+
+
+def test_a_config_that_is_no_file_of_the_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="is not a regular file"):
+        DbrxConfig.from_json(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match="links to a place outside"):
+        DbrxConfig.from_json(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ModelError, match="more than any such file needs"):
         DbrxConfig.from_json(tmp_path / "config.json")
 
 

