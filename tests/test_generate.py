@@ -68,7 +68,7 @@ def test_json_has_every_field_of_the_contract(cli: Cli, checkpoint: Path) -> Non
 def test_prompt_from_argument_stdin_and_both(cli: Cli, checkpoint: Path) -> None:
     by_argument = run_json(cli, checkpoint, "one two\n\nthree")
     assert run_json(cli, checkpoint, stdin="one two\n\nthree")["token_ids"] == by_argument["token_ids"]
-    assert run_json(cli, checkpoint, "-", stdin="one two\n\nthree")["token_ids"] == by_argument["token_ids"]
+    assert run_json(cli, checkpoint, "-", stdin="one two\n\nthree\n")["token_ids"] == by_argument["token_ids"]
     assert run_json(cli, checkpoint, "one two", stdin="three")["token_ids"] == by_argument["token_ids"]
 
 

@@ -198,7 +198,8 @@ def test_flipped_bytes_at_rest(inside: FakeHub, flips: int) -> None:
 # Processes
 
 
-def big(server: FakeHub, shards: int = 12, pace: float = 0.0005) -> dict[str, bytes]:
+def big(server: FakeHub, shards: int = 12, pace: float = 0.002) -> dict[str, bytes]:
+    """12 MiB, sent at a pace that a busy client keeps: else the sockets' buffers hold much that a kill loses."""
     content = checkpoint(shards=shards, shard_bytes=1 << 20)
     server.repos[NAME] = Repo({}, {})
     server.add(NAME, content)

@@ -51,7 +51,7 @@ def generate(
         raise InputError("--json and --jsonl exclude each other", "choose one")
     if raw and (system is not None or no_system):
         raise InputError("--raw has no system message", "leave out -s and --no-system")
-    text = _prompt(prompt, input_errors)
+    text = _prompt(prompt, input_errors, raw)
     report = Report(output)
     engine = open_engine(model, report)
     request = Request(
@@ -63,9 +63,12 @@ def generate(
         raise KeyboardInterrupt
 
 
-def _prompt(prompt: str | None, errors: InputErrors) -> str:
+def _prompt(prompt: str | None, errors: InputErrors, raw: bool) -> str:
     """Argument and stdin as one text, a blank line between them."""
     piped = read_piped(errors)
+    if piped is not None and not raw:
+        # The line's end that `echo` and editors add is no part of a message; of text to be continued it is.
+        piped = piped.removesuffix("\n").removesuffix("\r")
     if prompt == STDIN:
         prompt = None
     parts = [check_argument(prompt, "the prompt")] if prompt is not None else []

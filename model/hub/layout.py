@@ -115,16 +115,18 @@ class CacheSnapshot:
 
     def publish(self, file: HubFile) -> None:
         pointer, blob = self.root / file.path, self.blob(file)
+        if self.holds(file):
+            return
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pointer.with_name(f"{pointer.name}.{uuid.uuid4().hex[:8]}.tmp")
+        pointer.unlink(missing_ok=True)
         try:
-            temporary.symlink_to(os.path.relpath(blob, pointer.parent))
+            pointer.symlink_to(os.path.relpath(blob, pointer.parent))  # at once: no name that a kill could leave behind
+        except FileExistsError:  # another process was quicker
+            pass
         except OSError as error:
             if error.errno not in NO_SYMLINKS:
                 raise
             os.replace(blob, pointer)  # as other clients do on such a file system
-        else:
-            os.replace(temporary, pointer)
 
 
 class PlainFolder:
