@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ModelError
-from .safetensors_file import read_text
+from .safetensors_file import read_json
 
 # Keys that transformers puts into sub-configs when it saves: they say nothing about the network.
 IGNORED_INSIDE = {
@@ -164,12 +164,7 @@ class DbrxConfig:
             raise ModelError(
                 f"no config.json in {path.parent}", "give the folder of a checkpoint, a Hub id (org/name), or `demo`"
             )
-        try:
-            values = json.loads(read_text(path))
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{path}: is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ModelError(f"{path}: is not a JSON object")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except ModelError as error:

@@ -80,6 +80,17 @@ def read_text(path: Path) -> str:
         raise damaged(path, f"is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that `read_text` may read."""
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return values
+
+
 def _require_regular(status: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ModelError(f"{path}: is not a regular file")

@@ -15,7 +15,7 @@ from .bpe import BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vo
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
 from .messages import Message
-from .safetensors_file import read_text
+from .safetensors_file import read_json, read_text
 
 DBRX_PADDED_VOCAB = 100352
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -357,12 +357,4 @@ def _tensors(rows: list[list[int]], return_tensors: str | None) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: is not a JSON object")
-    return values
+    return read_json(path) if path.is_file() else {}
