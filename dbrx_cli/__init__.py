@@ -1,3 +1,19 @@
 """The command line of DBRX."""
 
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 __version__ = "0.1.0.dev0"
+
+
+def check_model_package() -> None:
+    """A stray model.py in the user's folder must not be taken for ours."""
+    spec = find_spec("model")
+    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+    wanted = Path(__file__).resolve().parent.parent / "model"
+    if found != wanted:
+        print(
+            f"dbrx: `model` is taken from {found}, not from {wanted}; start dbrx from another folder", file=sys.stderr
+        )
+        raise SystemExit(1)

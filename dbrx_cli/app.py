@@ -6,15 +6,16 @@ import contextlib
 import os
 import sys
 import traceback
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
-from . import __version__
-from .commands import chat, download, generate
+from . import __version__, check_model_package
+
+check_model_package()  # before anything imports `model`
+
+from .commands import chat, download, generate  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ended
@@ -71,7 +72,6 @@ def _run() -> int:
     from model.errors import DbrxError
 
     try:
-        _check_model_package()
         return int(app(prog_name="dbrx", standalone_mode=False) or 0)
     except SystemExit as error:  # typer leaves so when a pipe breaks
         return error.code if isinstance(error.code, int) else 1
@@ -94,15 +94,3 @@ def _fault(line: str, code: int) -> int:
     with contextlib.suppress(OSError):
         print(f"dbrx: {line}", file=sys.stderr)
     return code
-
-
-def _check_model_package() -> None:
-    """A stray model.py in the user's folder must not be taken for ours."""
-    spec = find_spec("model")
-    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-    wanted = Path(__file__).resolve().parent.parent / "model"
-    if found != wanted:
-        print(
-            f"dbrx: `model` is taken from {found}, not from {wanted}; start dbrx from another folder", file=sys.stderr
-        )
-        raise SystemExit(1)

@@ -80,3 +80,11 @@ def test_imports_without_torch(module: str) -> None:
 def test_help_starts_without_torch() -> None:
     code = "from dbrx_cli.app import app\ntry: app(['generate', '--help'])\nexcept SystemExit: pass"
     assert not {"torch", "accelerate", "huggingface_hub", "prompt_toolkit", "tiktoken"} & loaded_by(code)
+
+
+def test_a_stray_model_in_the_users_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from dbrx_cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "start dbrx from another folder" in line
