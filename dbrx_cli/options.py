@@ -87,8 +87,8 @@ MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is laid out on this machine."""
+class WhichModel:
+    """Which model."""
 
     model: Annotated[
         str, option("-m", "--model", panel=MODEL, metavar="MODEL", help="A folder, a Hub id (org/name), or `demo`.")
@@ -96,6 +96,12 @@ class ModelOptions:
     revision: Annotated[
         str | None, option("--revision", panel=MODEL, metavar="REV", help="Branch, tag or commit on the Hub.")
     ] = None
+
+
+@dataclass(frozen=True)
+class ModelOptions(WhichModel):
+    """Which model, and how it is laid out on this machine."""
+
     attn: Annotated[
         AttnName, option("--attn", panel=MODEL, help="Attention backend; auto takes the best there is.")
     ] = "auto"
@@ -169,6 +175,8 @@ class SamplingOptions:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """--stop, checked."""
+        if "" in (self.stop or ()):
+            raise InputError("--stop must not be empty", "give the text that ends the reply")
         return tuple(check_argument(text, "--stop") for text in self.stop or ())
 
     def over(self, defaults: SamplingParams) -> SamplingParams:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from .checkpoint import Checkpoint
-from .config import DbrxConfig
 from .errors import ModelError, ResourceError
+from .formats import Weights, open_weights
 from .generation_config import GenerationConfig
 from .hub import resolve
 
@@ -52,14 +51,12 @@ def from_pretrained(
     `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
     """
     folder = resolve(name_or_path, revision=revision, token=token)
-    config = DbrxConfig.from_json(folder / "config.json")
-    with Checkpoint.open(folder) as checkpoint:
-        checkpoint.check(config)
-        chosen = _dtype(dtype if dtype is not None else torch_dtype, checkpoint)
+    with open_weights(folder) as weights:
+        chosen = _dtype(dtype if dtype is not None else torch_dtype, weights)
         with torch.device("meta"):
-            network = cls(config, attn_implementation="eager").to(chosen).eval()
+            network = cls(weights.config, attn_implementation="eager").to(chosen).eval()
         places = plan_devices(network, device_map, max_memory, chosen)
-        _read_weights(network, checkpoint, places, chosen, progress)
+        _read_weights(network, weights, places, chosen, progress)
     network.generation_config = GenerationConfig.from_folder(folder)
     network.device_map = dict(places)
     if len(set(places.values())) > 1:
@@ -130,11 +127,11 @@ def _device(place: str | int | torch.device) -> torch.device:
     return device
 
 
-def _dtype(wanted: str | torch.dtype | None, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dtype:
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto"):
-        (stored, _), *_ = checkpoint.dtypes().most_common(1)
+        (stored, _), *_ = weights.dtypes().most_common(1)
         return STORED[stored]
     if wanted not in DTYPES:
         raise ValueError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}")
@@ -143,17 +140,19 @@ def _dtype(wanted: str | torch.dtype | None, checkpoint: Checkpoint) -> torch.dt
 
 def _read_weights(
     network: DbrxForCausalLM,
-    checkpoint: Checkpoint,
+    weights: Weights,
     places: Mapping[str, torch.device],
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Each tensor once, to its device; on the CPU in its stored dtype it stays a map of the file, uncopied."""
+    names = list(network.state_dict())
+    total = sum(map(weights.nbytes_of, names))
     state, done = {}, 0
-    for name in network.state_dict():
+    for name in names:
         prefix = max((p for p in places if not p or name == p or name.startswith(p + ".")), key=len)
-        state[name] = checkpoint.read(name, dtype=dtype, device=places[prefix])
-        done += checkpoint.tensors[name].nbytes
+        state[name] = weights.read(name, dtype=dtype, device=places[prefix])
+        done += weights.nbytes_of(name)
         if progress:
-            progress(done, checkpoint.nbytes)
+            progress(done, total)
     network.load_state_dict(state, assign=True)

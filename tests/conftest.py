@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.cli import Cli
 
@@ -13,6 +14,17 @@ from tests.cli import Cli
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# The same examples in every run, so that a change is judged by itself; `make soak` draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("new", deadline=None, print_blob=True)
+settings.load_profile("same")
+
+
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    if config.option.markexpr == "soak":
+        settings.load_profile("new")
+
 
 # DBRX's shape: 16 experts choose 4, unevenly, six query heads a KV head; its vocabulary, so that its tokenizer fits.
 TINY = {

@@ -83,6 +83,7 @@ def test_a_damaged_checkpoint_is_named(
         pytest.param(["-m", "{tiny}", "--colour", "hi"], b"", 2, "--colour", id="unknown flag"),
         pytest.param(["-m", "{tiny}", "-n", "many", "hi"], b"", 2, "valid integer", id="not a number"),
         pytest.param(["-m", "{tiny}", "--attn", "fast", "hi"], b"", 2, "fast", id="unknown choice"),
+        pytest.param(["-m", "{tiny}", "--stop", "", "hi"], b"", 2, "--stop", id="empty stop string"),
     ],
 )
 def test_one_line_and_the_exit_code(
@@ -117,11 +118,28 @@ FLAGS = st.sampled_from(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(flags=st.lists(st.tuples(FLAGS, NUMBERS), max_size=3), prompt=st.text(max_size=5))
+LINES = {"flags": st.lists(st.tuples(FLAGS, NUMBERS), max_size=3), "prompt": st.text(max_size=5)}
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**LINES)
 def test_any_flags_end_in_the_contract(
     cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
 ) -> None:
+    _ends_in_the_contract(cli, tiny_checkpoint, flags, prompt)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**LINES)
+def test_any_flags_end_in_the_contract_at_length(
+    cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
+) -> None:
+    _ends_in_the_contract(cli, tiny_checkpoint, flags, prompt)
+
+
+def _ends_in_the_contract(cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str) -> None:
     words = [word for pair in flags for word in pair]
     result = cli("generate", "-m", tiny_checkpoint, "-n", "2", *words, "--", prompt)
     assert result.code in (0, 2, 3, 6), result.err

@@ -1,0 +1,63 @@
+"""What every format of weights offers: the tensors of a DBRX network under Databricks' names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..config import DbrxConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes in a file."""
+
+    file: Path
+    start: int
+    nbytes: int
+
+
+class FloatExpert(NamedTuple):
+    """One expert in a float type: w1, v1, w2 [ffn_hidden_size, d_model] each, w2 untransposed (h @ w2)."""
+
+    w1: Tensor
+    v1: Tensor
+    w2: Tensor
+
+
+class Weights(Protocol):
+    """An opened and checked set of weights; a context manager. Nothing but headers is read by opening it."""
+
+    config: DbrxConfig
+    source: Path  # what messages name: the folder, or the file
+    quantization: str  # how the experts are stored: "none" for a float type, else int8, int4, ...
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        """A whole tensor by Databricks' name; a float type. `owned`: copied, so that no file stays in use for it."""
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of a tensor as it is stored."""
+
+    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
+        """Where one expert lies, for a reader that brings the bytes itself; adjacent runs are one."""
+
+    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        """One expert, from the mapped file or from `data`: uint8 tensors with the bytes of its extents, in order."""
+
+    def dtypes(self) -> Counter[str]:
+        """Bytes by stored type, under safetensors' names ("BF16")."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+    def __enter__(self) -> Weights: ...
+
+    def __exit__(self, *_: object) -> None: ...
