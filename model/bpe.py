@@ -166,7 +166,7 @@ def vocabulary_from_json(values: Any, name: str = "tokenizer.json") -> Vocabular
     try:
         for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             _check_component(key, values.get(key))
-        pattern = _pattern(values["pre_tokenizer"])
+        pattern = pattern_of(values["pre_tokenizer"])
         added = {
             token["content"]: added_token(token["content"], token["id"], token) for token in values["added_tokens"]
         }
@@ -195,7 +195,8 @@ def _check_component(key: str, value: Any) -> None:
             )
 
 
-def _pattern(value: Any) -> str:
+def pattern_of(value: Any) -> str:
+    """The regular expression that does what the pre_tokenizer of a tokenizer.json does."""
     steps = value["pretokenizers"] if value["type"] == "Sequence" else [value]
     *before, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:
@@ -289,6 +290,19 @@ def _check_covers(pattern: str) -> None:
         raise ModelError("the pre_tokenizer's pattern leaves text out, which is not supported")
 
 
+def merges_of(vocabulary: Vocabulary) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each token was merged from, first merge first: what all earlier merges leave of its bytes."""
+    ranks = {token: rank for rank, token in enumerate(vocabulary.merged)}
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            assert best < rank, "a vocabulary holds only what its merges arrive at"
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself where it is printable, else a character from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -297,6 +311,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _byte_alphabet()
+CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 
 
 def _token_bytes(token: str) -> bytes:

@@ -20,6 +20,7 @@ from .safetensors_file import (
     MAX_JSON,
     TensorInfo,
     damaged,
+    give_back,
     how_to_get,
     map_file,
     opened,
@@ -51,17 +52,12 @@ TORCH_NAMES = {
 # Other layouts of the same weights, by a piece of a tensor's name; the first that fits is named in the error.
 OTHER_LAYOUTS = (
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "a LoRA adapter",
-     "merge it into its base model (peft's merge_and_unload) and give the folder with the result"),
-    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ quantized weights",
+     "give the base model with -m, and this folder with --adapter"),
+    (r"\.(qweight|qzeros)$", "AWQ quantized weights", "give the checkpoint they were made from"),
+    (r"(\.absmax|\.quant_state\..*|[._]scales?(_inv)?|\.biases)$", "quantized weights of another program",
      "give the checkpoint they were made from"),
-    (r"\.(scales|biases)$", "MLX quantized weights",
-     "give the checkpoint they were made from"),
-    (r"(\.absmax|\.quant_state\..*|[._]scale(_inv)?)$", "quantized weights of another program",
-     "give the checkpoint they were made from"),
-    (r"\bexperts?\.(.*\.)?\d+\.|\bmlp_experts\.\d+\.", "one tensor for each expert instead of stacked experts",
+    (r"experts?\.(.*\.)?\d+\.", "experts under names that are not known",
      "give a checkpoint in Databricks' own layout (ffn.experts.mlp.w1 and so on)"),
-    (r"\.[qkv]_proj\b", "separate q_proj, k_proj and v_proj instead of Wqkv",
-     "give a checkpoint in Databricks' own layout (norm_attn_norm.attn.Wqkv)"),
     (r"^model\.(layers|embed_tokens)\.", "the weights of another architecture",
      "give the folder of a DBRX checkpoint"),
 )  # fmt: skip
@@ -99,14 +95,14 @@ class Checkpoint:
     _maps: dict[Path, mmap.mmap] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
-        """Find the files of a folder and check all their headers; no tensor is read.
+    def open(cls, folder: str | Path, only: str | None = None) -> Checkpoint:
+        """Find the files of a folder, or take the `only` one, and check all their headers; no tensor is read.
 
         `ModelError` names the first file that is missing, damaged, or not what it should be.
         """
         folder = Path(folder)
-        source, weight_map = _find(folder)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        source, weight_map = _find(folder) if only is None else (folder / only, None)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [source.name]
         _require_all(folder, names)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
@@ -129,7 +125,7 @@ class Checkpoint:
     def check(self, config: DbrxConfig) -> None:
         """Exactly the tensors that `config` asks for, with their shapes and a float type, or a `ModelError`."""
         found = {name for name in self.tensors if not HARMLESS.fullmatch(name)}
-        _name_other_layout(self.source, found)
+        name_other_layout(self.source, found)
         if config.n_layers > len(found):  # before a table of that length is made
             raise ModelError(f"{self.source}: holds {len(found)} tensors, too few for {config.n_layers} layers")
         expected = expected_tensors(config)
@@ -137,16 +133,16 @@ class Checkpoint:
         unexpected = sorted(found - expected.keys())
         if missing:
             also = f"; {len(unexpected)} others are unexpected" if unexpected else ""
-            raise ModelError(f"{self.source}: {_listed(missing, 'is', 'are')} missing{also}", FITS)
+            raise ModelError(f"{self.source}: {listed(missing, 'is', 'are')} missing{also}", FITS)
         if unexpected:
             file = self.tensors[unexpected[0]].file
-            raise ModelError(f"{file}: {_listed(unexpected, 'does', 'do')} not belong to this model", FITS)
+            raise ModelError(f"{file}: {listed(unexpected, 'does', 'do')} not belong to this model", FITS)
         self._check_shapes(expected, config)
         wrong = [info for name in expected if (info := self.tensors[name]).dtype not in FLOATS]
         if wrong:
-            listed = _listed([f"{info.name} ({info.dtype})" for info in wrong], "has", "have")
+            types = listed([f"{info.name} ({info.dtype})" for info in wrong], "has", "have")
             raise ModelError(
-                f"{wrong[0].file}: {listed} no float type: quantized, or another layout",
+                f"{wrong[0].file}: {types} no float type: quantized, or another layout",
                 f"weights must be one of {', '.join(FLOATS)}",
             )
 
@@ -173,14 +169,19 @@ class Checkpoint:
 
         Writing to it changes memory only. It stays valid after `close`. KeyError for an unknown name.
         """
+        return self.read_part(self.tensors[name], dtype, device)
+
+    def read_part(
+        self, info: TensorInfo, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> torch.Tensor:
+        """The same for a tensor, or a slice of one, by its place."""
         import torch
 
-        info = self.tensors[name]
         mapped = self._maps.get(info.file)
         if mapped is None:
             raise ValueError(f"the checkpoint {self.folder} is closed")
         if info.dtype not in TORCH_NAMES:
-            raise ModelError(f"{info.file}: {shown(name)} has type {info.dtype}, which PyTorch cannot hold")
+            raise ModelError(f"{info.file}: {shown(info.name)} has type {info.dtype}, which PyTorch cannot hold")
         if mapped.size() < info.start + info.nbytes:  # a page beyond the end would kill the process (SIGBUS)
             raise damaged(info.file, "became shorter while it was in use")
         stored: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
@@ -202,6 +203,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def give_back(self) -> None:
+        """Let the system have the memory that read tensors take; they come from the files again if they are used."""
+        for mapped in self._maps.values():
+            give_back(mapped)
 
     def close(self) -> None:
         """Let go of the files; a map lives on as long as a tensor that was read from it."""
@@ -288,7 +294,7 @@ def _match_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Ten
             raise ModelError(f"{info.file}: holds tensor {shown(name)}, which {index.name} does not list")
 
 
-def _name_other_layout(source: Path, names: Iterable[str]) -> None:
+def name_other_layout(source: Path, names: Iterable[str]) -> None:
     """Raise when the names are those of a known layout that is not Databricks' own."""
     ordered = sorted(names)
     for pattern, what, hint in OTHER_LAYOUTS:
@@ -297,7 +303,8 @@ def _name_other_layout(source: Path, names: Iterable[str]) -> None:
             raise ModelError(f"{source}: holds {what} ({shown(example)})", hint)
 
 
-def _listed(names: list[str], one: str, many: str) -> str:
+def listed(names: list[str], one: str, many: str) -> str:
+    """The first tensors of several and a verb, `one` or `many`: "2 tensors (a, b) are"."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     noun, verb = ("tensor", one) if len(names) == 1 else ("tensors", many)
     return f"{len(names)} {noun} ({', '.join(map(shown, names[:3]))}{more}) {verb}"

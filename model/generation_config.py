@@ -27,6 +27,15 @@ class GenerationConfig:
     max_new_tokens: int | None = None
 
     @classmethod
+    def from_source(cls, source: Path) -> GenerationConfig:
+        """Read what belongs to the weights in `source`: a checkpoint's folder, or a GGUF file."""
+        if source.is_dir():
+            return cls.from_folder(source)
+        from .formats.gguf_metadata import GgufTokenizer
+
+        return cls(eos_token_id=tuple(GgufTokenizer.open(source).generation_config()["eos_token_id"]))
+
+    @classmethod
     def from_folder(cls, folder: Path) -> GenerationConfig:
         """Read `folder/generation_config.json`; a checkpoint without one says nothing."""
         path = folder / "generation_config.json"
@@ -54,6 +63,10 @@ class GenerationConfig:
             "max_tokens": self.max_new_tokens,
         }
         return replace(defaults or SamplingParams(), **{key: v for key, v in given.items() if v is not None})
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/generation_config.json`."""
+        (folder / "generation_config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n", "utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a generation_config.json."""

@@ -51,7 +51,7 @@ def opened(path: Path, folder: Path) -> Iterator[tuple[int, int]]:
     fd = -1
     try:
         real = Path(os.path.realpath(path, strict=True))
-        if not _belongs(real, Path(os.path.realpath(folder))):
+        if not belongs(real, Path(os.path.realpath(folder))):
             raise ModelError(
                 f"{path}: links to a place outside the folder, which is not followed",
                 "give the folder that holds the files themselves, or copy them",
@@ -96,7 +96,7 @@ def _require_regular(status: os.stat_result, path: Path) -> None:
         raise ModelError(f"{path}: is not a regular file")
 
 
-def _belongs(real: Path, folder: Path) -> bool:
+def belongs(real: Path, folder: Path) -> bool:
     """Whether a resolved file is part of the folder, or of the Hub cache's storage for that snapshot."""
     if real.is_relative_to(folder):
         return True
@@ -133,6 +133,12 @@ def map_file(fd: int, size: int) -> mmap.mmap:
         raise OSError(0, str(error)) from None
 
 
+def give_back(mapped: mmap.mmap) -> None:
+    """Let the system have the pages of a map that were read; what was written to them is lost."""
+    if hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class Header(NamedTuple):
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -143,7 +149,7 @@ def read_header(fd: int, size: int, path: Path) -> Header:
     head = pread(fd, 64, 0)
     length = int.from_bytes(head[:8], "little")
     if size < 8 or length > MAX_JSON:
-        raise _disguised(path, head) or damaged(path, "is not a safetensors file")
+        raise disguised(path, head) or damaged(path, "is not a safetensors file")
     if 8 + length > size:
         raise damaged(path, f"is truncated: its header ends at byte {8 + length}, the file at {size}")
     content = pread(fd, length, 8)
@@ -211,15 +217,15 @@ def parse_json(content: bytes, path: Path, part: str) -> dict[str, Any]:
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        known = _disguised(path, content)
+        known = disguised(path, content)
         raise known or damaged(path, f"{part}is not valid JSON: {shown(str(error))}") from None
     if not isinstance(parsed, dict):
         raise damaged(path, f"{part}is not a JSON object")
     return parsed
 
 
-def _disguised(path: Path, head: bytes) -> ModelError | None:
-    """What a file that should be safetensors or JSON really is, by its first bytes."""
+def disguised(path: Path, head: bytes) -> ModelError | None:
+    """What a file that should hold weights or JSON really is, by its first bytes."""
     if head.startswith(b"version https://git-lfs"):
         return ModelError(f"{path}: is a Git LFS pointer, not the file itself", "run `git lfs pull` in the folder")
     if head.startswith(b"GGUF"):

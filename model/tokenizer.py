@@ -61,13 +61,15 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
         padding_side: Literal["left", "right"] = "left",
         files: Sequence[Path] = (),
+        contents: Mapping[str, Any] | None = None,
     ) -> None:
         self.special_tokens = {name: token.id for name, token in vocabulary.added.items()}
         self.named_tokens = dict(named_tokens or {})
         self.chat_template = ChatTemplate(template_source, tuple(self.special_tokens), self.named_tokens, template_name)
         self.padding_side = padding_side
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._files = tuple(files)
+        self._contents = dict(contents or {})  # of files that were never written: this tokenizer is from a GGUF file
         table = {token_id: token for token, token_id in vocabulary.ids.items()}
         table |= {token.id: name.encode() for name, token in vocabulary.added.items()}
         self._bytes = [table.get(token_id, b"") for token_id in range(max(table) + 1)]
@@ -85,7 +87,7 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> BytePairEncoder:
-        return BytePairEncoder(self._vocabulary)
+        return BytePairEncoder(self.vocabulary)
 
     @property
     def vocab_size(self) -> int:
@@ -227,10 +229,13 @@ class Tokenizer:
         """Write the files that this tokenizer was made from into `folder`."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
+        for name, content in self._contents.items():
+            (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         for path in self._files:
             if path.resolve() != (target / path.name).resolve():
                 shutil.copyfile(path, target / path.name)
-        if not any(path.name in ("tokenizer.json", "tokenizer_config.json") for path in self._files):
+        written = {*self._contents, *(path.name for path in self._files)}
+        if not written & {"tokenizer.json", "tokenizer_config.json"}:
             config = {"tokenizer_class": "TiktokenTokenizerWrapper", "chat_template": self.chat_template.text}
             (target / "tokenizer_config.json").write_text(json.dumps(config | self.named_tokens, indent=2) + "\n")
 
@@ -253,6 +258,31 @@ class Tokenizer:
             files=[folder / name for name in SAVED_FILES if (folder / name).is_file()],
         )
 
+    @classmethod
+    def from_gguf(cls, path: str | Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
+        """Read the tokenizer in a GGUF file's header; `ModelError` when there is none that can be used."""
+        from .formats.gguf_metadata import GgufTokenizer
+
+        contents = GgufTokenizer.open(Path(path)).files()
+        config, where = contents["tokenizer_config.json"], f"{path}: tokenizer.chat_template"
+        template = config.get("chat_template")
+        if not isinstance(template, str | None):
+            raise ModelError(f"{where}: is not text")
+        return cls(
+            vocabulary_from_json(contents["tokenizer.json"], str(path)),
+            template_source=template,
+            template_name="built-in chat template" if template is None else where,
+            named_tokens=_named_tokens(config),
+            eos_token_ids=contents.pop("generation_config.json")["eos_token_id"],
+            padding_side=padding_side,
+            contents=contents,
+        )
+
+    @classmethod
+    def from_source(cls, source: Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
+        """Read what belongs to the weights in `source`: a checkpoint's folder, or a GGUF file."""
+        return (cls.from_folder if source.is_dir() else cls.from_gguf)(source, padding_side)
+
 
 class AutoTokenizer:
     """Finds a checkpoint's tokenizer, under the name that code written for transformers uses."""
@@ -266,15 +296,15 @@ class AutoTokenizer:
         padding_side: Literal["left", "right"] = "left",
         **ignored: Any,
     ) -> Tokenizer:
-        """Load from a folder or a Hub id. `trust_remote_code` is ignored: code of a checkpoint never runs."""
+        """Load from a folder, a GGUF file or a Hub id. `trust_remote_code` is ignored: no code of a checkpoint runs."""
         if unknown := set(ignored) - IGNORED_ARGUMENTS:
             raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(sorted(unknown))}")
-        folder = Path(name_or_path)
-        if not folder.is_dir():
+        source = Path(name_or_path)
+        if not source.exists():
             from .hub import resolve
 
-            folder = resolve(str(name_or_path), revision=revision, token=token, patterns=PATTERNS)
-        return Tokenizer.from_folder(folder, padding_side)
+            source = resolve(str(name_or_path), revision=revision, token=token, patterns=PATTERNS)
+        return Tokenizer.from_source(source, padding_side)
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:

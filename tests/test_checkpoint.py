@@ -277,16 +277,6 @@ def split_experts(pattern: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def split_qkv() -> dict[str, torch.Tensor]:
-    tensors = weights()
-    for i in range(2):
-        name = QKV.replace(".0.", f".{i}.")
-        fused = tensors.pop(name)
-        for kind, piece in zip("qkv", (fused[:24], fused[24:36], fused[36:]), strict=True):
-            tensors[name.replace("Wqkv", f"{kind}_proj")] = piece.clone()
-    return tensors
-
-
 def swapped_experts() -> dict[str, torch.Tensor]:
     return {n: t.reshape(3 * 24, 10) if ".experts." in n else t for n, t in weights().items()}
 
@@ -298,14 +288,11 @@ def eight_bit() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (split_experts(".experts.mlp.experts.{e}.{w}.weight"), "one tensor for each expert"),
-        (split_experts(".experts.{e}.{w}.weight"), "one tensor for each expert"),
-        (split_experts(".experts.mlp_experts.{e}.{w}.weight"), "one tensor for each expert"),
-        (split_experts(".experts.mlp.experts.{e}.{w}.qweight"), "GPTQ or AWQ"),
-        (split_experts(".experts.{e}.{w}.scales"), "MLX"),
+        (split_experts(".local_experts.{e}.{w}.weight"), "experts under names that are not known"),
+        (split_experts(".experts.mlp.experts.{e}.{w}.qweight"), "AWQ"),
+        (split_experts(".experts.{e}.{w}.absmax"), "quantized weights of another program"),
         (renamed("Wqkv.weight", "Wqkv.weight_scale"), "quantized weights of another program"),
         (renamed("mlp.w1", "mlp.w1_scale_inv"), "quantized weights of another program"),
-        (split_qkv(), "q_proj, k_proj and v_proj instead of Wqkv"),
         (renamed("Wqkv.weight", "Wqkv.lora_A.weight"), "LoRA adapter"),
         (renamed("transformer.blocks", "model.layers"), "another architecture"),
         (swapped_experts(), r"shape \[72, 10\], d_model and ffn_hidden_size swapped"),
@@ -340,7 +327,7 @@ def test_a_config_of_another_size_is_told_in_one_line(tmp_path: Path) -> None:
         ([], "holds no weights", "dbrx download"),
         (["pytorch_model.bin"], r"pytorch_model\.bin: pickle files are not loaded", "convert"),
         (["dbrx.gguf"], "holds a GGUF file", r"-m .*dbrx\.gguf"),
-        (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter", "--adapter"),
         (["model-00001-of-00002.safetensors"], "index.json is missing", "copy the files again"),
         (["dbrx.safetensors"], r"dbrx\.safetensors: is not called model\.safetensors", "rename"),
     ],

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .weights import Extent, FloatExpert, Weights
+from ..errors import ModelError
+from .weights import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights
 
-__all__ = ["Extent", "FloatExpert", "Weights", "open_weights"]
+__all__ = ["Extent", "FloatExpert", "QuantizedExpert", "QuantizedMatrix", "Weights", "open_weights"]
 
 
 def open_weights(path: str | Path) -> Weights:
     """Find out what `path` holds and check it; `ModelError` names the first file that is missing or damaged."""
-    from .databricks import DatabricksWeights
+    path = Path(path)
+    if path.is_file():
+        if path.suffix in (".safetensors", ".json"):
+            raise ModelError(f"{path}: is one file of a checkpoint", f"give its folder: -m {path.parent}")
+        from .dbrx_gguf import GgufWeights
 
-    return DatabricksWeights(Path(path))
+        return GgufWeights(path)
+    from ..checkpoint import Checkpoint
+    from .databricks import DatabricksWeights
+    from .quantized import QuantizedWeights, is_quantized
+    from .unfused import UnfusedWeights, is_unfused
+
+    if is_quantized(path):
+        return QuantizedWeights(path)
+    checkpoint = Checkpoint.open(path)
+    if is_unfused(checkpoint.tensors):
+        return UnfusedWeights(path, checkpoint)
+    return DatabricksWeights(path, checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import TORCH_NAMES, Checkpoint
 from ..config import DbrxConfig
@@ -21,11 +21,12 @@ class DatabricksWeights:
     """A checkpoint folder as its makers wrote it; see `Weights` for the methods."""
 
     quantization = "none"
+    plain_experts = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.source = folder
         self.config = DbrxConfig.from_json(folder / "config.json")
-        self._checkpoint = Checkpoint.open(folder)
+        self._checkpoint = checkpoint
         self._checkpoint.check(self.config)
 
     def read(
@@ -59,8 +60,14 @@ class DatabricksWeights:
             )
         )
 
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> NoReturn:
+        raise ValueError(f"{self.source}: the weights are not quantized")
+
     def dtypes(self) -> Counter[str]:
         return self._checkpoint.dtypes()
+
+    def give_back(self) -> None:
+        self._checkpoint.give_back()
 
     def close(self) -> None:
         self._checkpoint.close()

@@ -31,12 +31,34 @@ class FloatExpert(NamedTuple):
     w2: Tensor
 
 
+class QuantizedMatrix(NamedTuple):
+    """A matrix [out, in] in few bits: its value is (values - zero) * scale, for each group of one output's inputs.
+
+    int8: values int8 [out, in], scale float32 [out], no zero. int4: values uint8 [out, in / 2] (an even input in the
+    low half of a byte, the odd one after it in the high half), scale and zero bfloat16
+    [out, in / group], the last group maybe shorter.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+
+class QuantizedExpert(NamedTuple):
+    """One expert in few bits, each matrix by its outputs: w1, v1 [ffn_hidden_size, d_model], w2 the other way round."""
+
+    w1: QuantizedMatrix
+    v1: QuantizedMatrix
+    w2: QuantizedMatrix
+
+
 class Weights(Protocol):
     """An opened and checked set of weights; a context manager. Nothing but headers is read by opening it."""
 
     config: DbrxConfig
     source: Path  # what messages name: the folder, or the file
     quantization: str  # how the experts are stored: "none" for a float type, else int8, int4, ...
+    plain_experts: bool  # `expert` gives views of the stored bytes: who keeps these has the expert
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
@@ -52,8 +74,14 @@ class Weights(Protocol):
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         """One expert, from the mapped file or from `data`: uint8 tensors with the bytes of its extents, in order."""
 
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
+        """The same as it is stored, where `quantization` is int8 or int4; `ValueError` elsewhere."""
+
     def dtypes(self) -> Counter[str]:
         """Bytes by stored type, under safetensors' names ("BF16")."""
+
+    def give_back(self) -> None:
+        """Let the system have the memory of what was read from mapped files, once it has been copied."""
 
     def close(self) -> None:
         """Let go of the files."""

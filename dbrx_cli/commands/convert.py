@@ -1,0 +1,58 @@
+"""`dbrx convert`: weights in any layout -> a checkpoint folder in Databricks' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dbrx_cli.options import ModelOptions, OutputOptions, takes
+from dbrx_cli.report import Report
+
+To = Literal["auto", "bfloat16", "float16", "float32", "int8", "int4"]
+
+GROUP = 32  # of int4; `dbrx quantize` has a choice
+
+
+@takes(output=OutputOptions)
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A GGUF file, a folder, or a Hub id that is on this machine.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    *,
+    to: Annotated[
+        To, typer.Option("--to", help="Type of the weights; auto: as stored, of quantized ones bfloat16.")
+    ] = "auto",
+    output: OutputOptions,
+) -> None:
+    """Write a model as a checkpoint that loads at once: from GGUF, or from a layout with separate experts.
+
+    dbrx convert dbrx-Q4_K_M-00001-of-00002.gguf ./dbrx-instruct
+    """
+    from dbrx_cli.engine.local import find_model
+
+    report = Report(output)
+    folder = find_model(ModelOptions(model=source), report)
+    from model.formats import open_weights
+    from model.formats.write_checkpoint import write_checkpoint
+    from model.generation_config import GenerationConfig
+    from model.loading import choose_dtype
+    from model.tokenizer import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generation = GenerationConfig.from_source(folder)
+
+    def finish(written: Path) -> None:
+        tokenizer.save_pretrained(written)
+        generation.save(written)
+
+    with open_weights(folder) as weights, report.bar("Converting") as advance:
+        if to in ("int8", "int4"):
+            from model.formats.write_quantized import Writer
+
+            Writer(weights, out, to, GROUP).write(finish, advance)
+        else:
+            write_checkpoint(weights, out, choose_dtype(to, weights), finish, advance)
+    typer.echo(out)

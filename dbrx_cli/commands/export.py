@@ -1,0 +1,49 @@
+"""`dbrx export`: any model -> a GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, takes
+from dbrx_cli.report import Report
+from model.errors import InputError
+
+Type = Literal["q8_0", "q4_0", "bf16", "f32"]
+
+
+@takes(model=WhichModel, output=OutputOptions)
+def export(
+    out: Annotated[Path, typer.Argument(help="The file to write, NAME.gguf.", show_default=False)],
+    *,
+    kind: Annotated[Type, typer.Option("--type", help="Of the weights; norms and routers stay in f32.")] = "q8_0",
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="SIZE", help="Parts of at most this size (40GiB).", show_default=False),
+    ] = None,
+    model: WhichModel,
+    output: OutputOptions,
+) -> None:
+    """Write a model as GGUF, for llama.cpp and the programs built on it.
+
+    dbrx export dbrx.gguf --type q8_0 -m ./dbrx-instruct
+    """
+    from dbrx_cli.engine.local import find_model
+    from model.machine import parse_size
+
+    if out.suffix != ".gguf":
+        raise InputError(f"{out} does not end in .gguf", f"name it {out}.gguf")
+    size = parse_size(split) if split is not None else None
+    report = Report(output)
+    source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
+    from model.formats import open_weights
+    from model.formats.write_gguf import write_gguf
+    from model.tokenizer import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with open_weights(source) as weights, report.bar("Writing") as advance:
+        files = write_gguf(weights, tokenizer, out, kind, size, advance)
+    for file in files:
+        typer.echo(file)

@@ -1,0 +1,239 @@
+"""LoRA adapters in PEFT's format: weight + scale * B @ A, for the matrices of attention and for the router.
+
+Over float weights they are merged while these are read, before any quantization. Over weights that are stored quantized
+they are computed beside them: added to numbers on a coarse grid, most of a small change would be rounded away.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .checkpoint import FLOATS, Checkpoint
+from .config import DbrxConfig
+from .errors import ModelError
+from .formats import Extent, FloatExpert, QuantizedExpert, Weights
+from .safetensors_file import read_json, shown
+
+if TYPE_CHECKING:
+    from .transformer import DbrxForCausalLM
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(
+    r"(?:base_model\.model\.)?(transformer\.blocks\.(\d{1,6})\."
+    r"(?:norm_attn_norm\.attn\.(?:Wqkv|[qkv]_proj|out_proj)|ffn\.router\.layer))\.lora_([AB])(?:\.default)?\.weight",
+    re.ASCII,
+)
+# Settings that would change the numbers in ways that are not computed here, and what they must be.
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None), "lora_bias": (False, None),
+    "modules_to_save": (None, []), "layer_replication": (None, []), "target_parameters": (None, []),
+}  # fmt: skip
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of some rows of a matrix: a [rank, in], b [out, rank], both in float32; the scale is in b."""
+
+    first_row: int
+    a: Tensor
+    b: Tensor
+
+    def add_to(self, weight: Tensor) -> None:
+        """Change a float32 weight [all outputs, in] in place."""
+        weight[self.first_row : self.first_row + len(self.b)] += self.b @ self.a
+
+
+Changes = dict[str, list[LowRank]]
+
+
+def read_adapter(folder: str | Path, config: DbrxConfig) -> Changes:
+    """The changes of a folder with an adapter for a network of this configuration, by the names of weights.
+
+    `ModelError` if it is damaged, does not fit, or changes what adapters cannot change here.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ModelError(
+            f"{folder}: holds no {CONFIG}", "--adapter takes the folder of a LoRA adapter, as peft saves it"
+        )
+    settings = read_json(folder / CONFIG)
+    _check_settings(settings, folder / CONFIG)
+    if not (folder / WEIGHTS).exists():
+        raise ModelError(f"{folder}: holds no {WEIGHTS}", "save the adapter with safe_serialization=True")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    with Checkpoint.open(folder, WEIGHTS) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            found = KEY.fullmatch(name)
+            if found is None:
+                raise _unsupported(folder / WEIGHTS, name)
+            if int(found[2]) >= config.n_layers or info.dtype not in FLOATS:
+                raise ModelError(
+                    f"{folder / WEIGHTS}: {shown(name)} is for no layer of this model, or of no float type"
+                )
+            pairs.setdefault(found[1], {})[found[3]] = checkpoint.read(name).float()
+    changes: Changes = {}
+    for module, pair in pairs.items():
+        name, change = _change(module, pair, settings, config, folder / WEIGHTS)
+        changes.setdefault(name, []).append(change)
+    return changes
+
+
+def digest(changes: Changes) -> str:
+    """One value for all that an adapter changes; "none" if it changes nothing."""
+    found = hashlib.sha256()
+    for name, several in sorted(changes.items()):
+        for change in several:
+            found.update(f"{name} {change.first_row} {tuple(change.a.shape)} {tuple(change.b.shape)}".encode())
+            found.update(change.a.contiguous().numpy().tobytes() + change.b.contiguous().numpy().tobytes())
+    return found.hexdigest() if changes else "none"
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type is {shown(repr(settings.get('peft_type')))}; only LORA is supported")
+    for key, allowed in PLAIN.items():
+        if settings.get(key) not in allowed:
+            raise ModelError(
+                f"{path}: {key} is {shown(repr(settings[key]))}, which is not supported",
+                "merge the adapter with peft (merge_and_unload), and load the result",
+            )
+
+
+def _unsupported(path: Path, name: str) -> ModelError:
+    if ".experts." in name:
+        return ModelError(
+            f"{path}: changes experts ({shown(name)}); adapters can change attention and routers only",
+            "merge it with peft (merge_and_unload), and load the result",
+        )
+    return ModelError(f"{path}: {shown(name)} belongs to no matrix of attention and no router of DBRX")
+
+
+def _change(
+    module: str, pair: dict[str, Tensor], settings: dict[str, Any], config: DbrxConfig, path: Path
+) -> tuple[str, LowRank]:
+    """The weight that a module's pair of matrices changes, and how."""
+    head = config.head_dim
+    q, kv = config.n_heads * head, config.attn_config.kv_n_heads * head
+    first_row, rows = {
+        "Wqkv": (0, q + 2 * kv),
+        "q_proj": (0, q),
+        "k_proj": (q, kv),
+        "v_proj": (q + kv, kv),
+        "out_proj": (0, config.d_model),
+        "layer": (0, config.ffn_config.moe_num_experts),
+    }[module.rpartition(".")[2]]
+    a, b = pair.get("A"), pair.get("B")
+    if a is None or b is None:
+        raise ModelError(f"{path}: {module} has only one of lora_A and lora_B")
+    rank = a.shape[0] if a.dim() == 2 else 0
+    if not 0 < rank <= MAX_RANK or a.shape != (rank, config.d_model) or b.shape != (rows, rank):
+        raise ModelError(
+            f"{path}: {module} has matrices {list(a.shape)} and {list(b.shape)}, which do not fit "
+            f"[{rows}, {config.d_model}]",
+            "an adapter fits the model that it was trained with only",
+        )
+    alpha = _alpha(module, settings, path)
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    fused = re.sub(r"[qkv]_proj$", "Wqkv", module)
+    return f"{fused}.weight", LowRank(first_row, a, b * scale)
+
+
+def _alpha(module: str, settings: dict[str, Any], path: Path) -> float:
+    """lora_alpha, or that of the last pattern of alpha_pattern that names the module; patterns are plain suffixes."""
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise ModelError(f"{path}: alpha_pattern {shown(pattern)} is a regular expression, which is not supported")
+        if module == pattern or module.endswith("." + pattern):
+            alpha = value
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ModelError(f"{path.parent / CONFIG}: lora_alpha is {shown(repr(alpha))}, not a number")
+    return float(alpha)
+
+
+class AdaptedWeights:
+    """Float weights with an adapter's changes merged as they are read; see `Weights` for the methods."""
+
+    def __init__(self, weights: Weights, changes: Changes) -> None:
+        self.config = weights.config
+        self.source = weights.source
+        self.quantization = weights.quantization
+        self.plain_experts = weights.plain_experts
+        self._weights = weights
+        self._changes = changes
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        if name not in self._changes:
+            return self._weights.read(name, dtype, device, owned)
+        stored = self._weights.read(name)
+        merged = stored.float() if stored.dtype != torch.float32 else stored.clone()
+        for change in self._changes[name]:
+            change.add_to(merged)
+        return merged.to(device, dtype or stored.dtype)
+
+    def nbytes_of(self, name: str) -> int:
+        return self._weights.nbytes_of(name)
+
+    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
+        return self._weights.expert_extents(layer, expert)
+
+    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        return self._weights.expert(layer, expert, data)
+
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
+        return self._weights.quantized_expert(layer, expert, data)
+
+    def dtypes(self) -> Counter[str]:
+        return self._weights.dtypes()
+
+    def give_back(self) -> None:
+        self._weights.give_back()
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def __enter__(self) -> AdaptedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LoraLinear(nn.Module):
+    """A layer whose weight is stored quantized, and an adapter's change beside it."""
+
+    def __init__(self, base: nn.Module, changes: list[LowRank], device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        self._changes = [LowRank(c.first_row, c.a.to(device), c.b.to(device)) for c in changes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in the dtype of x."""
+        out: Tensor = self.base(x)
+        for change in self._changes:
+            part = linear(linear(x.float(), change.a), change.b).to(out.dtype)
+            out[..., change.first_row : change.first_row + len(change.b)] += part
+        return out
+
+
+def attach(network: DbrxForCausalLM, changes: Changes) -> None:
+    """Put an adapter beside the layers of a network that is loaded."""
+    for name, several in changes.items():
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        module = network.get_submodule(parent)
+        setattr(module, leaf, LoraLinear(module.get_submodule(leaf), several, network.device))

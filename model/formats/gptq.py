@@ -1,0 +1,50 @@
+"""GPTQ's encoding: value = (code - zero) * scale, where each input names its group.
+
+Source: the linear layers of AutoGPTQ and GPTQModel. Format "gptq" stores zeros lowered by one, "gptq_v2" as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .encoding import Shape, codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Gptq:
+    """qweight int32 [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in]."""
+
+    name = "GPTQ"
+    parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
+    marker = "g_idx"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._lowered = settings.get("checkpoint_format", "gptq") != "gptq_v2"
+
+    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> str | None:
+        out, inputs = wanted
+        bits = self._bits(shapes[0], wanted)
+        if bits is None:
+            return f"is quantized to other than 2, 4 or 8 bits (qweight has shape {list(shapes[0])})"
+        groups = shapes[2][0] if len(shapes[2]) == 2 else 0
+        fits = shapes == [(inputs * bits // 32, out), (groups, out * bits // 32), (groups, out), (inputs,)]
+        if not fits or dtypes[0] != "I32" or dtypes[1] != "I32" or dtypes[2] not in ("F16", "F32", "BF16"):
+            return f"has shapes {[list(shape) for shape in shapes]} and types {', '.join(dtypes)}, unlike GPTQ's"
+        return None if dtypes[3] in ("I32", "I64") else f"has group numbers of the type {dtypes[3]}"
+
+    def _bits(self, words: Shape, wanted: Shape) -> int | None:
+        return next((bits for bits in (2, 4, 8) if len(words) == 2 and words[0] * 32 == wanted[1] * bits), None)
+
+    def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
+        words, packed_zeros, scales, groups = tensors
+        bits = self._bits(tuple(words.shape), wanted)
+        assert bits is not None
+        zeros = codes(packed_zeros, bits)
+        if self._lowered:
+            zeros = (zeros + 1) & (2**bits - 1)
+        by_group, index = scales.float().t(), groups.long()
+        values = codes(words.t().contiguous(), bits) - zeros.t()[:, index]
+        return values * by_group[:, index]

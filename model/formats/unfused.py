@@ -1,0 +1,224 @@
+"""Layouts with a module for each expert, or for each of q, k and v, as converters make them for other tools.
+
+Each module's weight may be stored as floats, or packed as MLX or GPTQ do. All are mapped to Databricks' names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tensors, listed, name_other_layout
+from ..config import DbrxConfig
+from ..errors import ModelError
+from ..safetensors_file import TensorInfo, read_json
+from .encoding import Encoding, Floats, Shape
+from .gptq import Gptq
+from .mlx import Mlx
+from .weights import Extent, FloatExpert
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+STACK = "ffn.experts.mlp."
+FUSED = "norm_attn_norm.attn.Wqkv"
+# Where a block keeps matrix {m} of expert {e}.
+EXPERTS = (
+    "ffn.experts.mlp.{e}.{m}",  # the "converted" checkpoints, and what GPTQ tools made of them
+    "ffn.experts.mlp_experts.{e}.{m}",  # the "fixed" ones
+    "ffn.experts.mlp.experts.{e}.{m}",
+    "ffn.experts.{e}.{m}",  # MLX
+)
+QKV = tuple(f"norm_attn_norm.attn.{part}_proj" for part in "qkv")
+MATRICES = ("w1", "v1", "w2")
+FIRST = "transformer.blocks.0."
+FLOATS: Encoding = Floats()
+
+
+def is_unfused(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether tensors have the names of these layouts, or Databricks' names and an encoding."""
+    modules = {name.rpartition(".")[0] for name in tensors}
+    apart = (*(name.format(e=0, m="w1") for name in EXPERTS), QKV[0])
+    packed = any(f"{FIRST}{FUSED}.{marker}" in tensors for marker in (Mlx.marker, Gptq.marker))
+    return packed or any(FIRST + name in modules for name in apart)
+
+
+class Module:
+    """One stored matrix and how it becomes floats in Databricks' orientation; `shape` is that of the layer's weight."""
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, TensorInfo],
+        shape: Shape,
+        encodings: Sequence[Encoding],
+        transposed: bool = False,
+    ) -> None:
+        self.shape, self.transposed = shape, transposed
+        self.encoding: Encoding = next((p for p in encodings if f"{name}.{p.marker}" in tensors), FLOATS)
+        # A stack of experts is a parameter of its own, without .weight.
+        self.names = [name] if name in tensors else [f"{name}.{part}" for part in self.encoding.parts]
+        self.missing = [part for part in self.names if part not in tensors]
+        self.infos = [tensors[part] for part in self.names if part in tensors]
+        if self.missing:
+            return
+        fault = self.encoding.check([info.dtype for info in self.infos], [info.shape for info in self.infos], shape)
+        if fault:
+            raise ModelError(f"{self.infos[0].file}: {name} {fault}", FITS)
+
+    def values(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The matrix out of its stored tensors."""
+        try:
+            values = self.encoding.unpack(tensors, self.shape)
+        except IndexError:
+            raise ModelError(f"{self.infos[0].file}: {self.names[0]} names groups that are not there") from None
+        return values.t() if self.transposed else values
+
+
+class UnfusedWeights:
+    """A checkpoint folder whose experts, or whose projections, are apart; see `Weights` for the methods.
+
+    Packed tensors come in bfloat16 from `read` unless it is told otherwise, packed experts in float32 from `expert`.
+    """
+
+    quantization = "none"
+    plain_experts = False
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+        self.source = folder
+        self.config = DbrxConfig.from_json(folder / "config.json")
+        self._checkpoint = checkpoint
+        self._encodings: tuple[Encoding, ...] = (Gptq(_quantization(folder)), Mlx())  # both have scales
+        found = checkpoint.tensors
+        if self.config.n_layers > len(found):  # before a table of that length is made
+            raise ModelError(f"{folder}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
+        modules = {name.rpartition(".")[0] for name in found}
+        self._experts = next((name for name in EXPERTS if FIRST + name.format(e=0, m="w1") in modules), None)
+        self._split = FIRST + QKV[0] in modules
+        self._shapes = expected_tensors(self.config)
+        self._modules = {name: self._parts(name, shape) for name, shape in self._shapes.items()}
+        self._check()
+
+    def _parts(self, name: str, shape: Shape) -> list[Module]:
+        """The modules that make up a tensor of Databricks' layout, in its order."""
+        found, d = self._checkpoint.tensors, self.config.d_model
+        block, stack, matrix = name.rpartition(STACK)
+        if stack and self._experts:
+            ffn = self.config.ffn_config
+            names = [block + self._experts.format(e=e, m=matrix) for e in range(ffn.moe_num_experts)]
+            size = (ffn.ffn_hidden_size, d)
+            # A linear layer, which is what all known converters make, has w2 transposed; its shape tells.
+            first = found.get(f"{names[0]}.weight")
+            transposed = matrix == "w2" and (size[0] == size[1] or first is None or first.shape != size)
+            size = size[::-1] if transposed else size
+            return [Module(each, found, size, self._encodings, transposed) for each in names]
+        if FUSED in name and self._split:
+            kv_size = self.config.attn_config.kv_n_heads * self.config.head_dim
+            names = [name.replace(f"{FUSED}.weight", part) for part in QKV]
+            sizes = ((d, d), (kv_size, d), (kv_size, d))
+            return [Module(each, found, size, self._encodings) for each, size in zip(names, sizes, strict=True)]
+        return [Module(name if stack else name.removesuffix(".weight"), found, shape, self._encodings)]
+
+    def _check(self) -> None:
+        """Exactly the tensors that the configuration asks for; `Module` checks shapes and types."""
+        modules = [module for parts in self._modules.values() for module in parts]
+        missing = [name for module in modules for name in module.missing]
+        known = {name for module in modules for name in module.names}
+        unexpected = sorted(n for n in self._checkpoint.tensors if n not in known and not HARMLESS.fullmatch(n))
+        source = self._checkpoint.source
+        if missing:
+            name_other_layout(source, unexpected)
+            raise ModelError(f"{source}: {listed(missing, 'is', 'are')} missing", FITS)
+        if unexpected:
+            raise ModelError(f"{source}: {listed(unexpected, 'does', 'do')} not belong to this model", FITS)
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        import torch
+
+        parts = self._modules[name]
+        if len(parts) == 1 and parts[0].encoding is FLOATS:
+            tensor = self._checkpoint.read(parts[0].names[0], dtype, device)
+            return tensor.clone() if owned else tensor
+        stored = parts[0].infos[0].dtype if parts[0].encoding is FLOATS else "BF16"
+        out = torch.empty(self._shapes[name], dtype=dtype or getattr(torch, TORCH_NAMES[stored]))
+        start = 0
+        for part in parts:
+            values = part.values([self._checkpoint.read(each) for each in part.names])
+            out[start : start + len(values)] = values
+            start += len(values)
+        return out.to(device)
+
+    def nbytes_of(self, name: str) -> int:
+        return sum(info.nbytes for module in self._modules[name] for info in module.infos)
+
+    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
+        infos = [info for module in self._matrices(layer, expert) for info in module.infos]
+        return tuple(Extent(info.file, info.start, info.nbytes) for info in infos)
+
+    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        import torch
+
+        modules, matrices, start = self._matrices(layer, expert), [], 0
+        for module in modules:
+            if data is None:
+                tensors = [self._checkpoint.read_part(info) for info in module.infos]
+            else:
+                raws = data[start : start + len(module.infos)]
+                tensors = [
+                    raw.view(getattr(torch, TORCH_NAMES[info.dtype])).view(info.shape)
+                    for raw, info in zip(raws, module.infos, strict=True)
+                ]
+            start += len(module.infos)
+            matrices.append(module.values(tensors).contiguous())
+        return FloatExpert(*matrices)
+
+    def _matrices(self, layer: int, expert: int) -> list[Module]:
+        """The modules of one expert; a stack's slice is taken for a module."""
+        stacks = [self._modules[f"transformer.blocks.{layer}.{STACK}{matrix}"] for matrix in MATRICES]
+        if self._experts:
+            return [stack[expert] for stack in stacks]
+        size = (self.config.ffn_config.ffn_hidden_size, self.config.d_model)
+        slices = []
+        for (stack,) in stacks:
+            (info,) = stack.infos
+            nbytes = info.nbytes // self.config.ffn_config.moe_num_experts
+            part = replace(info, shape=size, start=info.start + expert * nbytes, nbytes=nbytes)
+            slices.append(Module(info.name, {info.name: part}, size, ()))
+        return slices
+
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> NoReturn:
+        raise ValueError(f"{self.source}: this encoding is no format of the experts' kernels")
+
+    def dtypes(self) -> Counter[str]:
+        counted: Counter[str] = Counter()
+        for module in (module for parts in self._modules.values() for module in parts):
+            packed = module.encoding is not FLOATS
+            counted[module.encoding.name if packed else module.infos[0].dtype] += sum(i.nbytes for i in module.infos)
+        return counted
+
+    def give_back(self) -> None:
+        self._checkpoint.give_back()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def __enter__(self) -> UnfusedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _quantization(folder: Path) -> Mapping[str, object]:
+    """What a checkpoint says about its quantization: in config.json, or in a file of AutoGPTQ's."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    path = folder / "quantize_config.json"
+    if settings is None and path.is_file():
+        settings = read_json(path)
+    return settings if isinstance(settings, dict) else {}

@@ -1,0 +1,267 @@
+"""LoRA adapters: the logits of weights to which the change was added by hand; hostile ones are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import DbrxForCausalLM
+from model.adapters import attach, read_adapter
+from model.config import DbrxConfig
+from model.errors import ModelError
+from tests.cli import Cli
+from tests.conftest import TINY
+from tests.gguf_files import write_gguf
+from tests.weights import make_checkpoint
+
+torch.set_num_threads(1)
+
+IDS = torch.tensor([[5, 17, 2, 3, 90, 42, 9]])
+BLOCK = "transformer.blocks.{}."
+ATTENTION, ROUTER = "norm_attn_norm.attn.", "ffn.router.layer"
+SETTINGS: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "modules_to_save": None}
+SMALL: dict[str, Any] = {**TINY, "vocab_size": 96}
+Q, KV = 48, 8  # outputs of TINY's queries, and of its keys and values
+ROWS = {"Wqkv": Q + 2 * KV, "q_proj": Q, "k_proj": KV, "v_proj": KV, "out_proj": 48, ROUTER: 16}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "m", SMALL, 7)
+
+
+def pairs(
+    modules: tuple[str, ...], rank: int = 4, seed: int = 0, layers: tuple[int, ...] = (0, 2)
+) -> dict[str, Tensor]:
+    """lora_A and lora_B of modules, as large as the weights themselves, by peft's names."""
+    rng = torch.Generator().manual_seed(seed)
+    found = {}
+    for layer in layers:
+        for module in modules:
+            name = f"base_model.model.{BLOCK.format(layer)}{'' if module == ROUTER else ATTENTION}{module}"
+            found[f"{name}.lora_A.weight"] = torch.randn(rank, 48, generator=rng) / 7
+            found[f"{name}.lora_B.weight"] = torch.randn(ROWS[module], rank, generator=rng) / 4
+    return found
+
+
+def write(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**SETTINGS, **settings}))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def dense(base: Path, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The whole weights with the change, worked out row by row from the definition, in float64."""
+    state = {name: tensor.clone() for name, tensor in DbrxForCausalLM.from_pretrained(base).state_dict().items()}
+    starts = {"q_proj": 0, "k_proj": Q, "v_proj": Q + KV}
+    for name, b in tensors.items():
+        if "lora_B" not in name:
+            continue
+        a = tensors[name.replace("lora_B", "lora_A")]
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        stem, _, leaf = module.rpartition(".")
+        weight = state[f"{stem}.Wqkv.weight" if leaf in starts else f"{module}.weight"]
+        for row in range(len(b)):
+            change = torch.stack([b[row, r].double() * a[r].double() for r in range(len(a))]).sum(0)
+            weight[starts.get(leaf, 0) + row] += (scale * change).float()
+    return state
+
+
+@torch.no_grad()
+def logits(network: DbrxForCausalLM) -> Tensor:
+    return torch.as_tensor(network(IDS).logits).float()
+
+
+def by_hand(base: Path, tensors: dict[str, Tensor], scale: float) -> Tensor:
+    network = DbrxForCausalLM(DbrxConfig.from_dict(SMALL)).eval()
+    network.load_state_dict(dense(base, tensors, scale))
+    return logits(network)
+
+
+@pytest.mark.parametrize("modules", [("Wqkv", "out_proj", ROUTER), ("q_proj", "v_proj"), ("k_proj", ROUTER)])
+def test_merged_it_gives_the_logits_of_the_sum(base: Path, tmp_path: Path, modules: tuple[str, ...]) -> None:
+    tensors = pairs(modules)
+    network = DbrxForCausalLM.from_pretrained(base, adapter=write(tmp_path / "a", tensors))
+    expected = by_hand(base, tensors, 2.0)
+    assert (expected - logits(DbrxForCausalLM.from_pretrained(base))).abs().max() > 0.5  # it matters
+    torch.testing.assert_close(logits(network), expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "scale"),
+    [
+        ({"lora_alpha": 3}, 4, 0.75),
+        ({"use_rslora": True}, 4, 4.0),
+        ({"use_rslora": True, "lora_alpha": 3}, 2, 3 / math.sqrt(2)),
+        ({"rank_pattern": {"Wqkv": 8}}, 8, 1.0),
+        ({"alpha_pattern": {"attn.Wqkv": 2}}, 4, 0.5),
+        ({"alpha_pattern": {"out_proj": 2}}, 4, 2.0),
+    ],
+)
+def test_scales(base: Path, tmp_path: Path, settings: dict[str, Any], rank: int, scale: float) -> None:
+    tensors = pairs(("Wqkv",), rank)
+    network = DbrxForCausalLM.from_pretrained(base, adapter=write(tmp_path / "a", tensors, **settings))
+    for name, expected in dense(base, tensors, scale).items():
+        torch.testing.assert_close(network.state_dict()[name], expected, rtol=0, atol=1e-5)
+
+
+def test_the_type_stays_that_of_the_weights(base: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in pairs(("Wqkv", ROUTER)).items()}
+    folder = write(tmp_path / "a", tensors)
+    network = DbrxForCausalLM.from_pretrained(base, adapter=folder, dtype="bfloat16")
+    assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.bfloat16}
+    expected = by_hand(base, {name: tensor.float() for name, tensor in tensors.items()}, 2.0)
+    assert (logits(network) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_the_base_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    network = DbrxForCausalLM.from_pretrained(base, adapter=write(tmp_path / "a", pairs(("Wqkv",))))
+    logits(network)
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_over_a_gguf(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    rng = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 64, generator=rng), torch.randn(64, 2, generator=rng)
+    name = "base_model.model.transformer.blocks.1.norm_attn_norm.attn.out_proj"
+    folder = write(tmp_path / "a", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, lora_alpha=2)
+    plain = DbrxForCausalLM.from_pretrained(path).state_dict()
+    adapted = DbrxForCausalLM.from_pretrained(path, adapter=folder).state_dict()
+    name = name.removeprefix("base_model.model.") + ".weight"
+    torch.testing.assert_close(adapted[name], plain[name] + b @ a)
+    assert all(torch.equal(adapted[other], plain[other]) for other in plain if other != name)
+
+
+def test_beside_the_layers_it_gives_the_same(base: Path, tmp_path: Path) -> None:
+    """As over weights that are stored quantized."""
+    tensors = pairs(("q_proj", "v_proj", "out_proj", ROUTER))
+    network = DbrxForCausalLM.from_pretrained(base)
+    attach(network, read_adapter(write(tmp_path / "a", tensors), network.config))
+    torch.testing.assert_close(logits(network), by_hand(base, tensors, 2.0), rtol=0, atol=2e-4)
+
+
+def test_over_a_checkpoint_in_int8(base: Path, tmp_path: Path, cli: Cli) -> None:
+    """Small changes, which would be lost if they were rounded to the base's own grid."""
+    (tmp_path / "source").mkdir()
+    for path in base.iterdir():
+        shutil.copy(path, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "TiktokenTokenizerWrapper"}')
+    assert cli("convert", tmp_path / "source", tmp_path / "int8", "--to", "int8").code == 0
+    tensors = {name: tensor / (3 if "lora_B" in name else 1) for name, tensor in pairs(("Wqkv", "out_proj")).items()}
+    folder = write(tmp_path / "a", tensors)
+    plain = logits(DbrxForCausalLM.from_pretrained(tmp_path / "int8"))
+    adapted = logits(DbrxForCausalLM.from_pretrained(tmp_path / "int8", adapter=folder))
+    expected = by_hand(base, tensors, 2.0) - logits(DbrxForCausalLM.from_pretrained(base))
+    assert (adapted - plain - expected).abs().mean() < 0.25 * expected.abs().mean()
+
+
+def test_a_checksum_tells_adapters_apart(base: Path, tmp_path: Path) -> None:
+    folders = [write(tmp_path / "a", pairs(("Wqkv",))), write(tmp_path / "b", pairs(("Wqkv",)), lora_alpha=3)]
+    found = [DbrxForCausalLM.from_pretrained(base, adapter=folder).adapter for folder in (None, *folders, folders[0])]
+    assert found[0] == "none" and len(set(found)) == 3 and found[1] == found[3]
+
+
+def changed(**settings: Any) -> Callable[[Path], object]:
+    return lambda folder: write(folder, pairs(("Wqkv",)), **settings)
+
+
+def holding(**tensors: Tensor) -> Callable[[Path], object]:
+    def make(folder: Path) -> None:
+        names = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+        write(folder, pairs(("Wqkv",)) | names)
+
+    return make
+
+
+def without(part: str) -> Callable[[Path], object]:
+    return lambda folder: write(folder, {n: t for n, t in pairs(("Wqkv",)).items() if part not in n})
+
+
+def cut(folder: Path) -> None:
+    write(folder, pairs(("Wqkv",)))
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def pickled(folder: Path) -> None:
+    write(folder, pairs(("Wqkv",)))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def of_rank(rank: int) -> Callable[[Path], object]:
+    return lambda folder: write(folder, pairs(("Wqkv",), rank, layers=(0,)))
+
+
+B1 = "base_model__model__transformer__blocks__1__"
+DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no_config": (lambda folder: folder.mkdir(), "holds no adapter_config.json"),
+    "pickle": (pickled, "holds no adapter_model.safetensors"),
+    "config_not_json": (
+        lambda folder: (write(folder, pairs(("Wqkv",))) / "adapter_config.json").write_text("{"),
+        "not valid JSON",
+    ),
+    "other_kind": (changed(peft_type="LOHA"), "peft_type is 'LOHA'"),
+    "dora": (changed(use_dora=True), "use_dora is True"),
+    "bias": (changed(bias="all"), "bias is 'all'"),
+    "whole_modules": (changed(modules_to_save=["lm_head"]), "modules_to_save"),
+    "transposed": (changed(fan_in_fan_out=True), "fan_in_fan_out"),
+    "alpha_text": (changed(lora_alpha="8"), "lora_alpha is '8', not a number"),
+    "alpha_infinite": (changed(lora_alpha=1e999), "lora_alpha is inf"),
+    "alpha_absent": (changed(lora_alpha=None), "lora_alpha is None"),
+    "pattern_is_regex": (changed(alpha_pattern={"(a+)+$": 2}), "is a regular expression"),
+    "experts": (holding(**{f"{B1}ffn__experts__mlp__w1__lora_A__weight": torch.ones(2)}), "changes experts"),
+    "head": (holding(base_model__model__lm_head__lora_A__weight=torch.ones(2)), "belongs to no matrix"),
+    "norm": (holding(**{f"{B1}norm_attn_norm__norm_1__lora_A__weight": torch.ones(2)}), "belongs to no matrix"),
+    "escapes": (holding(**{"\x1b[31m": torch.ones(2)}), r"\\x1b"),
+    "layer_beyond": (
+        holding(**{f"{B1.replace('1', '7')}norm_attn_norm__attn__Wqkv__lora_A__weight": torch.ones(4, 48)}),
+        "no layer of this model",
+    ),
+    "only_a": (without("lora_B"), "only one of lora_A and lora_B"),
+    "rank_zero": (of_rank(0), "do not fit"),
+    "rank_huge": (of_rank(5000), "do not fit"),
+    "another_size": (
+        holding(**{f"{B1}norm_attn_norm__attn__out_proj__lora_{x}__weight": torch.ones(4, 4) for x in "AB"}),
+        r"do not fit \[48, 48\]",
+    ),
+    "integers": (
+        holding(**{f"{B1}norm_attn_norm__attn__out_proj__lora_A__weight": torch.ones(4, 48).int()}),
+        "no float type",
+    ),
+    "truncated": (cut, "is truncated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, defect: str) -> None:
+    make, message = DEFECTS[defect]
+    folder = tmp_path / "adapter"
+    make(folder)
+    with pytest.raises(ModelError, match=message) as error:
+        read_adapter(folder, DbrxConfig.from_dict(TINY))
+    assert error.value.message.startswith(str(folder)) and error.value.message.isprintable()
+
+
+def test_the_command_line(tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = write(tmp_path / "a", pairs(("Wqkv", "out_proj", ROUTER), layers=(0, 1, 2)))
+    plain, adapted = (
+        cli("generate", "-m", tiny_checkpoint, "-n", "8", "-t", "0", "hello", *more)
+        for more in ((), ("--adapter", folder))
+    )
+    assert plain.code == adapted.code == 0 and plain.out != adapted.out
+    ran = cli("generate", "-m", tiny_checkpoint, "--adapter", tmp_path / "gone", "hello")
+    assert ran.code == 3 and "holds no adapter_config.json" in ran.fault
+    ran = cli("generate", "-m", folder, "hello")
+    assert ran.code == 3

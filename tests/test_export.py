@@ -1,0 +1,148 @@
+"""`dbrx export`: GGUF files that the gguf package reads, that load here again, and that llama.cpp runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+
+from model import AutoTokenizer, DbrxForCausalLM
+from model.bpe import cl100k_vocabulary, merges_of
+from model.formats import open_weights
+from tests.cli import Cli
+from tests.gguf_files import CONFIG, tensors, write_gguf
+from tests.weights import make_checkpoint
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEXT = "Hello, world! 12345 é 中文 \n\n  def f(x):\n\treturn x  😀 <|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with DBRX's tokenizer and a template, its rows multiples of 32."""
+    found = make_checkpoint(tmp_path_factory.mktemp("export") / "m", {**CONFIG, "vocab_size": 100352}, 3, shards=2)
+    (found / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "pad_token": "<|pad|>"}))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+def test_tensors_are_those_of_the_gguf_package(tmp_path: Path, cli: Cli, kind: str) -> None:
+    out = tmp_path / "out.gguf"
+    ran = cli("export", out, "--type", kind, "-m", write_gguf(tmp_path / "m.gguf"))
+    assert (ran.code, ran.out) == (0, f"{out}\n")
+    expected = tensors(CONFIG)
+    found = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        to = GGMLQuantizationType.F32 if "norm" in name or "gate_inp" in name else GGMLQuantizationType[kind.upper()]
+        assert found[name].tensor_type == to
+        assert np.array_equal(found[name].data.view(np.uint8), gguf.quantize(value, to).view(np.uint8)), name
+
+
+@pytest.mark.slow
+def test_what_was_exported_loads_again(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.gguf"
+    assert cli("export", out, "--type", "f32", "-m", folder).code == 0
+    with open_weights(out) as exported, open_weights(folder) as original:
+        assert exported.config == original.config
+    network, again = DbrxForCausalLM.from_pretrained(folder), DbrxForCausalLM.from_pretrained(out)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(folder)
+    assert ours.encode(TEXT) == theirs.encode(TEXT)
+    assert ours.special_tokens == theirs.special_tokens and ours.chat_template.text == TEMPLATE
+    assert ours.eos_token_ids == (100279, 100257) and theirs.eos_token_ids == (100279,)
+    assert ours.pad_token_id == 100277 == theirs.pad_token_id
+    header = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
+    assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", 100279)
+
+
+def test_merges_are_those_of_the_tokenizers_package() -> None:
+    """Given as a BPE model to another implementation, vocabulary and merges make the same ids."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    from model.bpe import CHARACTER_OF_BYTE, CL100K_PATTERN
+
+    vocabulary = cl100k_vocabulary()
+
+    def spelled(token: bytes) -> str:
+        return "".join(CHARACTER_OF_BYTE[byte] for byte in token)
+
+    merges = [(spelled(a), spelled(b)) for a, b in merges_of(vocabulary)]
+    assert len(merges) == 100256 - 256
+    other = Tokenizer(models.BPE({spelled(token): i for token, i in vocabulary.ids.items()}, merges))
+    other.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CL100K_PATTERN), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    from model.bpe import BytePairEncoder
+
+    for text in (TEXT, (ROOT / "README.md").read_text("utf-8")):
+        assert other.encode(text).ids == BytePairEncoder(vocabulary).encode(text)
+
+
+def test_parts(tmp_path: Path, cli: Cli) -> None:
+    source = write_gguf(tmp_path / "m.gguf", "bf16")
+    ran = cli("export", tmp_path / "out.gguf", "--type", "bf16", "--split", "150K", "-m", source)
+    files = [Path(line) for line in ran.out.splitlines()]
+    assert ran.code == 0 and len(files) > 2 and files[0].name == f"out-00001-of-{len(files):05}.gguf"
+    assert sorted(tmp_path.glob("out*")) == files
+    with open_weights(files[1]) as parts, open_weights(source) as whole:
+        for name in ("lm_head.weight", "transformer.blocks.1.ffn.experts.mlp.w2"):
+            assert torch.equal(parts.read(name), whole.read(name))
+    ran = cli("export", tmp_path / "out.gguf", "--type", "bf16", "--split", "150K", "-m", source)
+    assert ran.code == 2 and "exists already" in ran.fault and not list(tmp_path.glob(".out*"))
+
+
+def changed(folder: Path, to: Path, **ffn: Any) -> Path:
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    config["ffn_config"] |= ffn
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_what_llama_cpp_cannot_run_is_told(folder: Path, tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.gguf"
+    gelu = changed(folder, tmp_path / "gelu", ffn_act_fn={"name": "gelu"})
+    free = changed(folder, tmp_path / "free", moe_normalize_expert_weights=None)
+    for model, message in (
+        (gelu, "this model has gelu"),
+        (free, "moe_normalize_expert_weights None"),
+        (tiny_checkpoint, "rows of 48, which q8_0 cannot pack"),
+    ):
+        ran = cli("export", out, "-m", model)
+        assert ran.code == 3 and message in ran.fault
+    assert cli("export", tmp_path / "out.bin", "-m", folder).code == 2
+    assert cli("export", out, "-m", folder, "--split", "much").code == 2
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.reference
+def test_llama_cpp_gives_the_same_tokens(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    """Needs LLAMA_CPP_FOLDER: a folder in which `npm install node-llama-cpp` was run."""
+    if not os.environ.get("LLAMA_CPP_FOLDER"):
+        pytest.skip("LLAMA_CPP_FOLDER names no folder with node-llama-cpp")
+    llama_cpp, out = os.environ["LLAMA_CPP_FOLDER"], tmp_path / "out.gguf"
+    assert cli("export", out, "--type", "f32", "-m", folder).code == 0
+    prompt = AutoTokenizer.from_pretrained(folder).encode("Hello, world! The capital of France is")
+    network = DbrxForCausalLM.from_pretrained(folder, dtype="float32")
+    ours = network.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=[])
+    script = ROOT / "tests" / "reference" / "llama_cpp_greedy.mjs"
+    command = ["node", str(script), llama_cpp, str(out), "24", *map(str, prompt)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    assert json.loads(ran.stdout.splitlines()[-1]) == ours[0, len(prompt) :].tolist()

@@ -1,0 +1,265 @@
+"""GGUF files of DBRX: the logits, the tokens and the experts of the model that they were made from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+
+from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
+from model.errors import ModelError
+from model.formats import FloatExpert, open_weights
+from model.formats.dequantize import row_bytes
+from model.generation_config import GenerationConfig
+from tests.cli import Cli
+from tests.gguf_files import CONFIG, NAMES, SPECIAL, write_gguf
+from tests.weights import make_checkpoint, make_weights
+
+torch.set_num_threads(1)
+
+IDS = torch.tensor([[5, 17, 200, 3, 300, 42, 99]])
+READABLE = """F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K
+IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4""".split()
+
+
+@torch.no_grad()
+def logits(source: Path, **options: Any) -> torch.Tensor:
+    """In memory of the process: where in a file weights begin can change the last bit of a product."""
+    network = DbrxForCausalLM.from_pretrained(source, **options)
+    network.load_state_dict({name: tensor.clone() for name, tensor in network.state_dict().items()}, assign=True)
+    return torch.as_tensor(network(IDS).logits)
+
+
+def by_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors under Databricks' names, through the gguf package's own reader."""
+    ours = {theirs: name for name, theirs in NAMES.items()}
+    found = {}
+    for tensor in GGUFReader(path).tensors:
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        name = tensor.name
+        if name.startswith("blk."):
+            _, block, rest = name.split(".", 2)
+            name = f"transformer.blocks.{block}.{ours[rest]}"
+        else:
+            name = ours[name]
+        if values.dim() == 3:
+            values = (values.transpose(1, 2) if name.endswith("w2") else values).flatten(0, 1)
+        found[name] = values.contiguous()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", "float32"), ("bf16", "bfloat16"), ("f16", "float16")])
+def test_floats_give_the_logits_of_the_checkpoint(tmp_path: Path, kind: str, dtype: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", kind)
+    folder = make_checkpoint(tmp_path / "folder", CONFIG, seed=3, dtype=dtype)
+    network = DbrxForCausalLM.from_pretrained(path)
+    assert str(network.dtype) == f"torch.{dtype}"
+    assert network.config == DbrxConfig.from_json(folder / "config.json")
+    assert torch.equal(logits(path), logits(folder))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_quantized_types_give_the_logits_of_their_values(tmp_path: Path, kind: str, dtype: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", kind)
+    expected = DbrxForCausalLM(DbrxConfig.from_dict(CONFIG)).eval()
+    expected.load_state_dict(by_gguf(path))
+    expected.to(torch.bfloat16 if dtype == "auto" else torch.float32)
+    network = DbrxForCausalLM.from_pretrained(path, dtype=dtype)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    with torch.no_grad():
+        assert torch.equal(network(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_every_type_is_read_as_the_package_reads_it(tmp_path: Path, kind: str) -> None:
+    """Random bits in all large tensors, through each way of reading."""
+    config = {**CONFIG, "d_model": 256, "n_layers": 1}
+    config["ffn_config"] = {"ffn_hidden_size": 512, "moe_num_experts": 2, "moe_top_k": 1}
+    path = tmp_path / "m.gguf"
+    rng = np.random.default_rng(1)
+    to = GGMLQuantizationType[kind]
+
+    def bits(value: Any, _: Any) -> Any:
+        if kind == "F32":
+            return value
+        raw = rng.integers(0, 60, (*value.shape[:-1], row_bytes(kind, value.shape[-1])), np.uint8)
+        return raw.view(np.float16) if kind == "F16" else raw
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.gguf_files.quantize", lambda v, t: bits(v, t) if t == to else v)
+        write_gguf(path, kind, config)
+    expected = by_gguf(path)
+    with open_weights(path) as weights:
+        for name, values in expected.items():
+            assert torch.equal(weights.read(name, torch.float32), values), name
+            as_stored = weights.read(name)
+            assert torch.equal(as_stored, values.to(as_stored.dtype)), name
+        for expert in range(2):
+            for ours, matrix in zip(weights.expert(0, expert), ("w1", "v1", "w2"), strict=True):
+                whole = expected[f"transformer.blocks.0.ffn.experts.mlp.{matrix}"].view(2, 512, 256)
+                assert torch.equal(ours.float(), whole[expert]) and ours.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+def test_an_expert_from_its_extents_is_the_expert(tmp_path: Path, kind: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", kind, split=9)
+    with open_weights(path) as weights:
+        for layer in range(2):
+            for expert in range(5):
+                extents = weights.expert_extents(layer, expert)
+                assert len(extents) == 3
+                data = tuple(read_extent(e.file, e.start, e.nbytes) for e in extents)
+                from_data: FloatExpert = weights.expert(layer, expert, data)
+                for ours, other in zip(from_data, weights.expert(layer, expert), strict=True):
+                    assert ours.shape == (96, 64) and torch.equal(ours, other)
+
+
+def read_extent(file: Path, start: int, nbytes: int) -> torch.Tensor:
+    with file.open("rb") as handle:
+        handle.seek(start)
+        return torch.frombuffer(bytearray(handle.read(nbytes)), dtype=torch.uint8)
+
+
+def test_a_split_model_is_given_by_any_part(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "m.gguf", split=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 3 and first == parts[0]
+    (tmp_path / "whole").mkdir()
+    whole = logits(write_gguf(tmp_path / "whole" / "m.gguf"))
+    for part in parts:
+        assert torch.equal(logits(part), whole)
+        assert AutoTokenizer.from_pretrained(part).encode("hello") == [259]
+
+
+def test_sizes_and_closing(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    with open_weights(path) as weights:
+        stored = {name: weights.nbytes_of(name) for name in make_weights(CONFIG, 3)}
+    assert sum(stored.values()) == sum(value.nbytes for value in make_weights(CONFIG, 3).values())
+    with pytest.raises(ValueError, match="closed"):
+        weights.read("lm_head.weight")
+
+
+def test_owned_tensors_leave_the_file(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    with open_weights(path) as weights:
+        mapped, owned = weights.read("lm_head.weight"), weights.read("lm_head.weight", owned=True)
+    assert torch.equal(mapped, owned)
+    with path.open("r+b") as file:
+        content = file.read()
+        file.seek(content.find(owned.numpy().tobytes()))
+        file.write(bytes(4))
+    assert mapped[0, 0] == 0 and owned[0, 0] != 0
+
+
+def test_the_tokenizer_comes_from_the_header(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    text = "hello world, 12345 é 中文\n\n  x\t😀 <|im_end|>"
+    ids = tokenizer.encode(text)
+    assert ids[:2] == [259, 264] and 303 not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.special_tokens == SPECIAL
+    assert tokenizer.eos_token_ids == (300, 303) == GenerationConfig.from_source(path).eos_token_id
+    assert (tokenizer.pad_token_id, tokenizer.bos_token) == (301, "<|endoftext|>")
+    assert tokenizer.decode([310, 265]) == ""  # ids without a token
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert prompt[0] == 302 and prompt.count(303) == 1 and 259 in prompt
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.encode(text) == ids and again.special_tokens == SPECIAL
+    assert again.apply_chat_template([{"role": "user", "content": "hello"}]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention.layer_norm_epsilon": 1e-6}, "norms have eps 1e-06"),
+        ({"rope.scaling.type": "yarn"}, "scaled"),
+        ({"rope.dimension_count": 8}, "rope.dimension_count is 8, not the head's size of 16"),
+        ({"attention.head_count": None}, "says no dbrx.attention.head_count"),
+        ({"attention.head_count": "4"}, "attention.head_count is '4', not int"),
+        ({"attention.head_count": 0}, "n_heads must be above 0"),
+        ({"expert_used_count": 6}, "moe_top_k is 6"),
+        ({"block_count": 3}, r"8 tensors \(blk.2.attn_norm.weight, .*are missing"),
+        ({"block_count": 10**9}, "too few for 1000000000 layers"),
+        ({"block_count": 1}, "do not belong to DBRX"),
+        ({"embedding_length": 128}, "has shape"),
+    ],
+)
+def test_other_networks_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", values=values)
+    with pytest.raises(ModelError, match=message) as error:
+        open_weights(path)
+    assert error.value.message.startswith(f"{path}: ")
+
+
+def test_no_clamp(tmp_path: Path) -> None:
+    for clamp in (0.0, 1e30):
+        path = write_gguf(tmp_path / "m.gguf", values={"attention.clamp_kqv": clamp})
+        with open_weights(path) as weights:
+            assert weights.config.attn_config.clip_qkv is None
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    for name in ("elsewhere", "here"):
+        (tmp_path / name).mkdir()
+    path, link = write_gguf(tmp_path / "elsewhere" / "m.gguf"), tmp_path / "here" / "link.gguf"
+    link.symlink_to(path)
+    with open_weights(link) as weights:
+        assert weights.source == path
+
+
+def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "q8_0")
+    ran = cli("generate", "-m", path, "-n", "5", "-t", "0", "hello")
+    assert ran.code == 0 and "m.gguf holds Q8_0 weights, which become bfloat16" in ran.err
+    assert cli("generate", "-m", path, "-n", "5", "-t", "0", "hello", "--dtype", "float32", "-q").err == ""
+    assert cli("tokenize", "-m", path, "hello").out.split() == ["259"]
+    ran = cli("generate", "-m", tmp_path / "gone.gguf", "hello")
+    assert ran.code == 3 and f"{tmp_path / 'gone.gguf'} does not exist" in ran.fault
+
+
+def test_a_llama_is_refused_with_the_way_to_the_demo(tmp_path: Path, cli: Cli) -> None:
+    path = write_gguf(tmp_path / "smollm.gguf", arch="llama")
+    for command in ("generate", "tokenize"):
+        ran = cli(command, "-m", path, "hello")
+        assert ran.code == 3 and str(path) in ran.fault
+        assert "'llama'" in ran.fault and "-m demo" in ran.fault
+    shutil.copy(path, tmp_path / "smollm.gguf.part1of2")
+    assert "join them: cat" in cli("generate", "-m", tmp_path / "smollm.gguf.part1of2", "hello").fault
+
+
+def test_experts_streamed_from_the_file_give_the_same(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "q8_0")
+    streamed = DbrxForCausalLM.from_pretrained(path, dtype="float32", offload="disk", expert_cache=2**20)
+    resident = DbrxForCausalLM.from_pretrained(path, dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(IDS).logits, resident(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_what_was_dequantized_leaves_memory(tmp_path: Path) -> None:
+    """Pages that were dequantized are given back: what is left of the file in memory is less than a stack."""
+    config = {**CONFIG, "d_model": 256, "n_layers": 1}
+    config["ffn_config"] = {"ffn_hidden_size": 1024, "moe_num_experts": 16, "moe_top_k": 2}
+    path = write_gguf(tmp_path / "m.gguf", "q8_0", config)
+
+    def resident() -> int:
+        lines = Path("/proc/self/smaps").read_text().split("\n")
+        start = next(i for i, line in enumerate(lines) if line.endswith(str(path)))
+        return 1024 * int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])
+
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("needs Linux's /proc")
+    with open_weights(path) as weights:
+        for matrix in ("w1", "v1", "w2"):
+            name = f"transformer.blocks.0.ffn.experts.mlp.{matrix}"
+            weights.read(name)
+        assert resident() < weights.nbytes_of(name)  # the system maps what lies around a page with it
