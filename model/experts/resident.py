@@ -1,10 +1,47 @@
 """Experts whose weights lie in memory as the checkpoint stores them."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from .kernel import Packed, mix
+
+if TYPE_CHECKING:
+    from ..formats import FloatExpert
+
+
+class FloatKernel:
+    """Plain products in the weights' own type, on any device."""
+
+    name = "float"
+    quantization = "none"
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        self.activation = activation
+
+    def pack(self, expert: FloatExpert) -> Packed:
+        return tuple(expert)
+
+    def load(self, stored: Any) -> NoReturn:
+        raise ValueError("a kernel of floats loads no quantized expert")
+
+    def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
+        return 3 * hidden * d_model * itemsize
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def run(self, prepared: Tensor, rows: Tensor | None, packed: Packed) -> Tensor:
+        w1, v1, w2 = packed
+        x = prepared if rows is None else prepared[rows]
+        hidden: Tensor = self.activation(linear(x, w1)) * linear(x, v1)
+        out: Tensor = hidden @ w2
+        return out
 
 
 class ExpertWeights(nn.Module):
@@ -24,26 +61,18 @@ class ExpertWeights(nn.Module):
 
 
 class ResidentExperts(nn.Module):
-    """Tokens sorted by expert, one product an expert and matrix, on views: no weight is copied."""
+    """Experts as views of the stacked parameters: no weight is copied."""
 
     def __init__(self, n_experts: int, hidden: int, d_model: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.activation = activation
+        self.kernel = FloatKernel(activation)
         self.mlp = ExpertWeights(n_experts, hidden, d_model)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
-        top_k = chosen.shape[1]
-        w1, v1, w2 = (w.view(self.n_experts, -1, x.shape[1]) for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2))
-        by_expert = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=self.n_experts).tolist()
-        out = torch.zeros_like(x)
-        for expert, pairs in enumerate(torch.split(by_expert, counts)):
-            if len(pairs) == 0:
-                continue
-            tokens = pairs // top_k
-            some = x[tokens]
-            hidden = self.activation(linear(some, w1[expert])) * linear(some, v1[expert])
-            out.index_add_(0, tokens, (hidden @ w2[expert]) * weights.flatten()[pairs, None])
-        return out
+        return mix(self.kernel, self._fetch, self.n_experts, x, chosen, weights)
+
+    def _fetch(self, experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
+        w1, v1, w2 = (w.view(self.n_experts, -1, w.shape[1]) for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2))
+        return ((expert, (w1[expert], v1[expert], w2[expert])) for expert in experts)

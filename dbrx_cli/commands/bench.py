@@ -1,0 +1,120 @@
+"""`dbrx bench`: speed against what the machine allows, and quality against full precision."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbrx_cli.cores import settle_waiting
+from dbrx_cli.files import read_file
+from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.report import Report
+from dbrx_cli.stdin import decode
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.bench import Machine, Result
+    from model.quality import Quality
+
+PROMPT_TOKENS = 512
+
+
+@takes(options=ModelOptions, output=OutputOptions)
+def bench(
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As with -m.", show_default=False)] = None,
+    *,
+    prompt_tokens: Annotated[
+        list[int] | None,
+        typer.Option("--prompt-tokens", min=1, help="Length of the prompt (default: 512); repeat for a curve."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to make.")] = 64,
+    quality: Annotated[
+        Path | None,
+        typer.Option("--quality", metavar="FILE", help="Compare with float32 on this text.", show_default=False),
+    ] = None,
+    quality_tokens: Annotated[int, typer.Option("--quality-tokens", min=2, help="Tokens of that text.")] = 1024,
+    json_output: Annotated[bool, switch("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.svg", help="Draw speed and limit.", show_default=False)
+    ] = None,
+    options: ModelOptions,
+    output: OutputOptions,
+) -> None:
+    """Measure reading and writing speed, how near they are to the limit of this memory, and what few bits cost.
+
+    dbrx bench demo --quantize int8
+
+    dbrx bench demo --quantize int4 --quality essay.txt
+    """
+    options = replace(options, model=name or options.model)
+    lengths = sorted(set(prompt_tokens or [PROMPT_TOKENS]))
+    report = Report(output)
+    settle_waiting()
+    from dbrx_cli.engine.local import find_model, load_network
+
+    folder = find_model(options, report)
+    compared = _quality(folder, options, report, quality, quality_tokens) if quality is not None else None
+    start = time.perf_counter()
+    network = load_network(folder, options, report)
+    load_s = time.perf_counter() - start
+    longest = lengths[-1] + new_tokens
+    if longest > network.config.max_seq_len:
+        raise InputError(f"{longest} tokens are more than the model's {network.config.max_seq_len}", "ask for fewer")
+    from dbrx_cli import bench as measuring
+
+    machine = measuring.measure_machine()
+    results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
+    if plot is not None:
+        plot.write_text(measuring.plot(results, machine), "utf-8")
+    if json_output:
+        found: dict[str, Any] = {"machine": asdict(machine), "results": [result.to_dict() for result in results]}
+        typer.echo(json.dumps(found | ({"quality": asdict(compared)} if compared else {})))
+        return
+    _show(machine, results, compared)
+
+
+def _quality(folder: Path, options: ModelOptions, report: Report, text: Path, most: int) -> Quality:
+    """Both networks on the text, one after the other: they may not fit into memory together."""
+    from dbrx_cli.engine.local import load_network
+    from model.quality import compare, log_probabilities
+    from model.tokenizer import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder).encode(decode(read_file(str(text)), str(text), "strict"))[:most]
+    if len(ids) < 2:
+        raise InputError(f"{text} has less than two tokens", "give a longer text")
+    whole = load_network(folder, replace(options, quantize="none", dtype="float32"), report)
+    reference = log_probabilities(whole, ids)
+    del whole
+    return compare(load_network(folder, options, report), reference, ids)
+
+
+def _show(machine: Machine, results: list[Result], quality: Quality | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    first = results[0]
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in machine.matrix_tflop_s.items())
+    console.print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")
+    console.print(f"memory {machine.stream_gb_s:.1f} GB/s; matrices, 10^12 operations/s: {rates}")
+    console.print(f"quantize {first.quantize}, {first.dtype}, attention {first.attn}, kernel {first.kernel}")
+    console.print(f"loaded in {first.load_s:.1f} s, at most {results[-1].peak_rss_bytes / 1e9:.2f} GB of memory")
+    table = Table(box=None, pad_edge=False)
+    for title in ("prompt", "prefill/s", "decode/s", "ms p50", "p95", "GB/token", "GB/s", "of limit"):
+        table.add_column(title, justify="right")
+    for r in results:
+        speeds = (f"{r.prefill_tokens_per_s:.0f}", f"{r.decode_tokens_per_s:.1f}")
+        times = (f"{r.decode_ms_p50:.1f}", f"{r.decode_ms_p95:.1f}")
+        memory = (f"{r.bytes_per_token / 1e9:.3f}", f"{r.bandwidth_gb_s:.1f}", f"{r.fraction_of_limit:.0%}")
+        table.add_row(str(r.prompt_tokens), *speeds, *times, *memory)
+    console.print(table)
+    if quality is not None:
+        console.print(
+            f"on {quality.tokens} tokens, against float32: KL {quality.kl_nats:.4f} nats, same likeliest token "
+            f"{quality.top1:.1%}, perplexity {quality.perplexity:.3f} (float32 {quality.reference_perplexity:.3f})"
+        )

@@ -1,0 +1,55 @@
+"""`dbrx quantize`: a checkpoint in fewer bits, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dbrx_cli.options import ModelOptions, OutputOptions, takes
+from dbrx_cli.report import Report
+from model.errors import InputError
+
+To = Literal["int8", "int4"]
+Group = Literal["32", "128"]
+
+
+@takes(output=OutputOptions)
+def quantize(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a GGUF file, or a Hub id that is on this machine.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    *,
+    to: Annotated[To, typer.Option("--to", help="Of the experts; attention and head become int8.")],
+    group: Annotated[
+        Group, typer.Option("--group", help="int4: weights that share a range; 128 is smaller, 32 is better.")
+    ] = "32",
+    output: OutputOptions,
+) -> None:
+    """Write a model in int8 or int4. It loads as it is; an interrupted run is taken up by the same command.
+
+    dbrx quantize databricks/dbrx-instruct ./dbrx-int4 --to int4 --group 128
+    """
+    if to == "int8" and group != "32":
+        raise InputError("--group is for --to int4", "leave it out")
+    from dbrx_cli.engine.local import find_model
+
+    report = Report(output)
+    folder = find_model(ModelOptions(model=source), report)
+    from model.formats import open_weights
+    from model.formats.write_quantized import Writer
+    from model.generation_config import GenerationConfig
+    from model.tokenizer import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generation = GenerationConfig.from_source(folder)
+
+    def finish(written: Path) -> None:
+        tokenizer.save_pretrained(written)
+        generation.save(written)
+
+    with open_weights(folder) as weights, report.bar(f"Quantizing to {to}") as advance:
+        Writer(weights, out, to, int(group)).write(finish, advance)
+    typer.echo(out)

@@ -1,0 +1,56 @@
+"""Experts computed by any kernel for matrices: gate and up as one product, then down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..quantization.expert import equalize
+from .kernel import Packed
+
+if TYPE_CHECKING:
+    from ..formats import FloatExpert, QuantizedExpert
+    from ..quantization import MatrixKernel, Rows
+
+
+class Prepared(NamedTuple):
+    """A layer's input: how many rows, in which dtype, and as the matrices want it (maybe with rows of padding)."""
+
+    n: int
+    dtype: torch.dtype
+    rows: Rows
+
+
+class MatricesKernel:
+    """An expert as two packed matrices: w1 above v1, and w2 by its outputs."""
+
+    def __init__(self, matrices: MatrixKernel, activation: Callable[[Tensor], Tensor]) -> None:
+        self.matrices = matrices
+        self.activation = activation
+        self.name = matrices.name
+        self.quantization = matrices.quantization
+
+    def pack(self, expert: FloatExpert) -> Packed:
+        if self.quantization != "none":
+            expert = equalize(expert)
+        return self.matrices.pack(*expert[:2]), self.matrices.pack(expert.w2.t().contiguous())
+
+    def load(self, stored: QuantizedExpert) -> Packed:
+        return self.matrices.load(stored.w1, stored.v1), self.matrices.load(stored.w2)
+
+    def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
+        return self.matrices.nbytes(2 * hidden, d_model) + self.matrices.nbytes(d_model, hidden)
+
+    def prepare(self, x: Tensor) -> Prepared:
+        return Prepared(len(x), x.dtype, self.matrices.prepare(x))
+
+    def run(self, prepared: Prepared, rows: Tensor | None, packed: Packed) -> Tensor:
+        n, dtype, x = prepared
+        if rows is not None:
+            n, x = len(rows), tuple(part[rows] for part in x)
+        gate, up = self.matrices.run(x, packed[0]).chunk(2, dim=-1)
+        hidden = self.activation(gate).mul_(up)
+        return self.matrices.run(self.matrices.prepare(hidden), packed[1])[:n].to(dtype)

@@ -1,0 +1,148 @@
+"""Experts that lie on disk, or in the CPU's memory beside a GPU, and come when the router has chosen them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ResourceError
+from ..formats import FloatExpert
+from ..machine import available_memory
+from ..streaming import DiskSource, ExpertStore, HostSource, Pack, Source, make_slots, slot_size
+from .kernel import Kernel, Packed, mix, packed_expert
+from .resident import FloatKernel
+from .stored_int8 import StoredInt8Kernel
+
+if TYPE_CHECKING:
+    from ..formats import Weights
+
+READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
+USABLE = 0.75  # of the free memory; the rest is for activations, keys and values, and the system
+
+
+class StreamedExperts(nn.Module):
+    """One layer's view of the store. It has no parameters: placing and saving do not see the experts."""
+
+    def __init__(self, store: ExpertStore, layer: int, kernel: Kernel, n_experts: int) -> None:
+        super().__init__()
+        self.store = store
+        self.layer = layer
+        self.kernel = kernel
+        self.n_experts = n_experts
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
+        return mix(self.kernel, self._fetch, self.n_experts, x, chosen, weights)
+
+    def _fetch(self, experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
+        return self.store.fetch(self.layer, experts)
+
+
+def open_store(
+    weights: Weights,
+    kernel: Kernel,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    host: bool = False,
+    budget: int | None = None,
+) -> ExpertStore:
+    """A store for all experts of `weights`, computing on `device` in `dtype` with `kernel`.
+
+    They stay in their files, or with `host` in the CPU's memory. `budget`: bytes of the device's memory for the
+    experts that are held; by default most of what is free. `ResourceError` if that is too little, or not there.
+    """
+    config = weights.config
+    layers, ids = range(config.n_layers), range(config.ffn_config.moe_num_experts)
+    extents = [[weights.expert_extents(layer, expert) for expert in ids] for layer in layers]
+    every = [expert for layer in extents for expert in layer]
+    slot, matrix = slot_size(every), (config.ffn_config.ffn_hidden_size, config.d_model)
+    floats = isinstance(kernel, FloatKernel) and weights.plain_experts
+    in_place = floats or isinstance(kernel, StoredInt8Kernel)
+    pack: Pack
+    if in_place and not floats:
+        pack, overhead, place = partial(packed_expert, kernel, weights), 0, slot
+    elif in_place:
+        pack = InPlace(weights, dtype, device)
+        is_cast = any(sum(e.nbytes for e in expert) != 3 * prod(matrix) * dtype.itemsize for expert in every)
+        overhead, place = 3 * prod(matrix) * dtype.itemsize * is_cast, slot
+    else:
+        pack = Packing(weights, kernel, dtype, device)
+        overhead = READING_AHEAD * slot
+        place = kernel.nbytes(*matrix, dtype.itemsize)
+    capacity = min(len(every), (_budget(budget, device) - overhead) // place)
+    if capacity < 2:
+        raise _too_little(budget, overhead + 2 * place)
+    slots = make_slots(capacity, slot, device) if in_place else make_slots(READING_AHEAD, slot, torch.device("cpu"))
+    folder = weights.source if weights.source.is_dir() else weights.source.parent
+    source: Source = HostSource(folder, every, device) if host else DiskSource(folder)
+    return ExpertStore(source, extents, slots, pack, capacity=capacity, in_place=in_place)
+
+
+class InPlace:
+    """Computes with the stored bytes themselves; numbers of another type are cast at each use, to the same place."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._cast: list[Tensor] = []
+
+    def __call__(self, layer: int, expert: int, data: tuple[Tensor, ...]) -> Packed:
+        floats = self._weights.expert(layer, expert, data)
+        if all(matrix.dtype == self._dtype for matrix in floats):
+            return tuple(floats)
+        if not self._cast:
+            self._cast = [torch.empty(matrix.shape, dtype=self._dtype, device=self._device) for matrix in floats]
+        for to, stored in zip(self._cast, floats, strict=True):
+            to.copy_(stored)
+        return tuple(self._cast)
+
+
+class Packing:
+    """Makes of the stored bytes what the kernel wants, in memory of its own."""
+
+    def __init__(self, weights: Weights, kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
+        self._weights = weights
+        self._kernel = kernel
+        self._dtype = dtype
+        self._device = device
+
+    def __call__(self, layer: int, expert: int, data: tuple[Tensor, ...]) -> Packed:
+        # What is made in inference mode belongs to the thread that does, and formats unpack on several.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._kernel.quantization != "none":
+                return packed_expert(self._kernel, self._weights, layer, expert, data)
+            floats = self._weights.expert(layer, expert, data)
+            owned = (matrix.to(self._device, self._dtype, copy=True) for matrix in floats)
+            return self._kernel.pack(FloatExpert(*owned))
+
+
+def _budget(wanted: int | None, device: torch.device) -> int:
+    """Bytes that experts may take on a device."""
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if wanted is None:
+        return int(free * USABLE)
+    if wanted > free:
+        raise ResourceError(
+            f"--expert-cache asks for {wanted / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free",
+            "give less, or leave it out",
+        )
+    return wanted
+
+
+def _too_little(wanted: int | None, needed: int) -> ResourceError:
+    """The budget holds fewer than two experts: one that computes, and the next one on its way."""
+    if wanted is not None:
+        return ResourceError(
+            f"--expert-cache {wanted / 1e9:.1f} GB is too small for two experts of this model",
+            f"give at least {-(-needed // 2**20)}MiB",
+        )
+    return ResourceError(
+        f"two experts of this model take {needed / 1e9:.1f} GB of memory, which is not free", "free memory"
+    )

@@ -1,0 +1,184 @@
+"""Weights that are packed for a CPU's kernels while they are read: matrix by matrix, never twice in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .experts import MatricesKernel, PackedExperts, packed_expert
+from .formats.quantized import QuantizedWeights
+from .moe import ACTIVATIONS
+from .quantization import MatrixKernel, PackedLinear, choose
+from .safetensors_file import damaged
+
+if TYPE_CHECKING:
+    from .config import DbrxConfig
+    from .formats import Extent, Weights
+    from .transformer import DbrxBlock, DbrxForCausalLM
+
+QUANTIZED = ("int8", "int4")
+M_MMAP_THRESHOLD = -3  # of malloc.h
+SMALL, LARGE = 2**16, 2**25  # bytes; the larger is the most that glibc takes
+
+
+class Packing(NamedTuple):
+    """The kernels of a network: one for the experts, one for attention and head."""
+
+    quantize: str  # none, int8 or int4
+    experts: MatricesKernel
+    dense: MatrixKernel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations: bfloat16 where nothing is quantized, float32 where products are."""
+        return self.dense.dtype
+
+    @property
+    def name(self) -> str:
+        """In words: what `bench` and `doctor` show."""
+        names = dict.fromkeys((self.experts.name, self.dense.name))
+        return " + ".join(names)
+
+
+def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packing | None:
+    """int8, int4, or none; none keeps what is stored, be it quantized, and packs bfloat16 where a kernel for it is.
+
+    None where the weights are computed with as they lie in the files.
+    """
+    if quantize not in ("none", *QUANTIZED):
+        raise ValueError(f"quantize {quantize!r} is not one of none, {', '.join(QUANTIZED)}")
+    if quantize == "none" and weights.quantization in QUANTIZED:
+        quantize = weights.quantization
+    if quantize == "none":
+        kernel = choose("bfloat16") if dtype == torch.bfloat16 else None
+        return Packing("none", _experts(kernel, weights.config), kernel) if kernel is not None else None
+    group = None
+    if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
+        group = weights.group
+    experts, dense = choose(quantize, group), choose("int8 fine")
+    assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
+    return Packing(quantize, _experts(experts, weights.config), dense)
+
+
+def _experts(kernel: MatrixKernel, config: DbrxConfig) -> MatricesKernel:
+    return MatricesKernel(kernel, ACTIVATIONS[str(config.ffn_config.activation)])
+
+
+def take_out_dense(network: DbrxForCausalLM) -> None:
+    """Leave the matrices of attention and head out of a network, before it is placed and read."""
+    for module, name, _ in _dense(network):
+        setattr(module, name, nn.Identity())
+
+
+def pack_into(
+    network: DbrxForCausalLM, weights: Weights, packing: Packing, advance: Callable[[int], None], experts: bool = True
+) -> None:
+    """Give a network the packed matrices of attention and head, and of the experts if they are to lie in memory.
+
+    Read and packed on as many threads as compute, a matrix or an expert each; `advance` hears bytes as they are stored.
+    """
+    config = weights.config
+    with threads() as pool:
+        dense = [*_dense(network)][::-1]  # the head first: it is the largest
+        made = in_order(pool, lambda name: _pack_dense(weights, packing.dense, name), [name for *_, name in dense])
+        for (module, attribute, name), packed in zip(dense, made, strict=True):
+            setattr(module, attribute, PackedLinear(packing.dense, packed, last=module is network))
+            advance(weights.nbytes_of(name))
+            weights.give_back()  # each at once: all of them together would be in memory twice
+        if not experts:
+            return
+        ids = range(config.ffn_config.moe_num_experts)
+        places = [(layer, expert) for layer in range(config.n_layers) for expert in ids]
+        made = in_order(pool, lambda place: _pack_expert(weights, packing.experts, *place), places)
+        for layer, block in enumerate(_blocks(network)):
+            block.ffn.experts = PackedExperts(packing.experts, list(islice(made, len(ids))))
+            advance(sum(extent.nbytes for expert in ids for extent in weights.expert_extents(layer, expert)))
+
+
+def _pack_dense(weights: Weights, kernel: MatrixKernel, name: str) -> tuple[Any, ...]:
+    if isinstance(weights, QuantizedWeights) and kernel.quantization == "int8":
+        return kernel.load(weights.quantized_matrix(name))
+    return kernel.pack(weights.read(name))
+
+
+def _pack_expert(weights: Weights, kernel: MatricesKernel, layer: int, expert: int) -> tuple[Any, ...]:
+    return packed_expert(kernel, weights, layer, expert, read_expert(weights, layer, expert))
+
+
+def read_expert(weights: Weights, layer: int, expert: int) -> tuple[Tensor, ...]:
+    """The bytes of an expert's extents, in memory of their own: a map would keep the file's pages in use."""
+    return tuple(_read(extent) for extent in weights.expert_extents(layer, expert))
+
+
+def _read(extent: Extent) -> Tensor:
+    buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy().data)
+    try:
+        fd = os.open(extent.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < extent.nbytes and (got := os.preadv(fd, [view[done : done + 2**30]], extent.start + done)):
+                done += got
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ModelError(f"{extent.file}: cannot be read: {error.strerror}") from None
+    if done < extent.nbytes:
+        raise damaged(extent.file, "became shorter while it was in use")
+    return buffer
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread a core, each computing by itself, in memory that goes back to the system when a tensor is freed."""
+    threads = torch.get_num_threads()
+    try:
+        _map_from(SMALL)
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets reaches MKL in all of them
+        _map_from(LARGE)
+
+
+def _map_from(nbytes: int) -> None:
+    """Tell glibc from what size on it maps each piece of memory by itself.
+
+    What it takes from its heaps instead, it keeps: packed experts lie between the floats they were made from, and a
+    model would take twice its size.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, nbytes)
+
+
+def in_order(pool: ThreadPoolExecutor, make: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    """What is made of each job, in order. One job more than threads is under way: each takes memory."""
+    left = iter(jobs)
+    waiting = deque(pool.submit(make, job) for job in islice(left, torch.get_num_threads() + 1))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(pool.submit(make, job) for job in islice(left, 1))
+        yield result
+
+
+def _blocks(network: DbrxForCausalLM) -> Iterator[DbrxBlock]:
+    yield from cast("Iterator[DbrxBlock]", network.transformer.blocks)
+
+
+def _dense(network: DbrxForCausalLM) -> Iterator[tuple[nn.Module, str, str]]:
+    """Module, attribute and the weight's full name of each matrix that all tokens pass."""
+    for i, block in enumerate(_blocks(network)):
+        for name in ("Wqkv", "out_proj"):
+            yield block.norm_attn_norm.attn, name, f"transformer.blocks.{i}.norm_attn_norm.attn.{name}.weight"
+    yield network, "lm_head", "lm_head.weight"

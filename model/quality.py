@@ -1,0 +1,53 @@
+"""How far a network in few bits is from the one that it was made from, on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .transformer import DbrxForCausalLM
+
+CHUNK = 128  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Against the reference, a mean over positions: divergence in nats, share of equal likeliest tokens."""
+
+    tokens: int
+    kl_nats: float
+    top1: float
+    perplexity: float
+    reference_perplexity: float
+
+
+@torch.inference_mode()
+def log_probabilities(network: DbrxForCausalLM, ids: Sequence[int]) -> Tensor:
+    """Of every token after each position: [len(ids), vocab] float32."""
+    cache = KVCache(network.config.n_layers)
+    parts = torch.split(torch.tensor([list(ids)], device=network.device), CHUNK, dim=1)
+    logits = (network(part, past_key_values=cache).logits[0] for part in parts)
+    return torch.cat([part.float().log_softmax(-1).cpu() for part in logits])
+
+
+@torch.inference_mode()
+def compare(network: DbrxForCausalLM, reference: Tensor, ids: Sequence[int]) -> Quality:
+    """A network against what `log_probabilities` gave for the whole one on the same ids."""
+    ours = log_probabilities(network, ids)
+    following = torch.tensor(ids)[1:, None]
+    losses = [-table[:-1].gather(1, following).mean() for table in (ours, reference)]
+    divergence = [(theirs.exp() * (theirs - our)).sum(-1) for our, theirs in zip(ours, reference, strict=True)]
+    return Quality(
+        tokens=len(ids),
+        kl_nats=float(torch.stack(divergence).mean()),
+        top1=float((ours.argmax(-1) == reference.argmax(-1)).float().mean()),
+        perplexity=float(losses[0].exp()),
+        reference_perplexity=float(losses[1].exp()),
+    )

@@ -1,0 +1,39 @@
+"""bfloat16 weights as they are, reordered for oneDNN: no bit is lost, only time."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..formats import QuantizedMatrix
+from .kernel import Packed, Rows
+
+ROWS = 4  # oneDNN reads memory up to a third faster for four rows than for one
+
+
+class OneDnnKernel:
+    """oneDNN's product with weights in its own blocked order (AVX-512 BF16 where there is)."""
+
+    name = "bfloat16 onednn"
+    quantization = "none"
+    dtype = torch.bfloat16
+
+    def pack(self, *weights: Tensor) -> Packed:
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return (torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous(), ROWS),)
+
+    def load(self, *stored: QuantizedMatrix) -> NoReturn:
+        raise ValueError("bfloat16 weights are not stored quantized")
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        return 2 * outputs * inputs
+
+    def prepare(self, x: Tensor) -> Rows:
+        return (pad(x, (0, 0, 0, ROWS - 1)) if len(x) == 1 else x,)
+
+    def run(self, x: Rows, packed: Packed) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], packed[0], None, "none", [], "")
+        return out

@@ -1,0 +1,46 @@
+"""One way to hold a matrix in memory and to multiply with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from ..formats import QuantizedMatrix
+
+Packed = tuple[Any, ...]  # a matrix as its kernel wants it; opaque to everybody else
+Rows = tuple[Tensor, ...]  # prepared activations: the same rows of each tensor belong together
+
+
+class MatrixKernel(Protocol):
+    """A matrix [outputs, inputs] and its product with activations. Stateless: one object serves all matrices."""
+
+    name: str  # what `doctor` and `bench` show
+    quantization: str  # int8, int4, or "none"
+    dtype: torch.dtype  # of the activations that go in and come out
+
+    def pack(self, *weights: Tensor) -> Packed:
+        """From floats [outputs, inputs], stacked one below the other; a copy."""
+
+    def load(self, *stored: QuantizedMatrix) -> Packed:
+        """From stored matrices, stacked one below the other; a copy."""
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of a packed matrix."""
+
+    def prepare(self, x: Tensor) -> Rows:
+        """Activations [n, inputs], ready for any number of products; there may be rows of padding behind them."""
+
+    def run(self, x: Rows, packed: Packed) -> Tensor:
+        """Prepared rows times the matrix: [rows, outputs], padding included."""
+
+
+def not_finite() -> ModelError:
+    """What a matrix with NaN or infinity in it is refused with: products of bytes would hide them."""
+    return ModelError(
+        "the weights hold numbers that are not finite", "check the files with `dbrx download MODEL --verify`"
+    )

@@ -1,0 +1,26 @@
+"""A packed matrix in the place of nn.Linear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .kernel import MatrixKernel, Packed
+
+
+class PackedLinear(nn.Module):
+    """x [..., inputs] -> [..., outputs] in the dtype of x. The matrix is no parameter: nothing can save or move it."""
+
+    def __init__(self, kernel: MatrixKernel, packed: Packed, last: bool = False) -> None:
+        """last: of the network, where numbers that are not finite must come out as such."""
+        super().__init__()
+        self.kernel = kernel
+        self.packed = packed
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.kernel.run(self.kernel.prepare(rows), self.packed)
+        out = out[: len(rows)]
+        if self.last:  # products of bytes would turn them into a token; up to here the residual stream carries them
+            out += rows.sum(dim=1, keepdim=True) * 0
+        return out.view(*x.shape[:-1], -1).to(x.dtype)
