@@ -23,6 +23,7 @@ IGNORED_AT_TOP = {
     "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
     "_commit_hash", "attn_implementation", "_attn_implementation", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "num_key_value_heads", "return_dict", "output_hidden_states", "output_attentions",
+    "quantization", "quantization_config",  # the formats read them where they know the packing, and refuse others
 }  # fmt: skip
 LIMIT = 2**31  # of any dimension: a hostile number must fail here, not in a loop over it
 ACTIVATIONS = ("silu", "gelu", "relu")
@@ -231,3 +232,20 @@ def _check_rope(key: str, value: Any, theta: Any) -> None:
         warnings.warn(
             f"config: {key} says rope_theta {other}, attn_config says {theta}; attn_config counts", stacklevel=3
         )
+
+
+# The models whose repositories are closed: their configuration is known, so that they can be planned for.
+OFFICIAL = ("databricks/dbrx-instruct", "databricks/dbrx-base")
+
+
+def official() -> DbrxConfig:
+    """DBRX as Databricks published it: 132 B parameters."""
+    return DbrxConfig(
+        d_model=6144,
+        n_heads=48,
+        n_layers=40,
+        max_seq_len=32768,
+        vocab_size=100352,
+        attn_config=DbrxAttentionConfig(clip_qkv=8, kv_n_heads=8, rope_theta=500000),
+        ffn_config=DbrxFFNConfig(ffn_hidden_size=10752, moe_num_experts=16, moe_top_k=4, moe_jitter_eps=0),
+    )

@@ -8,21 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from .errors import ModelError, ResourceError
+from .adapters import AdaptedWeights, attach, digest, read_adapter
+from .checkpoint import expected_tensors
+from .devices import AUTOMATIC, CONTEXT, DeviceMap, dispatch, plan_devices
+from .errors import ModelError
 from .formats import Weights, open_weights
 from .generation_config import GenerationConfig
 from .hub import resolve
+from .offload import decide, one_device, stream_experts, take_out_experts
+from .packing import QUANTIZED, Packing, choose_packing, pack_into, take_out_dense
+from .parallel import Ranks, ShardedWeights, localize
 
 if TYPE_CHECKING:
     from .transformer import DbrxForCausalLM
 
 Network = TypeVar("Network", bound="DbrxForCausalLM")
-DeviceMap = Mapping[str, Any]
-BLOCK = "DbrxBlock"  # never split: a block's input and output stay on one device
+EMBEDDING = "transformer.wte.weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -39,6 +44,13 @@ def from_pretrained(
     max_memory: Mapping[int | str, int | str] | None = None,
     attn_implementation: str = "auto",
     trust_remote_code: bool = False,
+    offload: str = "none",
+    expert_cache: int | None = None,
+    context: int | None = None,
+    ranks: Ranks | None = None,
+    adapter: str | Path | None = None,
+    quantize: str = "none",
+    pack: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
     """Load a checkpoint from a folder or a Hub id, ready for inference.
@@ -46,23 +58,56 @@ def from_pretrained(
     dtype (or torch_dtype): "auto" keeps the checkpoint's. device_map: a device, "auto", "balanced" or "sequential"
     through accelerate within `max_memory`, or a dict of module names to devices; None is the CPU.
     attn_implementation: auto, eager, sdpa, flash (or flash_attention_2). `trust_remote_code` is accepted and has no
-    effect: code that a checkpoint ships is never run. `progress` hears bytes read and bytes in all.
+    effect: code that a checkpoint ships is never run. offload: "disk" reads experts as they are needed, from the
+    checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit;
+    expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
+    left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
+    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders bfloat16 weights
+    for the CPU's kernels: faster, but they are copied and no parameters any more. `progress` hears bytes read and bytes
+    in all.
 
     `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
     """
     folder = resolve(name_or_path, revision=revision, token=token)
-    with open_weights(folder) as weights:
-        chosen = _dtype(dtype if dtype is not None else torch_dtype, weights)
+    with open_weights(folder) as opened:
+        changes = read_adapter(adapter, opened.config) if adapter is not None else {}
+        beside = opened.quantization != "none"  # a change that is merged into a coarse grid would be lost
+        if changes and beside and ranks is not None:
+            raise ModelError("an adapter over quantized weights runs on one device only", "leave out --adapter")
+        adapted: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
+        weights: Weights = adapted if ranks is None else ShardedWeights(adapted, ranks)
+        chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights)
+        packing = _packing(quantize, pack, weights, chosen, device_map) if ranks is None else None
+        if packing is not None:
+            chosen = packing.dtype
+            device_map = "cpu"
         with torch.device("meta"):
             network = cls(weights.config, attn_implementation="eager").to(chosen).eval()
-        places = plan_devices(network, device_map, max_memory, chosen)
-        _read_weights(network, weights, places, chosen, progress)
-    network.generation_config = GenerationConfig.from_folder(folder)
+        if ranks is not None:
+            localize(network, ranks)
+            device_map = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+        streamed = decide(offload, network, chosen, packing, max_memory) if ranks is None else "none"
+        if streamed != "none":
+            take_out_experts(network)
+            device_map = one_device(device_map)
+        if packing is not None:
+            take_out_dense(network)
+            take_out_experts(network)
+        places = plan_devices(network, device_map, max_memory, chosen, context or CONTEXT)
+        reading = Reading(weights, progress, experts=streamed == "none")
+        _read_weights(network, reading, places, chosen, owned=streamed != "none", packed=packing is not None)
+        if packing is not None:
+            pack_into(network, weights, packing, reading.advance, experts=streamed == "none")
+            network.packing = packing
+        if streamed != "none":
+            stream_experts(network, weights, chosen, packing, host=streamed == "cpu", budget=expert_cache)
+    if beside:
+        attach(network, changes)
+    network.adapter = digest(changes)
+    network.generation_config = GenerationConfig.from_source(folder)
     network.device_map = dict(places)
     if len(set(places.values())) > 1:
-        from accelerate import dispatch_model
-
-        dispatch_model(network, dict(places))
+        dispatch(network, places)
     network.transformer.set_attention(attn_implementation)
     return network
 
@@ -72,9 +117,12 @@ def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int)
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    if network.expert_store is not None:
+        raise ValueError("the experts are streamed, and not here to be saved: load the network without offload")
+    if network.packing is not None:
+        raise ValueError("the weights were packed for a kernel, and cannot be saved: load the network without")
     network.config.save_pretrained(folder)
-    generation = (network.generation_config or GenerationConfig()).to_dict()
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
+    (network.generation_config or GenerationConfig()).save(folder)
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -84,75 +132,73 @@ def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def plan_devices(
-    network: DbrxForCausalLM,
-    device_map: str | int | torch.device | DeviceMap | None,
-    max_memory: Mapping[int | str, int | str] | None,
-    dtype: torch.dtype,
-) -> dict[str, torch.device]:
-    """Module names -> devices; "" stands for all. `ModelError` if a named device is not there."""
-    if isinstance(device_map, Mapping):
-        return {name: _device(place) for name, place in device_map.items()}
-    if device_map not in ("auto", "balanced", "sequential"):
-        return {"": _device("cpu" if device_map is None else device_map)}
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    limits = dict(max_memory) if max_memory else None
-    if device_map != "sequential":
-        limits = get_balanced_memory(network, limits, no_split_module_classes=[BLOCK], dtype=dtype)
-    places = infer_auto_device_map(network, limits, no_split_module_classes=[BLOCK], dtype=dtype)
-    if "disk" in places.values():
-        weights = sum(p.numel() for p in network.parameters()) * dtype.itemsize
-        raise ResourceError(
-            f"the weights take {weights / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, "
-            "more than the memory that is free (or that --max-memory allows)",
-            "free memory, raise --max-memory, or try a smaller --dtype",
-        )
-    return {name: _device(place) for name, place in places.items()}
-
-
-def _device(place: str | int | torch.device) -> torch.device:
-    """A device that is there; `ModelError` otherwise."""
-    try:
-        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-    except RuntimeError:
-        raise ModelError(f"{place!r} is not a device", "devices are cpu, cuda, cuda:0, mps, ...") from None
-    module = getattr(torch, device.type, None)
-    there = device.type == "cpu" or (
-        module is not None and module.is_available() and (device.index or 0) < module.device_count()
-    )
-    if not there:
-        raise ModelError(f"there is no device {str(device)!r} here", "leave out the device, or name cpu")
-    return device
-
-
-def _dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dtype:
+def choose_dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dtype:
+    """The type to load weights in; None and "auto" keep the stored one, and turn quantized weights into bfloat16."""
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted in (None, "auto"):
         (stored, _), *_ = weights.dtypes().most_common(1)
-        return STORED[stored]
+        return STORED.get(stored, torch.bfloat16)
     if wanted not in DTYPES:
         raise ValueError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[wanted]
 
 
+def _packing(
+    quantize: str,
+    pack: bool,
+    weights: Weights,
+    dtype: torch.dtype,
+    device_map: str | int | torch.device | DeviceMap | None,
+) -> Packing | None:
+    """The kernels that the weights are to be packed for; None leaves them as they are."""
+    wanted = quantize if quantize != "none" else weights.quantization
+    on_cpu = (
+        device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
+    )
+    if wanted in QUANTIZED and not on_cpu:
+        raise ModelError("quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize")
+    return choose_packing(quantize, weights, dtype) if wanted in QUANTIZED or (pack and on_cpu) else None
+
+
+class Reading:
+    """Weights, and how many of their bytes were read, for a progress bar."""
+
+    def __init__(self, weights: Weights, progress: Callable[[int, int], None] | None, experts: bool) -> None:
+        self.weights = weights
+        self._progress = progress
+        names = expected_tensors(weights.config)
+        self._total = sum(weights.nbytes_of(name) for name in names if experts or ".experts." not in name)
+        self._done = 0
+
+    def advance(self, nbytes: int) -> None:
+        """So many more bytes were read."""
+        self._done += nbytes
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
 def _read_weights(
     network: DbrxForCausalLM,
-    weights: Weights,
+    reading: Reading,
     places: Mapping[str, torch.device],
     dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None,
+    owned: bool,
+    packed: bool,
 ) -> None:
-    """Each tensor once, to its device; on the CPU in its stored dtype it stays a map of the file, uncopied."""
-    names = list(network.state_dict())
-    total = sum(map(weights.nbytes_of, names))
-    state, done = {}, 0
-    for name in names:
+    """Each tensor once, to its device; on the CPU in its stored dtype it stays a map of the file, uncopied.
+
+    With `owned` nothing does: memory is short, and a file may go away while it is streamed from. With `packed` only
+    the embedding does, of which rows are read. In both cases it keeps its stored type.
+    """
+    weights, state = reading.weights, {}
+    for name, parameter in network.state_dict().items():
         prefix = max((p for p in places if not p or name == p or name.startswith(p + ".")), key=len)
-        state[name] = weights.read(name, dtype=dtype, device=places[prefix])
-        done += weights.nbytes_of(name)
-        if progress:
-            progress(done, total)
+        floats = weights.nbytes_of(name) >= 2 * parameter.numel()  # no fewer bits than any float has
+        as_stored = (owned or packed) and floats and name == EMBEDDING and places[prefix].type == "cpu"
+        own = owned or (packed and not as_stored)
+        state[name] = weights.read(name, dtype=None if as_stored else dtype, device=places[prefix], owned=own)
+        reading.advance(weights.nbytes_of(name))
+        if own:
+            weights.give_back()
     network.load_state_dict(state, assign=True)

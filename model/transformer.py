@@ -24,6 +24,8 @@ from .rope import rotary_table, rotate
 
 if TYPE_CHECKING:
     from .generation_config import GenerationConfig
+    from .packing import Packing
+    from .streaming import ExpertStore
 
 EPS = 1e-5  # of every LayerNorm
 
@@ -36,6 +38,7 @@ class Step:
     attend: Attend
     cache: KVCache | None
     want_attentions: bool
+    last_only: bool  # the last block's output is wanted of the last position alone
 
 
 class DbrxAttention(nn.Module):
@@ -55,8 +58,9 @@ class DbrxAttention(nn.Module):
         qkv = self.Wqkv(x)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        qk, v = torch.split(heads, [self.heads[0] + self.heads[1], self.heads[2]], dim=-2)
+        q, k = torch.split(rotate(qk, cos, sin), self.heads[:2], dim=-2)
         plan = step.plan
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v, plan)
@@ -92,12 +96,15 @@ class DbrxBlock(nn.Module):
 
     def __init__(self, config: DbrxConfig, layer: int) -> None:
         super().__init__()
+        self.is_last = layer == config.n_layers - 1
         self.norm_attn_norm = DbrxNormAttentionNorm(config, layer)
         self.ffn = DbrxFFN(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [batch, seq, d_model] -> x, router probabilities [batch * seq, experts], attention weights or None."""
         x, normed, weights = self.norm_attn_norm(x, cos, sin, step)
+        if step.last_only and self.is_last:  # its keys and values are kept; of its experts nobody reads more
+            x, normed = x[:, -1:], normed[:, -1:]
         y, probabilities = self.ffn(normed)
         return x + y, probabilities, weights
 
@@ -135,16 +142,18 @@ class DbrxModel(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         output_router_logits: bool | None = None,
+        last_only: bool = False,
     ) -> BaseOutput:
         """Run one step over the rows of a batch.
 
         input_ids [batch, seq], or inputs_embeds [batch, seq, d_model]; attention_mask [batch, seq] or, as
         transformers has it, [batch, past + seq]: 0 marks padding, on either side; position_ids [batch, seq], counted
         over real tokens if not given. With `past_key_values` the step goes on behind the cached tokens.
+        last_only: hidden states of the last position alone, which saves most of the last block's work.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.wte(input_ids).to(self.norm_f.weight.dtype) if inputs_embeds is None else inputs_embeds
         batch, seq = x.shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
@@ -156,7 +165,7 @@ class DbrxModel(nn.Module):
         plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
         positions = plan.positions if position_ids is None else position_ids.to(x.device)
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.attn_config.rope_theta)
-        step = Step(plan, self._attend, cache, output_attentions)
+        step = Step(plan, self._attend, cache, output_attentions, last_only)
 
         hidden, routers, attentions = [], [], []
         for block in self.blocks:
@@ -189,6 +198,10 @@ class DbrxForCausalLM(nn.Module):
         _initialize(self.lm_head, config.initializer_range)
         self.generation_config: GenerationConfig | None = None
         self.device_map: dict[str, Any] = {}
+        self.adapter = "none"  # else the checksum of the LoRA adapter in the weights
+        self.expert_store: ExpertStore | None = None  # where streamed experts come from
+        self.packing: Packing | None = None  # kernels that the weights were packed for
+        self.prefill_chunk: int | None = None  # tokens a step of prefill, where the usual number is not the best
 
     @property
     def device(self) -> torch.device:

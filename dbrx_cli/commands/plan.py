@@ -1,0 +1,84 @@
+"""`dbrx plan`: what would lie where, and how fast it could be, before anything is downloaded or loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbrx_cli.options import ModelOptions, option, switch, takes
+
+if TYPE_CHECKING:
+    from dbrx_cli.planning import Question
+    from model.placement import Placement
+
+
+@takes(options=ModelOptions)
+def plan(
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As with -m.", show_default=False)] = None,
+    *,
+    devices: Annotated[
+        str | None,
+        option(
+            "--devices",
+            panel="Machine",
+            metavar="LIST",
+            help='Another machine, such as "4xH100" or "24GiB,cpu=64GiB@80GB/s,disk=7GB/s"; default: this one.',
+        ),
+    ] = None,
+    json_output: Annotated[bool, switch("--json", help="Print one JSON object.")] = False,
+    options: ModelOptions,
+) -> None:
+    """Say what fits where, how fast it can be at most, and what to change. Needs no weights, only a configuration.
+
+    Takes the model options of `generate`, so that the same command line can be planned.
+
+    dbrx plan databricks/dbrx-instruct --devices 4xH100
+
+    dbrx plan -m demo
+    """
+    from dbrx_cli.planning import Question, advice
+
+    question = Question.of(name or options.model, options, devices)
+    found = question.plan()
+    told = list(advice(question, found))
+    if json_output:
+        typer.echo(json.dumps(to_dict(question, found, told)))
+        return
+    from rich.console import Console
+
+    from dbrx_cli.render.plan import show
+
+    show(Console(highlight=False), question, found, told)
+
+
+def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str, Any]:
+    """The plan as JSON; bytes, seconds, tokens a second."""
+    machine = plan.machine
+    return {
+        "model": question.name,
+        "format": plan.format,
+        "context": plan.context,
+        "weights_bytes": plan.sizes.total,
+        "runs": plan.runs,
+        "devices": [
+            asdict(device)
+            | {
+                "weights": plan.weights.get(device.name, 0),
+                "kv_cache": plan.kv.get(device.name, 0),
+                "expert_cache": plan.cache if device is machine.cpu else 0,
+                "free": plan.free(device),
+            }
+            for device in (*machine.gpus, machine.cpu)
+        ],
+        "disk_bandwidth": machine.disk.bandwidth,
+        "device_map": plan.device_map,
+        "experts": [layer.experts for layer in plan.layers],
+        "token_reads": [asdict(tier) for tier in plan.tiers()],
+        "tokens_per_s_ceiling": plan.tokens_per_s(),
+        "load_s": plan.load_s() if plan.runs else None,
+        "largest_context": plan.largest_context(question.config.max_seq_len),
+        "advice": advice,
+    }

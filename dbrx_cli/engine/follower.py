@@ -1,0 +1,46 @@
+"""What the ranks above 0 of a torchrun do: load their slices as rank 0 says, and compute along with it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dbrx_cli.options import ModelOptions
+    from model.parallel import Ranks
+
+
+def is_follower() -> bool:
+    """Whether torchrun started this process beside rank 0. It reads no command line and no stdin: rank 0 does."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def follow() -> None:
+    """Serve rank 0 until it has no more to compute."""
+    from dbrx_cli.engine.local import find_model, load_network
+    from dbrx_cli.options import OutputOptions
+    from dbrx_cli.report import Report
+    from model import parallel
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; rank 0 answers it
+    ranks = parallel.join()
+    assert ranks is not None
+    report = Report(OutputOptions(quiet=True))
+    options = ranks.tell()
+    ranks.follow(load_network(find_model(options, report), options, report, ranks))
+    ranks.part_ways()
+
+
+def lead(options: ModelOptions) -> Ranks | None:
+    """Have the other ranks load the same model; None in a process that runs alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from model import parallel
+
+    ranks = parallel.join()
+    if ranks is not None:
+        ranks.tell(options)
+        atexit.register(ranks.part_ways)
+    return ranks

@@ -1,0 +1,108 @@
+"""A plan as people read it: a bar a device, a table of what a token waits for, sentences of what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from dbrx_cli.planning import Question, rate, seconds
+from model.placement import Device, Layer, Placement, parameters
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# What fills a bar, and how it looks with and without colour.
+FILLS = (("weights", "█", "cyan"), ("experts' cache", "▓", "blue"), ("KV cache", "▒", "magenta"), ("free", "·", "dim"))
+
+
+def show(console: Console, question: Question, plan: Placement, advice: Iterable[str]) -> None:
+    """All that there is to say of a plan."""
+    name = plan.format + ("" if plan.format.startswith(question.dtype) else f", activations {question.dtype}")
+    count = parameters(question.config) / 1e9
+    console.print(Text(f"{question.name}: {count:.3g} billion parameters, {decimal(plan.sizes.total)} in {name}"))
+    if plan.runs:
+        console.print(picture(plan, console.width))
+        console.print(waits(plan))
+        speed, load = rate(plan.tokens_per_s()), seconds(plan.load_s())
+        console.print(Text(f"at most {speed} tokens/s; loading takes at least {load}; context {plan.context}"))
+    for sentence in advice:
+        console.print(Text(f"- {sentence}"))
+
+
+def picture(plan: Placement, width: int) -> RenderableType:
+    """A bar for each device, filled with what lies there, and the layers' names."""
+    grid = Table.grid(padding=(0, 1))
+    room = max(8, min(40, width - 44))
+    for device in _devices(plan):
+        grid.add_row(device.name, _bar(plan, device, room), _sizes(plan, device), _layers(plan, device.name))
+    if plan.on_disk:
+        streamed = plan.on_disk * plan.sizes.experts
+        where = _ranges(plan, lambda layer: layer.experts == "disk")
+        grid.add_row("disk", Text("░" * room, "yellow"), decimal(streamed), f"experts of layers {where}")
+    legend = Text.assemble(*(part for name, glyph, style in FILLS for part in ((glyph, style), f" {name}  ")))
+    grid.add_row("", legend, "", "")
+    return grid
+
+
+def waits(plan: Placement) -> RenderableType:
+    """The seconds of one token, by what is read."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading, side in (("a token reads", "left"), ("bytes", "right"), ("seconds", "right")):
+        table.add_column(heading, justify="right" if side == "right" else "left", no_wrap=True)
+    for tier in plan.tiers():
+        table.add_row(tier.what, decimal(tier.nbytes), f"{tier.seconds:.3g}")
+    return table
+
+
+def _devices(plan: Placement) -> list[Device]:
+    machine = plan.machine
+    cpu_used = plan.weights.get("cpu") or plan.cache
+    return [*machine.gpus, *([machine.cpu] if cpu_used or not machine.gpus else [])]
+
+
+def _bar(plan: Placement, device: Device, width: int) -> Text:
+    cache = plan.cache if device.name == "cpu" else 0
+    amounts = (plan.weights.get(device.name, 0), cache, plan.kv.get(device.name, 0), max(0, plan.free(device)))
+    whole = sum(amounts) or 1
+    bar, filled, total = Text(), 0, 0
+    for amount, (_, glyph, style) in zip(amounts, FILLS, strict=True):
+        total += amount
+        end = round(width * total / whole)
+        bar.append(glyph * (end - filled), style)
+        filled = end
+    return bar
+
+
+def _sizes(plan: Placement, device: Device) -> str:
+    return f"{decimal(device.memory - max(0, plan.free(device)))} of {decimal(device.memory)}"
+
+
+def _layers(plan: Placement, name: str) -> str:
+    """What lies on a device, in words."""
+    kinds: tuple[tuple[str, Callable[[Layer], bool]], ...] = (
+        ("layers {}", lambda layer: layer.device == layer.experts == name),
+        ("layers {} without experts", lambda layer: layer.device == name != layer.experts),
+        ("experts of layers {}", lambda layer: layer.experts == name != layer.device),
+    )
+    parts = [text.format(where) for text, chosen in kinds if (where := _ranges(plan, chosen))]
+    if name == "cpu" and plan.cache:
+        parts.append(f"{plan.hits:.0%} of the experts on the disk")
+    return ", ".join(parts)
+
+
+def _ranges(plan: Placement, chosen: Callable[[Layer], bool]) -> str:
+    """Layer numbers such as 0-9, 12; empty if there are none."""
+    runs: list[list[int]] = []
+    for i, layer in enumerate(plan.layers):
+        if not chosen(layer):
+            continue
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)

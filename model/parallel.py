@@ -1,0 +1,221 @@
+"""Tensor parallel: every rank holds a slice of each layer, started by torchrun (torch.distributed).
+
+Attention is split by heads, each expert by its inner dimension, so a layer needs two sums over the ranks: one behind
+`out_proj`, one behind the weighted sum of the experts (Megatron-LM, arXiv 1909.08053). Norms, router, embedding and
+head are whole on every rank. Rank 0 leads: it samples, and tells the others before each step what to compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from .config import DbrxConfig
+from .errors import InputError
+from .experts import ResidentExperts
+from .formats import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights
+from .kv_cache import KVCache
+from .transformer import DbrxBlock, DbrxForCausalLM, DbrxModel
+
+FEWER = "choose another number of ranks (torchrun --nproc-per-node)"
+PATIENCE = timedelta(days=7)  # a follower waits for as long as a person thinks about the next question
+
+
+class Step(NamedTuple):
+    """What the leader is about to compute: ids [rows, seq], how many tokens its cache holds, and of which positions."""
+
+    ids: Tensor
+    valid: Tensor | None
+    cached: list[int]
+    last_only: bool
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a model."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    def tell(self, message: Any = None) -> Any:
+        """Rank 0's message, on every rank."""
+        box = [message]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of x over all ranks, the same to the bit on each."""
+        total = x.float()  # the sum of halves would be rounded once a rank
+        distributed.all_reduce(total)
+        return total.to(x.dtype)
+
+    def check(self, config: DbrxConfig) -> None:
+        """`InputError` if the model does not divide by the number of ranks."""
+        for what, count in (
+            ("key and value heads", config.attn_config.kv_n_heads),
+            ("the experts' inner dimension", config.ffn_config.ffn_hidden_size),
+        ):
+            if count % self.size:
+                raise InputError(f"{what} of the model ({count}) do not divide by {self.size} ranks", FEWER)
+
+    def part(self, whole: int) -> slice:
+        """This rank's share of so many things."""
+        share = whole // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def lead(self, network: DbrxForCausalLM) -> None:
+        """Tell the followers of every step of rank 0's network. Its cache is only appended to and trimmed."""
+
+        signature = inspect.signature(DbrxModel.forward)
+
+        def announce(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = signature.bind(model, *positional, **named).arguments
+            cache = given.get("past_key_values")
+            if cache is None:
+                raise ValueError("a network that is split over ranks needs a KVCache")
+            last_only = given.get("last_only", False)
+            self.tell(Step(given["input_ids"], given.get("attention_mask"), cache.lengths, last_only))
+
+        network.transformer.register_forward_pre_hook(announce, with_kwargs=True)
+
+    def part_ways(self) -> None:
+        """The end: rank 0 has no more to tell."""
+        if self.rank == 0:
+            self.tell(None)
+        distributed.barrier()  # who leaves early takes the connections from those who still listen
+        distributed.destroy_process_group()
+
+    def follow(self, network: DbrxForCausalLM) -> None:
+        """Compute what the leader computes, until it says None."""
+        cache = KVCache(network.config.n_layers)
+        while (step := self.tell()) is not None:
+            if cache.rows != len(step.cached):
+                cache = KVCache(network.config.n_layers, len(step.cached))
+            for row, length in enumerate(step.cached):
+                cache.trim(row, length)
+            with torch.inference_mode():
+                ids = step.ids.to(network.device)
+                network.transformer(ids, step.valid, past_key_values=cache, last_only=step.last_only)
+
+
+def join() -> Ranks | None:
+    """Meet the other ranks of a torchrun; None in a process that runs alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ["LOCAL_RANK"]))
+
+
+class ShardedWeights:
+    """One rank's slices of other weights; see `Weights` for the methods. Of mapped files only the slices are read."""
+
+    def __init__(self, whole: Weights, ranks: Ranks) -> None:
+        self.config = whole.config
+        self.source: Path = whole.source
+        self.quantization = whole.quantization
+        self.plain_experts = whole.plain_experts
+        self._whole = whole
+        self._ranks = ranks
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        tensor = self._whole.read(name)
+        if name.endswith("attn.Wqkv.weight"):
+            counts = [self.config.n_heads, *2 * [self.config.attn_config.kv_n_heads]]
+            heads = tensor.view(-1, self.config.head_dim, tensor.shape[1])
+            tensor = torch.cat([part[self._ranks.part(len(part))].flatten(0, 1) for part in torch.split(heads, counts)])
+        elif name.endswith("attn.out_proj.weight"):
+            tensor = tensor[:, self._ranks.part(tensor.shape[1])].contiguous()
+        elif ".ffn.experts.mlp." in name:
+            stacked = tensor.view(self.config.ffn_config.moe_num_experts, -1, tensor.shape[1])
+            tensor = stacked[:, self._ranks.part(stacked.shape[1])].flatten(0, 1)
+        elif owned:
+            tensor = tensor.clone()
+        return tensor.to(device=device, dtype=dtype or tensor.dtype)
+
+    def nbytes_of(self, name: str) -> int:
+        sliced = ".attn." in name or ".ffn.experts.mlp." in name
+        return self._whole.nbytes_of(name) // (self._ranks.size if sliced else 1)
+
+    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
+        """Whole experts: where a slice lies depends on the format."""
+        return self._whole.expert_extents(layer, expert)
+
+    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        whole = self._whole.expert(layer, expert, data)
+        return FloatExpert(*(matrix[self._ranks.part(len(matrix))] for matrix in whole))
+
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
+        w1, v1, w2 = self._whole.quantized_expert(layer, expert, data)
+        hidden = self._ranks.part(len(w1.values))
+        return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self._ranks))
+
+    def dtypes(self) -> Counter[str]:
+        return self._whole.dtypes()
+
+    def give_back(self) -> None:
+        self._whole.give_back()
+
+    def close(self) -> None:
+        self._whole.close()
+
+    def __enter__(self) -> ShardedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _outputs(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
+    zero = None if matrix.zero is None else matrix.zero[rows]
+    return QuantizedMatrix(matrix.values[rows], matrix.scale[rows], zero)
+
+
+def _inputs(matrix: QuantizedMatrix, ranks: Ranks) -> QuantizedMatrix:
+    """A share of the columns: of the values, and of the groups where scales belong to groups."""
+
+    def columns(part: Tensor) -> Tensor:
+        if part.dim() == 1:  # a scale an output
+            return part
+        if part.shape[1] % ranks.size:
+            raise InputError(f"the groups of w2 ({part.shape[1]}) do not divide by {ranks.size} ranks", FEWER)
+        return part[:, ranks.part(part.shape[1])].contiguous()
+
+    zero = None if matrix.zero is None else columns(matrix.zero)
+    return QuantizedMatrix(columns(matrix.values), columns(matrix.scale), zero)
+
+
+def localize(network: DbrxForCausalLM, ranks: Ranks) -> None:
+    """Give a network on the meta device the shapes of one rank's slices, and the sums over ranks."""
+    config = network.config
+    ranks.check(config)
+
+    def summed(_: nn.Module, __: Any, out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return ranks.add_up(out[0]), out[1]
+
+    for block in network.transformer.blocks:
+        assert isinstance(block, DbrxBlock)
+        attention, experts = block.norm_attn_norm.attn, block.ffn.experts
+        attention.heads = [count // ranks.size for count in attention.heads]
+        attention.Wqkv = _linear(attention.Wqkv, config.d_model, sum(attention.heads) * config.head_dim)
+        attention.out_proj = _linear(attention.out_proj, attention.heads[0] * config.head_dim, config.d_model)
+        assert isinstance(experts, ResidentExperts)
+        for name, matrix in experts.mlp.named_parameters():
+            setattr(experts.mlp, name, nn.Parameter(matrix.new_empty(len(matrix) // ranks.size, config.d_model)))
+        attention.register_forward_hook(summed)
+        block.ffn.register_forward_hook(summed)
+
+
+def _linear(like: nn.Linear, inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False, device=like.weight.device, dtype=like.weight.dtype)

@@ -1,0 +1,50 @@
+"""The table of machines in README.md, from `dbrx plan`'s own arithmetic: `make docs` writes it, a test compares it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dbrx_cli.planning import Question, rate
+from model.config import official
+from model.machine import parse_devices
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- plan table -->\n", "<!-- end of plan table -->\n"
+# How people describe a machine, and how `--devices` does.
+MACHINES = {
+    "8 x 24 GB": "8xRTX4090,cpu=128GiB,disk=7GB/s",
+    "4 x 80 GB": "4xH100,cpu=256GiB,disk=7GB/s",
+    "2 x 80 GB and 256 GB of memory": "2xH100,cpu=256GiB,disk=7GB/s",
+    "1 x 80 GB": "1xH100,cpu=128GiB,disk=7GB/s",
+    "1 x 24 GB, 64 GB of memory": "RTX4090,cpu=64GiB,disk=7GB/s",
+    "no GPU, 128 GB of memory": "cpu=128GiB@200GB/s,disk=7GB/s",
+    "no GPU, 32 GB of memory": "cpu=32GiB@80GB/s,disk=7GB/s",
+}
+
+
+def table() -> str:
+    """Markdown: a row a machine, a column a format, the most tokens a second and what they wait for."""
+    lines = ["| machine | bfloat16 | int8 | int4 |", "|---|---|---|---|"]
+    for name, words in MACHINES.items():
+        question = Question("dbrx", official(), "bfloat16", "none", parse_devices(words), 4096)
+        lines.append(f"| {name} | " + " | ".join(_cell(question, form) for form in ("none", "int8", "int4")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(question: Question, quantize: str) -> str:
+    plan = question.plan(quantize)
+    if not plan.runs:
+        return "does not fit"
+    where = "" if plan.resident else " (experts from disk)" if plan.on_disk else " (experts from memory)"
+    return rate(plan.tokens_per_s()) + where
+
+
+def page() -> str:
+    """README.md with the table as it is now."""
+    text = README.read_text("utf-8")
+    return re.sub(f"(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", table(), text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(page(), "utf-8")

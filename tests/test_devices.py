@@ -1,0 +1,142 @@
+"""Where whole layers go: accelerate's map on machines that are described, and what dispatching then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook
+
+from model.config import official
+from model.devices import assign, budgets, dispatch, plan_devices
+from model.errors import DbrxError, InputError, ResourceError
+from model.placement import FORMATS, capacity, sizes
+from model.transformer import DbrxForCausalLM
+from tests.cli import Cli
+
+GB = 10**9
+# GPUs and CPU memory in GB, and which kinds of place the whole layers of 263 GB must use.
+MACHINES: dict[str, tuple[list[int], int, set[str]]] = {
+    "8 x 24 GB, 64 GB of memory": ([24] * 8, 64, {"gpu", "cpu", "disk"}),
+    "4 x 80 GB": ([80] * 4, 64, {"gpu"}),
+    "2 x 80 GB, 256 GB of memory": ([80] * 2, 256, {"gpu", "cpu"}),
+    "1 x 24 GB, 64 GB of memory": ([24], 64, {"gpu", "cpu", "disk"}),
+}
+
+
+@pytest.fixture(scope="module")
+def dbrx() -> DbrxForCausalLM:
+    with torch.device("meta"):
+        return DbrxForCausalLM(official()).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "sequential"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_whole_layers_on_described_machines(dbrx: DbrxForCausalLM, machine: str, balanced: bool) -> None:
+    gpus, cpu, expected = MACHINES[machine]
+    limits: dict[int | str, Any] = {**dict(enumerate(size * GB for size in gpus)), "cpu": cpu * GB}
+    left = budgets(dbrx, limits, torch.bfloat16, context=4096)
+    parts = sizes(official(), FORMATS["bfloat16"])
+    layers = -(-40 // len(gpus))
+    assert limits[0] - left[0] == parts.buffers + layers * parts.kv * capacity(4096) and left["cpu"] == limits["cpu"]
+
+    places = assign(dbrx, left, torch.bfloat16, balanced)
+    kinds = {"gpu" if isinstance(place, int) else str(place) for place in places.values()}
+    assert kinds == expected
+    blocks = [name for name in places if name.startswith("transformer.blocks.")]
+    assert [name.split(".")[2] for name in blocks] == [str(i) for i in range(40)]  # all, in order, none split
+    for device, room in left.items():
+        held = [name for name, place in places.items() if place == device]
+        assert sum(_nbytes(dbrx, name) for name in held) <= room
+    if balanced and expected == {"gpu"}:
+        counts = [sum(places[name] == gpu for name in blocks) for gpu in range(len(gpus))]
+        assert max(counts) - min(counts) <= 3
+
+
+def _nbytes(network: DbrxForCausalLM, module: str) -> int:
+    return sum(t.nbytes for name, t in network.state_dict().items() if name == module or name.startswith(module + "."))
+
+
+def test_layers_move_in_order_and_change_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block on the CPU and two on the disk: each is brought before it runs and sent away after; same logits."""
+    ids = torch.tensor([[11, 7, 5, 3, 2]])
+    whole = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
+    with torch.inference_mode():
+        expected = whole(ids).logits
+
+    moves: list[tuple[str, str]] = []
+    for name in ("pre_forward", "post_forward"):
+        original = getattr(AlignDevicesHook, name)
+
+        def recorded(
+            hook: AlignDevicesHook, module: Any, *rest: Any, _name: str = name, _run: Any = original, **kw: Any
+        ) -> Any:
+            if hook.offload:
+                moves.append((_name, names[module]))
+            return _run(hook, module, *rest, **kw)
+
+        monkeypatch.setattr(AlignDevicesHook, name, recorded)
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
+    places = {"transformer.wte": "cpu", "transformer.norm_f": "cpu", "lm_head": "cpu"}
+    places |= {f"transformer.blocks.{i}": "disk" if i else "cpu" for i in range(3)}
+    dispatch(network, places, main_device="cpu", offload_dir=str(tmp_path))
+    names = {module: name for name, module in network.named_modules()}
+    with torch.inference_mode():
+        assert torch.equal(network(ids).logits, expected)
+    visited = [name for step, name in moves if step == "pre_forward"]
+    assert {name.split(".")[2] for name in visited} == {"1", "2"}
+    assert [name.split(".")[2] for name in visited] == sorted(name.split(".")[2] for name in visited)
+    assert sorted(visited) == sorted(name for step, name in moves if step == "post_forward")
+
+
+def test_a_map_from_a_file(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    plan = json.loads(cli("plan", tiny_checkpoint, "--json").out)
+    file.write_text(json.dumps(plan["device_map"]))
+    args = ("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "4", "hi")
+    assert cli(*args, "--device-map", file).out == cli(*args).out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"lm_head": null}', "must be an object"),
+        ('{"lm_head": "cpu"}', "names no device for transformer.wte.weight"),
+        ('{"": "cuda:7"}', "there is no device"),
+        ('{"": "moon"}', "is not a device"),
+    ],
+)
+def test_a_map_that_does_not_fit(tiny_checkpoint: Path, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(content)
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
+    with pytest.raises(DbrxError, match=message):
+        plan_devices(network, str(file), None, torch.bfloat16)
+
+
+def test_a_map_that_is_not_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
+    with pytest.raises(InputError, match="cannot be read"):
+        plan_devices(network, str(tmp_path / "none.json"), None, torch.bfloat16)
+
+
+def test_too_little_memory_names_what_helps(tiny_checkpoint: Path) -> None:
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
+    with pytest.raises(ResourceError) as caught:
+        plan_devices(network, "auto", {"cpu": "1MB"}, torch.bfloat16)
+    assert "--offload disk" in caught.value.one_line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
+def test_on_a_gpu(tiny_checkpoint: Path, device_map: str) -> None:
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map=device_map)
+    with torch.inference_mode():
+        assert network(torch.tensor([[1, 2, 3]], device=network.device)).logits.device.type == "cuda"

@@ -1,0 +1,193 @@
+"""Plans against independent answers: the real network's tensors, a cache's bytes, accelerate, arithmetic by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.config import DbrxConfig, official
+from model.errors import InputError
+from model.kv_cache import KVCache
+from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
+from model.placement import FORMATS, Device, Layer, Machine, Placement, capacity, parameters, place, sizes
+from model.transformer import DbrxForCausalLM
+from tests import make_plan_table
+from tests.cli import Cli
+
+BF16 = FORMATS["bfloat16"]
+# The machines that people have asked about: words, format, and whether all weights lie beside their processors.
+MACHINES = {
+    "8 x 24 GB": ("8x24GiB,cpu=64GiB", "bfloat16", False),
+    "4 x 80 GB": ("4xH100", "bfloat16", True),
+    "2 x 80 GB, 256 GB of memory": ("2xA100,cpu=256GiB", "bfloat16", False),
+    "1 x 80 GB in int4": ("1xH100", "int4-g128", True),
+    "1 x 24 GB, 64 GB of memory, disk": ("RTX4090,cpu=64GiB,disk=7GB/s", "bfloat16", False),
+}
+
+
+def planned(words: str, format: str = "bfloat16", context: int = 4096) -> Placement:
+    return place(official(), FORMATS[format], parse_devices(words), context)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_are_those_of_the_network(dtype: str) -> None:
+    config = DbrxConfig(
+        d_model=48, n_heads=6, n_layers=3, vocab_size=1000, max_seq_len=512,
+        attn_config={"kv_n_heads": 2}, ffn_config={"ffn_hidden_size": 40, "moe_num_experts": 16, "moe_top_k": 4},
+    )  # fmt: skip
+    network = DbrxForCausalLM(config).to(getattr(torch, dtype))
+    parts = sizes(config, FORMATS[dtype])
+    assert parts.total == sum(tensor.nbytes for tensor in network.state_dict().values())
+    block = network.transformer.blocks[0]
+    experts = sum(p.nbytes for p in block.ffn.experts.parameters())
+    assert (parts.experts, parts.dense) == (experts, sum(p.nbytes for p in block.parameters()) - experts)
+
+    cache = KVCache(config.n_layers)
+    with torch.inference_mode():
+        network(torch.zeros(1, 300, dtype=torch.long), past_key_values=cache)
+    assert cache.nbytes == parts.kv * config.n_layers * capacity(300) and capacity(300) == 512
+
+
+def test_the_real_model() -> None:
+    assert parameters(official()) == 131_596_523_520
+    parts = sizes(official(), BF16)
+    assert parts.total == 263_193_047_040
+    assert parts.expert == 396_361_728 and parts.kv * 40 == 160 * 1024
+    assert parts.active == pytest.approx(71.7e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_plan_fits_and_is_whole(name: str) -> None:
+    words, format, resident = MACHINES[name]
+    plan = planned(words, format)
+    assert plan.runs and len(plan.layers) == 40 and plan.resident is resident
+    for device in (*plan.machine.gpus, plan.machine.cpu):
+        assert plan.free(device) >= 0
+    # Every weight lies somewhere, once: on a device, or on the disk.
+    assert sum(plan.weights.values()) + plan.on_disk * plan.sizes.experts == plan.sizes.total
+    order = [layer.device for layer in plan.layers]
+    assert order == sorted(order)  # a token passes from one device to the next, and never back
+    assert len(plan.device_map) == 40 + 3
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_accelerate_finds_the_same_layers_fit(name: str) -> None:
+    """Given what is left beside cache and buffers, accelerate's own map is whole on the same machines."""
+    from accelerate import infer_auto_device_map
+
+    words, _, resident = MACHINES[name]
+    plan = planned(words)
+    with torch.device("meta"):
+        network = DbrxForCausalLM(official()).to(torch.bfloat16)
+    spare = plan.sizes.buffers + 40 * plan.sizes.kv * capacity(plan.context) // max(1, len(plan.machine.gpus))
+    limits: dict[int | str, int] = {i: gpu.memory - spare for i, gpu in enumerate(plan.machine.gpus)}
+    limits["cpu"] = plan.machine.cpu.memory
+    found = infer_auto_device_map(network, limits, no_split_module_classes=["DbrxBlock"], dtype=torch.bfloat16)
+    on_gpus = all(isinstance(place, int) for place in found.values())
+    assert on_gpus == (plan.resident if resident and "int4" not in name else False)
+    blocks = [key for key in found if key.startswith("transformer.blocks.")]
+    assert len(blocks) == 40 and all(key.count(".") == 2 for key in blocks)  # no block is split
+
+
+def test_the_speed_by_hand() -> None:
+    """One GPU that holds everything but experts, experts in CPU memory, a disk: each tier is bytes over bandwidth."""
+    parts = sizes(official(), BF16)
+    resident = planned("4xH100")
+    assert resident.tokens_per_s() == pytest.approx(3350e9 / parts.active)
+    assert resident.load_s() == pytest.approx(parts.total / 3e9)
+
+    cpu = Machine((), Device("cpu", 24 * GIB, 30e9), Device("disk", 0, 2e9))
+    streamed = place(official(), BF16, cpu, 1024)
+    assert set(streamed.layers) == {Layer("cpu", "disk")}
+    hits = streamed.cache / (40 * 16 * parts.expert)
+    by_hand = parts.active / 30e9 + (1 - hits) * 40 * 4 * parts.expert / 2e9
+    assert streamed.tokens_per_s() == pytest.approx(1 / by_hand)
+
+
+def test_the_largest_context_is_the_largest() -> None:
+    plan = planned("1xH100", "int4-g128")
+    longest = plan.largest_context(32768)
+    assert planned("1xH100", "int4-g128", longest).resident
+    tight = replace(plan.machine.gpus[0], memory=plan.machine.gpus[0].memory - 4 * 10**9)
+    small = place(official(), FORMATS["int4-g128"], Machine((tight,), plan.machine.cpu, plan.machine.disk), 256)
+    limit = small.largest_context(32768)
+    assert small.resident and limit < 32768
+    for context, fits in ((limit, True), (2 * limit, False)):
+        assert place(official(), FORMATS["int4-g128"], small.machine, context).resident is fits
+
+
+@given(
+    gpus=st.lists(st.integers(1, 200), max_size=9),
+    cpu=st.integers(0, 600),
+    context=st.sampled_from([1, 4096, 32768]),
+    format=st.sampled_from(sorted(FORMATS)),
+)
+def test_no_machine_is_overfilled(gpus: list[int], cpu: int, context: int, format: str) -> None:
+    machine = Machine(
+        tuple(Device(f"cuda:{i}", size * GIB, 1e12, 25e9) for i, size in enumerate(gpus)),
+        Device("cpu", cpu * GIB, 50e9),
+        Device("disk", 0, 3e9),
+    )
+    plan = place(official(), FORMATS[format], machine, context)
+    if not plan.runs:
+        assert plan.tokens_per_s() == 0 and not plan.device_map and not plan.tiers()
+        return
+    assert len(plan.layers) == 40 and plan.tokens_per_s() > 0
+    for device in (*machine.gpus, machine.cpu):
+        assert plan.free(device) >= 0, device
+    assert plan.largest_context(32768) >= context
+
+
+def test_words_for_machines() -> None:
+    machine = parse_devices("2xH100, 24GiB@500GB/s, cpu=256GiB@100GB/s, disk=7GB/s")
+    assert [gpu.name for gpu in machine.gpus] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert machine.gpus[0].bandwidth == 3350e9 and machine.gpus[2].bandwidth == 500e9
+    assert machine.cpu.bandwidth == 100e9 and machine.disk.bandwidth == 7e9
+    assert limited(machine, {1: "70GiB", "cpu": "8GB"}).gpus[1].memory == 70 * GIB
+    assert [parse_size(text) for text in ("1.5k", "2KiB", "3 GB", "7")] == [1500, 2048, 3 * 10**9, 7]
+
+
+NO_MACHINES = ["", "x", "4x", "0xH100", "gpu=3", "cpu=", "cpu=x", "disk=0", "24GiB@", "24GiB@0", ","]
+
+
+@pytest.mark.parametrize("words", NO_MACHINES)
+def test_words_that_make_no_machine(words: str) -> None:
+    with pytest.raises(InputError):
+        parse_devices(words)
+
+
+def test_this_machine_reads_its_memory() -> None:
+    assert 1e9 < memory_bandwidth() < 5e12
+
+
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
+    result = cli("plan", "databricks/dbrx-instruct", "--devices", "RTX4090,cpu=64GiB,disk=7GB/s", "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert plan["weights_bytes"] == 263_193_047_040 and plan["runs"]
+    assert plan["tokens_per_s_ceiling"] == pytest.approx(planned("RTX4090,cpu=64GiB,disk=7GB/s").tokens_per_s())
+    assert any("from the disk" in line for line in plan["advice"])
+
+    shown = cli("plan", "databricks/dbrx-instruct", "--devices", "1xH100").out
+    assert "--quantize int4 would fit on one GPU" in shown and "layers" in shown
+    small = cli("plan", "databricks/dbrx-instruct", "--devices", "cpu=8GiB")
+    assert small.code == 0 and "does not run" in small.out
+    assert cli("plan", "databricks/dbrx-instruct", "--devices", "5xC64").code == 2
+    assert cli("plan", tmp_path).code == 3
+
+
+def test_the_table_of_the_readme_is_the_plans_own() -> None:
+    assert make_plan_table.README.read_text("utf-8") == make_plan_table.page(), "run `make docs`"
+
+
+def test_a_local_checkpoint(cli: Cli, checkpoint: Path) -> None:
+    plan = json.loads(cli("plan", checkpoint, "--json").out)
+    assert plan["runs"] and set(plan["experts"]) == {"cpu"}
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert plan["weights_bytes"] == pytest.approx(stored, rel=0.02)
