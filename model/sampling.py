@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+MAX_LOOKUP = 64  # a wider step to verify them is no longer cheap
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class SamplingParams:
     presence_penalty: float = 0.0
     max_tokens: int = 1024
     seed: int | None = None
+    lookup: int | Literal["auto"] = 0  # how many ids to draft by looking them up in the text; changes no text
 
     def __post_init__(self) -> None:
+        drafted = 0 if self.lookup == "auto" else self.lookup
         # Beyond these bounds the arithmetic of float32 breaks, and no text is better for it.
         checks = (
             (
@@ -42,6 +46,7 @@ class SamplingParams:
             ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "from -100 to 100"),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or above"),
             ("seed", self.seed or 0, -(2**63) <= (self.seed or 0) < 2**64, "a 64-bit number"),
+            ("lookup", drafted, 0 <= drafted <= MAX_LOOKUP, f"auto, or from 0 to {MAX_LOOKUP}"),
         )
         for name, value, fits, wanted in checks:
             if not fits or not -math.inf < value < math.inf:

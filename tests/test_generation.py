@@ -170,3 +170,33 @@ def test_an_interrupted_step_leaves_no_trace(case: fidelity.Case, monkeypatch: p
     with torch.inference_mode():
         again = case.network(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0, -1]
     assert int(again.argmax()) == case.data["greedy_ids"][3]
+
+
+@pytest.mark.parametrize("said", [1, 4, 9])
+def test_a_reply_is_taken_up_where_it_stopped(case: fidelity.Case, said: int) -> None:
+    """Penalties count what was said, the limit includes it, and the generator goes on from its state."""
+    prompt = case.data["greedy_prompt"].tolist()
+    params = SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.5, max_tokens=12)
+    cache, generator = KVCache(case.network.config.n_layers), torch.Generator().manual_seed(2)
+    logits = prefill(case.network, torch.tensor([prompt]), cache)
+    whole: list[int | None] = []
+    state = generator.get_state()
+    for (token,) in decode(case.network, [prompt], logits, cache, params, generator=generator):
+        whole.append(token)
+        state = generator.get_state() if len(whole) == said else state
+
+    cache, other = KVCache(case.network.config.n_layers), torch.Generator()
+    other.set_state(state)
+    first = [token for token in whole[:said] if token is not None]
+    logits = prefill(case.network, torch.tensor([prompt + first]), cache)
+    rest = decode(case.network, [prompt], logits, cache, params, replies=[first], generator=other)
+    assert first + [token for (token,) in rest] == whole
+
+
+def test_a_reply_that_is_whole_gets_no_more(case: fidelity.Case) -> None:
+    prompt, said = case.data["greedy_prompt"].tolist(), [3, 4, 5]
+    cache = KVCache(case.network.config.n_layers)
+    logits = prefill(case.network, torch.tensor([prompt + said]), cache)
+    for options in ({"eos_ids": [5]}, {"stopper": lambda row, ids: len(ids) == 3}, {"max_context": len(prompt) + 3}):
+        steps = decode(case.network, [prompt], logits, cache, SamplingParams(), replies=[said], **options)  # type: ignore[arg-type]
+        assert list(steps) == []

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from model.errors import InputError
 from model.messages import Message
 from model.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from model.streaming import Counters
+
 FinishReason = Literal["stop", "length", "stop_string", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the whole text of a reply must be: JSON that fits this JSON Schema."""
+
+    json_schema: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,28 @@ class Request:
     params: SamplingParams
     stop: tuple[str, ...] = ()
     continue_final: bool = False  # go on with the last message, an assistant's, instead of answering
+    constraint: Constraint | None = None
+    logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token; None tells nothing
+    resume: Path | None = None  # where the reply is kept as it comes, and taken up when the process was killed
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A token and the logarithm of its probability: log-softmax of the network's own logits.
+
+    Penalties, constraint, temperature and cuts come after it, as in OpenAI's protocol: it tells what the model thinks.
+    """
+
+    token_id: int
+    text: str  # by itself; U+FFFD for bytes that are no whole character
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Likelihood):
+    """A token of the reply, and the likeliest in its place, the best first."""
+
+    top: list[Likelihood]
 
 
 @dataclass(frozen=True)
@@ -28,6 +62,7 @@ class Delta:
 
     text: str
     token_id: int | None
+    logprob: TokenLogprob | None = None  # if the request asked
 
 
 @dataclass(frozen=True)
@@ -48,6 +83,8 @@ class Timings:
     decode_s: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    drafted_tokens: int = 0  # by --lookup, and of these right
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +102,8 @@ class Done:
     dtype: str
     quantize: str
     seed: int
-    logprobs: None = None
+    logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if the request asked
+    experts: Counters | None = None  # if they are streamed
 
     def to_dict(self) -> dict[str, Any]:
         """As the contract's JSON."""
@@ -75,16 +113,19 @@ class Done:
         """The figures in one line."""
         u, t = self.usage, self.timings
         cached = f" ({u.cached_tokens} cached)" if u.cached_tokens else ""
+        drafts = f"lookup {t.accepted_tokens} of {t.drafted_tokens} right, " if t.drafted_tokens else ""
+        streamed = f"; {self.experts.summary()}" if self.experts else ""
         return (
             f"prompt {u.prompt_tokens} tokens{cached} in {t.prefill_s:.2f} s ({t.prefill_tokens_per_s:.0f}/s), "
             f"reply {u.completion_tokens} tokens in {t.decode_s:.2f} s ({t.decode_tokens_per_s:.1f}/s), "
-            f"{self.finish_reason}"
+            f"{drafts}{self.finish_reason}{streamed}"
         )
 
 
 class Engine(Protocol):
     """Answers requests. A `KeyboardInterrupt` thrown into the stream ends the reply; its `Done` still comes."""
 
+    name: str  # of the model, as it was given or as the server has it
     defaults: SamplingParams  # what the checkpoint's makers recommend
     context: int  # tokens
 
@@ -99,3 +140,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give the model's memory back."""
+
+
+@runtime_checkable
+class KeepsCache(Protocol):
+    """An engine whose cache of keys and values outlives the process."""
+
+    def save_cache(self, path: Path) -> None:
+        """Write what the cache holds, for `load_cache`; `DbrxError` if the file cannot be written or is no cache."""
+
+    def load_cache(self, path: Path) -> int:
+        """Take over a saved cache; returns the tokens in it. 0 if there is no file; 0 and a notice if it is refused."""
+
+
+def keeper(engine: Engine) -> KeepsCache:
+    """The engine as one whose cache can be saved; `InputError` if it is none."""
+    if not isinstance(engine, KeepsCache):
+        raise InputError("a server keeps no cache of keys and values for this program", "leave out --prompt-cache")
+    return engine

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dbrx_cli.engine import Engine
-from dbrx_cli.options import ModelOptions
+from dbrx_cli.options import EngineOptions
 from dbrx_cli.report import Report
 
 
-def open_engine(options: ModelOptions, report: Report) -> Engine:
-    """Load the model here (imported only now: torch takes seconds)."""
+def open_engine(options: EngineOptions, report: Report) -> Engine:
+    """Ask the server, or load the model here; what the other one needs is not imported (torch takes seconds)."""
+    if options.url is not None:
+        from dbrx_cli.engine.remote import RemoteEngine
+
+        return RemoteEngine.open(options, report)
     from dbrx_cli.engine.local import LocalEngine
 
     return LocalEngine.load(options, report)

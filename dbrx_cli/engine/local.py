@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, Usage
+from dbrx_cli.cores import settle_waiting
+from dbrx_cli.engine import Delta, Done, FinishReason, Request
+from dbrx_cli.engine.follower import lead
+from dbrx_cli.engine.memory import memory_fault
+from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, InputError, ModelError
 from model.messages import Message
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dbrx_cli.engine.resume import Journal
+    from model.constrain import SchemaMask
+    from model.parallel import Ranks
     from model.tokenizer import Tokenizer
     from model.transformer import DbrxForCausalLM
 
@@ -33,7 +42,12 @@ class LocalEngine:
         revision: str | None = None,
         context: int | None = None,
         load_s: float = 0.0,
+        source: Path | None = None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """source: where all of the weights came from; without, the cache is not saved, since other processes hold
+        parts of it. notice: hears what the user should know.
+        """
         from model.generation_config import GenerationConfig
         from model.kv_cache import KVCache
 
@@ -47,36 +61,27 @@ class LocalEngine:
         self.context = context or limit
         self.load_s = load_s
         self.defaults = (network.generation_config or GenerationConfig()).sampling()
+        self.source = source
+        self.notice = notice
+        self.quantize = network.packing.quantize if network.packing is not None else "none"
         self._cache = KVCache(network.config.n_layers)
         self._cached: list[int] = []  # the ids that the cache holds
+        self._encoded: tuple[object, list[int]] | None = None  # the last prompt: a turn is counted, then answered
+        self._last: _LastLogits | None = None  # so that the same prompt, or a saved one, need not be read at all
 
     @classmethod
     def load(cls, options: ModelOptions, report: Report) -> LocalEngine:
         """Find the model, read it with a progress bar, and make it ready."""
         start = time.perf_counter()
         folder = find_model(options, report)
-        # Read when torch loads OpenMP. Threads that wait by spinning take the core from the one that is waited for as
-        # soon as anything else runs on the machine: on two cores decoding was 2 to 5 times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        import torch
-
-        from model.config import DbrxConfig
         from model.tokenizer import AutoTokenizer
-        from model.transformer import DbrxForCausalLM
 
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        DbrxConfig.from_json(folder / "config.json")  # a folder that is no model is told so before all else
+        ranks = lead(options)
+        check_source(folder, options, report)  # what is no model is told so before all else
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        with report.bar("Reading the weights") as advance:
-            network = DbrxForCausalLM.from_pretrained(
-                folder,
-                dtype=options.dtype,
-                device_map=options.device_map,
-                max_memory=options.memory_limits,
-                attn_implementation=options.attn,
-                progress=advance,
-            )
+        network = load_network(folder, options, report, ranks)
+        if ranks is not None:
+            ranks.lead(network)
         load_s = time.perf_counter() - start
         report.detail(f"loaded {options.model} in {load_s:.2f} s, attention {network.transformer.attention}")
         return cls(
@@ -86,6 +91,8 @@ class LocalEngine:
             revision=options.revision,
             context=options.context,
             load_s=load_s,
+            source=folder if ranks is None else None,
+            notice=report.notice,
         )
 
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
@@ -96,20 +103,35 @@ class LocalEngine:
                 f"the prompt has {len(ids)} tokens, and the context is {self.context}",
                 "shorten the prompt, or raise --context if the model allows",
             )
-        reply = _Reply(self.tokenizer, request, ids)
-        reason: FinishReason = "interrupted"
-        try:
-            reason = yield from self._answer(request, reply)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            # A token is read only when the next is asked for, and an interrupted step leaves no trace in the cache.
-            self._cached = (ids + reply.ids)[: len(self._cache)]
-        rest = reply.detokenizer.finish()
+        with self._journal(request, ids) as journal:
+            reply = Reply(self.tokenizer, request, ids, journal.seed if journal else request.params.seed)
+            if self.network.expert_store is not None:
+                reply.streamed = self.network.expert_store.counters.copy()
+            reason: FinishReason = "interrupted"
+            fault = None
+            try:
+                if journal is None or not journal.finished:
+                    reason = yield from self._answer(request, reply, journal)
+                else:
+                    self.notice(f"{journal.path} holds the whole reply; nothing is computed anew")
+                    reply.cached = len(ids)
+                    yield from reply.repeat(journal.ids, journal.logprobs)
+                    reason = journal.finished
+            except KeyboardInterrupt:
+                pass
+            except (MemoryError, RuntimeError) as error:
+                fault = memory_fault(error, self.network, self._cache)
+                if fault is None:
+                    raise
+            finally:
+                self._settle(reply)
+        if fault is not None:  # raised out here, so that it keeps none of the frames alive that hold the memory
+            self._forget()
+            raise fault
+        rest = reply.finish()
         if rest:
-            reply.text += rest
             yield Delta(rest, None)
-        yield self._done(reply, reason)
+        yield reply.done(self, reason)
 
     def count(self, messages: Sequence[Message]) -> int:
         """See `Engine.count`."""
@@ -125,6 +147,12 @@ class LocalEngine:
         del self.network, self._cache
 
     def _encode(self, prompt: Sequence[Message] | str, continue_final: bool = False) -> list[int]:
+        asked = (prompt if isinstance(prompt, str) else tuple(prompt), continue_final)
+        if self._encoded is None or self._encoded[0] != asked:
+            self._encoded = asked, self._encode_anew(prompt, continue_final)
+        return list(self._encoded[1])
+
+    def _encode_anew(self, prompt: Sequence[Message] | str, continue_final: bool) -> list[int]:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         else:
@@ -136,18 +164,42 @@ class LocalEngine:
             raise InputError("the prompt is empty", "type a prompt, or pipe one to stdin")
         return ids
 
-    def _answer(self, request: Request, reply: _Reply) -> Generator[Delta, None, FinishReason]:
+    def _journal(self, request: Request, prompt: list[int]) -> AbstractContextManager[Journal | None]:
+        """The file of `Request.resume`."""
+        if request.resume is None:
+            return nullcontext()
+        from secrets import randbits
+
+        from dbrx_cli.engine.fingerprint import of_request
+        from dbrx_cli.engine.resume import Journal
+        from model.saved_cache import Layout
+
+        seed = request.params.seed if request.params.seed is not None else randbits(32)
+        return Journal(
+            request.resume, of_request(self, request, prompt), seed, Layout.of(self.network), notice=self.notice
+        )
+
+    def _answer(self, request: Request, reply: Reply, journal: Journal | None) -> Generator[Delta, None, FinishReason]:
         """Read what the cache does not hold, then decode; returns why the reply ended."""
         import torch
 
-        from model.decode import decode, prefill
+        from model.decode import decode
+        from model.lookup import lookup
 
-        kept = _common_prefix(reply.prompt, self._cached)
-        kept = min(kept, len(reply.prompt) - 1)  # the last token is read again: its logits are not kept
-        self._cache.trim(0, kept)
-        reply.cached = kept
-        device = self.network.device
-        logits = prefill(self.network, torch.tensor([reply.prompt[kept:]], device=device), self._cache)
+        mask = self._mask(request)
+        generator = torch.Generator(self.network.device).manual_seed(reply.seed)
+        if journal is not None:
+            yield from reply.repeat(journal.ids, journal.logprobs)
+            if reply.stopped:
+                return "stop_string"
+            if journal.generator is not None:
+                generator.set_state(journal.generator)
+            if len(journal.cache):
+                self._forget()
+                self._cache, self._cached = journal.cache, reply.known[: len(journal.cache)]
+                self.notice(f"{journal.path}: the reply goes on behind {len(reply.ids)} tokens")
+        logits = self._read(reply, journal)
+        reply.drafter = lookup(request.params.lookup)
         ends = self.tokenizer.eos_token_ids
         steps = decode(
             self.network,
@@ -155,70 +207,119 @@ class LocalEngine:
             logits,
             self._cache,
             request.params,
+            replies=[reply.ids],
             eos_ids=ends,
-            generator=torch.Generator(device).manual_seed(reply.seed),
+            stopper=mask.complete if mask else None,
+            mask=mask,
+            watcher=reply.watch if reply.top is not None else None,
+            drafter=reply.drafter,
+            generator=generator,
             max_context=self.context,
         )
+        reason: FinishReason | None = None
         for (token,) in steps:
             assert token is not None
-            piece = reply.add(token, end=token in ends)
-            yield Delta(piece, token)
-            if reply.detokenizer.stopped:
-                return "stop_string"
-        return "stop" if reply.ids[-1] in ends else "length"
+            delta = reply.add(token)
+            if journal is not None:
+                journal.note(reply, self._cache, generator.get_state())
+            yield delta
+            if reply.stopped:
+                reason = "stop_string"
+                break
+        steps.close()
+        if reason is None:
+            complete = reply.ids[-1] in ends or (mask is not None and mask.complete(0, reply.ids))
+            reason = "stop" if complete else "length"
+        if journal is not None:
+            journal.finish(reason)
+        return reason
 
-    def _done(self, reply: _Reply, reason: FinishReason) -> Done:
-        now = time.perf_counter()
-        first = reply.first_token_at or now
-        prefill_s, decode_s = first - reply.started, (reply.last_token_at or now) - first
-        read = len(reply.prompt) - reply.cached
-        return Done(
-            text=reply.text,
-            token_ids=reply.ids,
-            finish_reason=reason,
-            usage=Usage(len(reply.prompt), reply.cached, len(reply.ids)),
-            timings=Timings(
-                load_s=self.load_s,
-                prefill_s=prefill_s,
-                decode_s=decode_s,
-                prefill_tokens_per_s=read / prefill_s if prefill_s else 0.0,
-                decode_tokens_per_s=max(0, len(reply.ids) - 1) / decode_s if decode_s else 0.0,
-            ),
-            model=self.name,
-            revision=self.revision,
-            attn=self.network.transformer.attention,
-            dtype=str(self.network.dtype).removeprefix("torch."),
-            quantize="none",
-            seed=reply.seed,
-        )
+    def _mask(self, request: Request) -> SchemaMask | None:
+        if request.constraint is None:
+            return None
+        from model.constrain import SchemaMask
+
+        return SchemaMask(request.constraint.json_schema, self.tokenizer, self.network.config.vocab_size)
+
+    def _read(self, reply: Reply, journal: Journal | None) -> Tensor:
+        """Read what the cache does not hold of the prompt, and of a reply that is taken up; logits [1, vocab]."""
+        import torch
+
+        from model.decode import prefill
+
+        known = reply.known
+        kept = _common_prefix(known, self._cached)
+        last = self._last if self._last is not None and kept == len(known) == self._last.tokens else None
+        self._last = last
+        if last is None:
+            kept = min(kept, len(known) - 1)  # the last token is read again: it has no logits yet
+        self._cached = known[:kept]
+        self._cache.trim(0, kept)
+        reply.cached = min(kept, len(reply.prompt))
+        reply.reading = True
+        if last is not None:
+            return last.logits
+
+        def on_chunk(columns: int) -> None:
+            if journal is not None and len(self._cache) < len(known):
+                journal.note(reply, self._cache, None)
+
+        unread = torch.tensor([known[kept:]], device=self.network.device)
+        logits = prefill(self.network, unread, self._cache, on_chunk=on_chunk)
+        self._last = _LastLogits(len(known), logits)
+        return logits
+
+    def _settle(self, reply: Reply) -> None:
+        """Cut the cache to the ids that are known, and remember them.
+
+        A token is read only when the next is asked for, an interrupted step leaves no trace, and drafts run ahead.
+        """
+        if reply.reading:
+            self._cached = reply.known[: len(self._cache)]
+            self._cache.trim(0, len(self._cached))
+
+    def _forget(self) -> None:
+        """Give the cache's memory back."""
+        from model.kv_cache import KVCache
+
+        self._cache, self._cached, self._last = KVCache(self.network.config.n_layers), [], None
+
+    def save_cache(self, path: Path) -> None:
+        """See `KeepsCache.save_cache`."""
+        from dbrx_cli.engine.fingerprint import fingerprint
+        from dbrx_cli.engine.saved import replacing
+        from model.saved_cache import SavedCache, save_cache
+
+        if self._cached:
+            last = self._last if self._last is not None and self._last.tokens <= len(self._cached) else None
+            saved = SavedCache(self._cache, self._cached, *(last or (0, None)))
+            with replacing(path) as file:
+                save_cache(file, saved, fingerprint(self))
+
+    def load_cache(self, path: Path) -> int:
+        """See `KeepsCache.load_cache`."""
+        from dbrx_cli.engine.fingerprint import fingerprint
+        from dbrx_cli.engine.saved import reading
+        from model.saved_cache import Layout, UnusableState, load_cache
+
+        with reading(path) as found:
+            if found is None:
+                return 0
+            try:
+                saved = load_cache(*found, fingerprint(self), Layout.of(self.network))
+            except UnusableState as error:
+                self.notice(f"{path} {error.message}; the text is read anew")
+                return 0
+        self._cache, self._cached = saved.cache, saved.ids
+        self._last = _LastLogits(saved.logits_at, saved.logits) if saved.logits is not None else None
+        return len(saved.ids)
 
 
-class _Reply:
-    """A reply as it is made, with its clock."""
+class _LastLogits(NamedTuple):
+    """What came out of the network after a number of tokens of the cache [1, vocab]."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, prompt: list[int]) -> None:
-        from secrets import randbits
-
-        from model.detokenizer import Detokenizer
-
-        self.prompt = prompt
-        self.ids: list[int] = []
-        self.text = ""
-        self.cached = 0
-        self.seed = request.params.seed if request.params.seed is not None else randbits(32)
-        self.detokenizer = Detokenizer(tokenizer, stop=request.stop)
-        self.started = time.perf_counter()
-        self.first_token_at: float | None = None
-        self.last_token_at: float | None = None
-
-    def add(self, token: int, end: bool) -> str:
-        """Take a token; return the text that can be shown now. The token that ends a turn has none."""
-        self.last_token_at = time.perf_counter()
-        self.first_token_at = self.first_token_at or self.last_token_at
-        self.ids.append(token)
-        piece = "" if end else self.detokenizer.push(token)
-        self.text += piece
-        return piece
+    tokens: int
+    logits: Tensor
 
 
 def find_model(options: ModelOptions, report: Report) -> Path:
@@ -239,6 +340,57 @@ def find_model(options: ModelOptions, report: Report) -> Path:
             f"no model was named, and {DEFAULT_MODEL} (264 GB) is not on this machine",
             "name one with -m FOLDER or -m org/name, or try `-m demo`, a small model in the same architecture",
         ) from error
+
+
+def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ranks | None = None) -> DbrxForCausalLM:
+    """Read the weights with a progress bar; with `ranks`, this rank's slices."""
+    settle_waiting()
+    import torch
+
+    from model.transformer import DbrxForCausalLM
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with report.bar("Reading the weights") as advance:
+        network = DbrxForCausalLM.from_pretrained(
+            folder,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            pack=True,
+            device_map=options.device_map,
+            max_memory=options.memory_limits,
+            attn_implementation=options.attn,
+            offload=options.offload,
+            expert_cache=options.expert_cache_bytes,
+            context=options.context,
+            ranks=ranks,
+            adapter=options.adapter,
+            progress=advance,
+        )
+    if network.expert_store is not None:
+        kept = network.expert_store.describe()
+        tell = report.notice if options.offload == "auto" else report.detail
+        tell(f"the experts do not fit into memory and are read when they are needed; {kept}")
+    return network
+
+
+def check_source(source: Path, options: ModelOptions, report: Report) -> None:
+    """`ModelError` if a folder or file is no DBRX model; a notice where its weights change their type."""
+    if source.is_dir():
+        from model.checkpoint import Checkpoint
+        from model.config import DbrxConfig
+
+        if not (source / "config.json").exists():
+            Checkpoint.open(source).close()  # says what the folder holds instead, such as a GGUF file or an adapter
+        DbrxConfig.from_json(source / "config.json")
+        return
+    from model.formats import open_weights
+    from model.loading import STORED
+
+    with open_weights(source) as weights:
+        stored, _ = weights.dtypes().most_common(1)[0]
+    if stored not in STORED and options.dtype == "auto" and options.quantize == "none":
+        report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,0 +1,89 @@
+"""What keys and values depend on. A file of them is taken over only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbrx_cli import __version__
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.engine import Request
+    from dbrx_cli.engine.local import LocalEngine
+    from model.tokenizer import Tokenizer
+
+FORMAT = 1  # of the files, and of what their numbers mean
+HEAD = 64 * 1024  # bytes of each file of weights that are looked at: its header, and where tensors lie
+
+
+def fingerprint(engine: LocalEngine) -> dict[str, str]:
+    """Names, as a notice tells them, and values."""
+    import torch
+
+    network = engine.network
+    return {
+        "version of dbrx": f"{__version__} {FORMAT}",
+        "version of PyTorch": torch.__version__,
+        "revision": str(engine.revision),
+        "configuration": _digest([repr(network.config).encode()]),
+        "model": _weights(engine.source),
+        "adapter": network.adapter,
+        "chat template": _digest([engine.tokenizer.chat_template.text.encode()]),
+        "tokenizer": _tokenizer(engine.tokenizer),
+        "dtype": str(network.dtype),
+        "quantization": engine.quantize,
+        "kernels": network.packing.name if network.packing is not None else "plain",
+        "attention": network.transformer.attention,
+        "device": str(network.device),
+    }
+
+
+def of_request(engine: LocalEngine, request: Request, prompt: Sequence[int]) -> dict[str, str]:
+    """All that decides about the text of a reply. A seed that the user did not choose is not a part of it."""
+    sampling = {f"--{name.replace('_', '-')}": repr(value) for name, value in asdict(request.params).items()}
+    return {
+        "prompt": _digest([repr(list(prompt)).encode()]),
+        **sampling,
+        "--stop": repr(request.stop),
+        "--schema": repr(request.constraint),
+        "--logprobs": repr(request.logprobs),
+        "--context": repr(engine.context),
+        **fingerprint(engine),
+    }
+
+
+def _weights(source: Path | None) -> str:
+    """By name, size, beginning and time of each file: reading hundreds of gigabytes would take longer than it saves.
+
+    A file of the Hub's cache is stored under the checksum of its content, which says more than a time.
+    """
+    if source is None:
+        raise InputError("keys and values are saved only where one process has the whole model", "run without torchrun")
+    paths = (
+        sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".gguf")) if source.is_dir() else [source]
+    )
+    parts = []
+    for path in paths:
+        status, stored = path.stat(), Path(os.path.realpath(path))
+        identity = stored.name if stored.parent.name == "blobs" else str(status.st_mtime_ns)
+        with path.open("rb") as file:
+            parts += [f"{path.name} {status.st_size} {identity}".encode(), file.read(HEAD)]
+    return _digest(parts)
+
+
+def _tokenizer(tokenizer: Tokenizer) -> str:
+    tokens = (tokenizer.decode_bytes(i) for i in range(tokenizer.vocab_size))
+    return _digest([repr(sorted(tokenizer.special_tokens.items())).encode(), *tokens])
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """One value for parts in their order; where one ends is part of it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

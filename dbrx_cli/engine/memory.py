@@ -1,0 +1,34 @@
+"""What torch says when memory runs out, told with sizes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from model.errors import ResourceError
+
+if TYPE_CHECKING:
+    from model.kv_cache import KVCache
+    from model.transformer import DbrxForCausalLM
+
+# torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with one of these texts.
+SIGNS = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+WANTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]i?B)", re.IGNORECASE)
+
+
+def memory_fault(error: Exception, network: DbrxForCausalLM, cache: KVCache) -> ResourceError | None:
+    """The fault to tell if memory ran out; None if `error` is something else."""
+    if not isinstance(error, MemoryError) and not SIGNS.search(str(error)):
+        return None
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    wanted = WANTED.search(str(error))
+    more = f", and {_size(float(wanted[1]))} more were wanted" if wanted and wanted[2] == "bytes" else ""
+    return ResourceError(
+        f"out of memory: the weights take {_size(weights)}, "
+        f"keys and values of {len(cache)} tokens {_size(cache.nbytes)}{more}",
+        "shorten the prompt, or choose a smaller --context or --dtype",
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

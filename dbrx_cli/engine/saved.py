@@ -1,0 +1,67 @@
+"""Private files for what an engine keeps: opened for the user alone, replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from dbrx_cli.private import open_private, refuse_link
+from model.errors import InputError, ResourceError
+from model.saved_cache import starts_like_one
+
+HEAD = 64
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[tuple[BinaryIO, int] | None]:
+    """A private file and its size, None if there is none; `InputError` if it is something else's."""
+    with faults(path):
+        if not path.exists() and not path.is_symlink():
+            yield None
+            return
+        with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            refuse_foreign(path, file)
+            yield file, size
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A private file that gets its name when it is whole. What has the name already must be one of ours."""
+    with reading(path):
+        pass
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with faults(path):
+        try:
+            with os.fdopen(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            refuse_link(path)
+            os.replace(new, path)
+        finally:
+            with suppress(FileNotFoundError):
+                new.unlink()
+
+
+def refuse_foreign(path: Path, file: BinaryIO) -> None:
+    """`InputError` if a file that is not empty is none of ours: it might be something that nobody wants to lose."""
+    head = file.read(HEAD)
+    file.seek(0)
+    if head and not starts_like_one(head):
+        raise InputError(f"{path} is no file of saved keys and values", "remove it, or name another file")
+
+
+@contextmanager
+def faults(path: Path) -> Iterator[None]:
+    """Turn what the system says about a file into a `DbrxError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+            raise InputError(f"{path}: {reason}", "name a file that can be written") from None
+        raise ResourceError(f"{path} cannot be written: {reason}", "free some space, or name another file") from None
