@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
+from model.bpe import MAX_TEXT
 from model.errors import InputError
 
 InputErrors = Literal["strict", "replace"]
 
 
 def read_piped(errors: InputErrors = "strict") -> str | None:
-    """All of stdin; None if it is a terminal, closed or empty. `InputError` names the first byte that is not UTF-8."""
+    """All of stdin; None if it is a terminal, closed or empty.
+
+    `InputError` names the first byte that is not UTF-8, and refuses more than any context holds: before a model is
+    loaded, and without waiting for the end of what may have none.
+    """
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return None
-    return decode(sys.stdin.buffer.read(), "stdin", errors) or None
+    data = sys.stdin.buffer.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise InputError(f"stdin holds more than {MAX_TEXT // 2**20} MiB", "pipe a part of it")
+    return decode(data, "stdin", errors) or None
 
 
 def decode(data: bytes, source: str, errors: InputErrors = "strict") -> str:

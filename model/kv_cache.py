@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .attention import AttentionPlan
 
 
 class KVCache:
-    """Preallocated [rows, capacity, kv_heads, head_dim] a layer: append, advance, trim.
+    """Preallocated [rows, capacity, kv_heads, head_dim] a layer: append, advance, trim; add, copy and drop of rows.
 
     A layer's buffer is made on its first append, on the device and in the dtype of what is appended, and grows by
     doubling. A row holds its tokens without gaps (padding is never stored). `append` writes behind the rows' ends;
@@ -22,7 +23,7 @@ class KVCache:
 
     def __len__(self) -> int:
         """Tokens in the longest row."""
-        return max(self.lengths)
+        return max(self.lengths, default=0)
 
     @property
     def rows(self) -> int:
@@ -32,6 +33,10 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(k.nbytes + v.nbytes for k, v in filter(None, self._layers))
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's buffers of keys and values; none before the first append."""
+        return [parts for parts in self._layers if parts is not None]
 
     def get_seq_length(self) -> int:
         """The same as `len`, under the name that transformers uses."""
@@ -45,6 +50,9 @@ class KVCache:
             start = end - plan.seq
             keys[:, start:end] = k
             values[:, start:end] = v
+        elif plan.valid is None:
+            where = torch.arange(self.rows, device=k.device)[:, None], plan.positions.to(k.device)
+            keys[where], values[where] = k, v
         else:
             k, v = plan.compact(k), plan.compact(v)
             for row, (start, stop) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
@@ -62,17 +70,44 @@ class KVCache:
             raise ValueError(f"row {row} has {self.lengths[row]} tokens; cannot trim it to {length}")
         self.lengths[row] = length
 
+    def add(self) -> int:
+        """Make room for one more row, an empty one behind the others; returns its number."""
+        self.lengths.append(0)
+        return self.rows - 1
+
+    def copy(self, row: int, source: KVCache, source_row: int, length: int) -> None:
+        """Let a row hold the first `length` tokens of a row of `source`, a cache of the same network."""
+        if not 0 <= length <= source.lengths[source_row]:
+            raise ValueError(f"row {source_row} has {source.lengths[source_row]} tokens; cannot copy {length}")
+        for layer, theirs in enumerate(source._layers):
+            if theirs is not None and length:
+                for mine, other in zip(self._buffers(layer, theirs[0], length), theirs, strict=True):
+                    mine[row, :length] = other[source_row, :length]
+        self.lengths[row] = length
+
+    def drop(self, row: int) -> None:
+        """Take a row out; the last one takes its place and number."""
+        last = self.rows - 1
+        if row != last:
+            self.copy(row, self, last, self.lengths[last])
+        del self.lengths[last]
+
     def _buffers(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [rows, capacity, kv_heads, head_dim], with room for `needed` tokens a row."""
         old = self._layers[layer]
-        if old is not None and old[0].shape[1] >= needed:
-            return old
+        if old is None or old[0].shape[1] < needed or old[0].shape[0] < self.rows:
+            old = self._layers[layer] = self._grown(layer, like, needed)
+        return old[0][: self.rows], old[1][: self.rows]
+
+    def _grown(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         while self.capacity < needed:
             self.capacity *= 2
-        shape = (self.rows, self.capacity, *like.shape[2:])
+        old = self._layers[layer]
+        rows = self.rows if old is None else max(self.rows, old[0].shape[0])
+        shape = (rows, self.capacity, *like.shape[2:])
         # Zeros, not empty: what lies behind a short row is masked, but 0 x NaN would still be NaN.
         new = like.new_zeros(shape), like.new_zeros(shape)
         if old is not None:
             for buffer, before in zip(new, old, strict=True):
-                buffer[:, : before.shape[1]] = before
-        self._layers[layer] = new
+                buffer[: before.shape[0], : before.shape[1]] = before
         return new

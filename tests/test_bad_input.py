@@ -84,6 +84,8 @@ def test_a_damaged_checkpoint_is_named(
         pytest.param(["-m", "{tiny}", "-n", "many", "hi"], b"", 2, "valid integer", id="not a number"),
         pytest.param(["-m", "{tiny}", "--attn", "fast", "hi"], b"", 2, "fast", id="unknown choice"),
         pytest.param(["-m", "{tiny}", "--stop", "", "hi"], b"", 2, "--stop", id="empty stop string"),
+        pytest.param(["-m", "{tiny}", "-x", "--schema", "s", "hi"], b"", 2, "exclude each other", id="extract, schema"),
+        pytest.param(["-m", "{tiny}", "--logprobs", "3", "hi"], b"", 2, "needs --json", id="logprobs of a text"),
     ],
 )
 def test_one_line_and_the_exit_code(
@@ -114,7 +116,8 @@ def test_an_unexpected_fault_shows_its_traceback_only_when_asked(
 NUMBERS = st.sampled_from(["-1", "0", "1", "7", "nan", "inf", "-inf", "1e308", "1e-308", "", " ", "x", "9" * 400])
 FLAGS = st.sampled_from(
     """-t --top-p --top-k --min-p --repetition-penalty --frequency-penalty --presence-penalty --seed --threads --context
-    --stop --dtype --attn --max-memory --device-map --input-errors -s""".split()
+    --stop --dtype --attn --max-memory --device-map --input-errors -s -f -x --schema --batch --batch-size --output
+    --logprobs --lookup""".split()
 )
 
 

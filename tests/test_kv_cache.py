@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -61,3 +63,47 @@ def test_growing_keeps_what_is_there() -> None:
         cache.advance(plan)
     assert keys.flatten().tolist() == list(range(20))
     assert cache.capacity == 32 and cache.nbytes == 2 * 32 * 4
+
+
+def test_rows_join_are_copied_and_leave() -> None:
+    """Random additions, copies, drops and appends, against lists."""
+    rng = random.Random(5)
+    cache, rows = KVCache(2, rows=1, capacity=1), [list[float]()]
+    other = KVCache(2, rows=2, capacity=8)
+    theirs = [[-1.0 - i for i in range(6)], [-11.0 - i for i in range(6)]]
+    plan = AttentionPlan(other.lengths, 6, None, CPU)
+    for layer in range(2):
+        other.append(layer, torch.tensor(theirs)[..., None, None], torch.zeros(2, 6, 1, 1), plan)
+    other.advance(plan)
+    for step in range(200):
+        match rng.choice(["add", "copy", "drop", "append", "append", "trim"]):
+            case "add" if len(rows) < 6:
+                assert cache.add() == len(rows)
+                rows.append([])
+            case "copy":
+                row, source, length = rng.randrange(len(rows)), rng.randrange(2), rng.randrange(7)
+                cache.copy(row, other, source, length)
+                rows[row] = theirs[source][:length]
+            case "drop" if len(rows) > 1:
+                row = rng.randrange(len(rows))
+                cache.drop(row)
+                rows[row] = rows[-1]
+                del rows[-1]
+            case "trim":
+                row = rng.randrange(len(rows))
+                rows[row] = rows[row][: rng.randrange(len(rows[row]) + 1)]
+                cache.trim(row, len(rows[row]))
+            case "append":
+                plan = AttentionPlan(cache.lengths, 2, None, CPU)
+                new = torch.tensor([[step + row / 10, step + 0.5] for row in range(len(rows))])[..., None, None]
+                for layer in range(2):
+                    keys, values = cache.append(layer, new, -new, plan)
+                cache.advance(plan)
+                for row, ids in enumerate(rows):
+                    ids += new[row].flatten().tolist()
+                    assert keys[row, : len(ids)].flatten().tolist() == pytest.approx(ids)
+                    mine = [i for i, value in enumerate(ids) if value >= 0]  # the others' values are zeros
+                    assert values[row].flatten()[mine].tolist() == pytest.approx([-ids[i] for i in mine])
+        assert cache.lengths == [len(ids) for ids in rows] and cache.rows == len(rows)
+    with pytest.raises(ValueError, match="cannot copy"):
+        cache.copy(0, other, 0, 7)

@@ -1,44 +1,223 @@
-"""`dbrx generate`: one prompt, one reply."""
+"""`dbrx generate`: one prompt and one reply, or a file of prompts."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dbrx_cli.engine import Request
+from dbrx_cli.engine import Constraint, Done, Engine, Request, keeper
 from dbrx_cli.engine.choose import open_engine
-from dbrx_cli.options import OUTPUT, ModelOptions, OutputOptions, SamplingOptions, switch, takes
+from dbrx_cli.extract import CodeOnly
+from dbrx_cli.files import attached, read_file
+from dbrx_cli.options import OUTPUT, EngineOptions, LogOptions, OutputOptions, SamplingOptions, switch, takes
 from dbrx_cli.render import Renderer, show
 from dbrx_cli.report import Report
-from dbrx_cli.stdin import InputErrors, check_argument, read_piped
-from model.errors import InputError
+from dbrx_cli.stdin import InputErrors, check_argument, decode, read_piped
+from model.errors import DbrxError, InputError
 from model.messages import Message
 
 STDIN = "-"
+BATCH, KEEPING = "Many prompts", "Keeping"
+LARGEST_BATCH = 2**30  # bytes
 
 
-@takes(model=ModelOptions, sampling=SamplingOptions, output=OutputOptions)
+@dataclass(frozen=True)
+class PromptOptions:
+    """What goes around the prompt."""
+
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-f",
+            "--file",
+            metavar="PATH",
+            help="Text file to put before the prompt (repeatable).",
+            show_default=False,
+        ),
+    ] = None
+    system: Annotated[
+        str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
+    ] = None
+    no_system: Annotated[bool, switch("--no-system", help="Without the checkpoint's default system message.")] = False
+    raw: Annotated[bool, switch("--raw", help="No chat template: continue the text (base models).")] = False
+    input_errors: Annotated[
+        InputErrors, typer.Option("--input-errors", help="What to do with stdin or files that are not UTF-8.")
+    ] = "strict"
+
+    def __post_init__(self) -> None:
+        if self.raw and (self.system is not None or self.no_system):
+            raise InputError("--raw has no system message", "leave out -s and --no-system")
+        if self.system is not None and self.no_system:
+            raise InputError("-s and --no-system exclude each other", "choose one")
+
+    def read(self, argument: str | None) -> str:
+        """Files, argument and stdin as one text, a blank line between them."""
+        piped = read_piped(self.input_errors)
+        if piped is not None and not self.raw:
+            # The line's end that `echo` and editors add is no part of a message; of text to be continued it is.
+            piped = piped.removesuffix("\n").removesuffix("\r")
+        if argument == STDIN:
+            argument = None
+        parts = [attached(self.file, self.input_errors)] if self.file else []
+        parts += [check_argument(argument, "the prompt")] if argument is not None else []
+        parts += [piped] if piped is not None else []
+        if not any(part.strip() for part in parts):
+            raise InputError("there is no prompt", 'type one (dbrx generate "..."), or pipe one to stdin')
+        return "\n\n".join(parts)
+
+    def prompt(self, given: str | Sequence[Message]) -> str | Sequence[Message]:
+        """A text, or messages, as a request takes it: text to continue, or a conversation with its system message."""
+        if self.raw:
+            if not isinstance(given, str):
+                raise InputError("--raw continues a text and has no messages", "give `prompt`")
+            return given
+        turns = [Message("user", given)] if isinstance(given, str) else list(given)
+        if turns[0].role != "system" and (self.system is not None or self.no_system):
+            turns.insert(0, Message("system", check_argument(self.system or "", "--system")))
+        return turns
+
+
+@dataclass(frozen=True)
+class FormOptions:
+    """In which form the reply comes."""
+
+    extract: Annotated[
+        bool, switch("-x", "--extract", panel=OUTPUT, help="Print only the first fenced code block of the reply.")
+    ] = False
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema",
+            metavar="FILE",
+            help="The reply is JSON that fits this JSON Schema.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None
+    no_stream: Annotated[bool, switch("--no-stream", panel=OUTPUT, help="Print the reply when it is complete.")] = False
+    json_output: Annotated[bool, switch("--json", panel=OUTPUT, help="Print one JSON object.")] = False
+    jsonl: Annotated[bool, switch("--jsonl", panel=OUTPUT, help="Print a JSON line an event.")] = False
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="K",
+            min=0,
+            max=20,
+            help="In JSON: each token's logprob, and the K best.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.json_output and self.jsonl:
+            raise InputError("--json and --jsonl exclude each other", "choose one")
+        if self.extract and self.schema is not None:
+            raise InputError("--extract and --schema exclude each other", "choose one")
+
+    def constraint(self) -> Constraint | None:
+        """What --schema demands."""
+        if self.schema is None:
+            return None
+        from model.constrain import read_schema
+
+        return Constraint(read_schema(decode(read_file(self.schema), self.schema), self.schema))
+
+    def renderer(self, model: str) -> Renderer:
+        from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
+        from dbrx_cli.render.plain import PlainRenderer
+
+        if self.json_output:
+            return JsonRenderer()
+        return JsonLinesRenderer(model) if self.jsonl else PlainRenderer(stream=not self.no_stream)
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """A file of prompts instead of one."""
+
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="FILE",
+            help="Answer each line of a file of JSON lines (`-`: stdin); answers are JSON lines.",
+            rich_help_panel=BATCH,
+            show_default=False,
+        ),
+    ] = None
+    output_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Where the answers go; what is in it already is not asked again.",
+            rich_help_panel=BATCH,
+            show_default=False,
+        ),
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, max=256, help="Prompts at a time.", rich_help_panel=BATCH)
+    ] = 8
+
+    def __post_init__(self) -> None:
+        if self.batch is None and self.output_file is not None:
+            raise InputError("--output belongs to --batch", "use > FILE for one reply")
+
+
+@dataclass(frozen=True)
+class KeepOptions(LogOptions):
+    """What outlives the process."""
+
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-cache",
+            metavar="FILE",
+            help="Keep what was read of the text here.",
+            rich_help_panel=KEEPING,
+            show_default=False,
+        ),
+    ] = None
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="FILE",
+            help="Keep the reply here as it comes.",
+            rich_help_panel=KEEPING,
+            show_default=False,
+        ),
+    ] = None
+
+
+@takes(
+    given=PromptOptions,
+    model=EngineOptions,
+    sampling=SamplingOptions,
+    form=FormOptions,
+    batch=BatchOptions,
+    keep=KeepOptions,
+    output=OutputOptions,
+)
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; `-` reads it from stdin.", show_default=False)
     ] = None,
     *,
-    system: Annotated[
-        str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
-    ] = None,
-    no_system: Annotated[bool, switch("--no-system", help="Without the checkpoint's default system message.")] = False,
-    raw: Annotated[bool, switch("--raw", help="No chat template: continue the text (base models).")] = False,
-    input_errors: Annotated[
-        InputErrors, typer.Option("--input-errors", help="What to do with stdin that is not UTF-8.")
-    ] = "strict",
-    model: ModelOptions,
+    given: PromptOptions,
+    model: EngineOptions,
     sampling: SamplingOptions,
-    no_stream: Annotated[
-        bool, switch("--no-stream", panel=OUTPUT, help="Print the reply when it is complete.")
-    ] = False,
-    json_output: Annotated[bool, switch("--json", panel=OUTPUT, help="Print one JSON object.")] = False,
-    jsonl: Annotated[bool, switch("--jsonl", panel=OUTPUT, help="Print a JSON line an event.")] = False,
+    form: FormOptions,
+    batch: BatchOptions,
+    keep: KeepOptions,
     output: OutputOptions,
 ) -> None:
     """Answer one prompt: from the argument, from stdin, or from both (stdin goes behind the argument).
@@ -46,49 +225,106 @@ def generate(
     dbrx generate -m demo "Why is the sky blue?"
 
     git diff | dbrx generate -m demo "Write a commit message for this diff."
+
+    dbrx generate -m demo -f notes.txt "Summarize these notes."
     """
-    if json_output and jsonl:
-        raise InputError("--json and --jsonl exclude each other", "choose one")
-    if raw and (system is not None or no_system):
-        raise InputError("--raw has no system message", "leave out -s and --no-system")
-    text = _prompt(prompt, input_errors, raw)
     report = Report(output)
+    if batch.batch is not None:
+        _refuse_with_batch(prompt, given, form, keep)
+        _answer_batch(given, model, sampling, form, batch, report)
+        return
+    if form.logprobs is not None and not (form.json_output or form.jsonl):
+        raise InputError("--logprobs needs --json or --jsonl", "add one of them")
+    text = given.read(prompt)
+    constraint = form.constraint()
+    stop = sampling.stop_strings
     engine = open_engine(model, report)
     request = Request(
-        text if raw else _conversation(text, system, no_system), sampling.over(engine.defaults), sampling.stop_strings
+        given.prompt(text),
+        sampling.over(engine.defaults),
+        stop,
+        constraint=constraint,
+        logprobs=form.logprobs,
+        resume=keep.resume,
     )
-    done = show(engine.stream(request), _renderer(model.model, json_output, jsonl, no_stream))
+    if keep.prompt_cache is not None:
+        keeper(engine).load_cache(keep.prompt_cache)
+    done, fault = _show(engine, request, form, model.model)
+    if keep.prompt_cache is not None:
+        keeper(engine).save_cache(keep.prompt_cache)
     report.detail(done.summary())
+    if not keep.no_log:
+        _log(model, sampling, request, done, report)
+    if fault:
+        raise fault
     if done.finish_reason == "interrupted":
         raise KeyboardInterrupt
 
 
-def _prompt(prompt: str | None, errors: InputErrors, raw: bool) -> str:
-    """Argument and stdin as one text, a blank line between them."""
-    piped = read_piped(errors)
-    if piped is not None and not raw:
-        # The line's end that `echo` and editors add is no part of a message; of text to be continued it is.
-        piped = piped.removesuffix("\n").removesuffix("\r")
-    if prompt == STDIN:
-        prompt = None
-    parts = [check_argument(prompt, "the prompt")] if prompt is not None else []
-    parts += [piped] if piped is not None else []
-    if not any(part.strip() for part in parts):
-        raise InputError("there is no prompt", 'type one (dbrx generate "..."), or pipe one to stdin')
-    return "\n\n".join(parts)
+def _show(engine: Engine, request: Request, form: FormOptions, model: str) -> tuple[Done, DbrxError | None]:
+    """Show the reply; the record of all of it, whatever part was shown, and what was missing in it."""
+    stream, renderer = engine.stream(request), form.renderer(model)
+    if not form.extract:
+        return show(stream, renderer), None
+    code = CodeOnly()
+    try:
+        done = show(code.of(stream), renderer)
+    except DbrxError as fault:
+        if code.reply is None:
+            raise
+        return code.reply, fault
+    return code.reply or done, None
 
 
-def _conversation(text: str, system: str | None, no_system: bool) -> list[Message]:
-    if system is not None and no_system:
-        raise InputError("-s and --no-system exclude each other", "choose one")
-    first = [Message("system", check_argument(system or "", "--system"))] if system is not None or no_system else []
-    return [*first, Message("user", text)]
+def _log(model: EngineOptions, sampling: SamplingOptions, request: Request, done: Done, report: Report) -> None:
+    from dbrx_cli.store import log_generate
+
+    settings = {name: value for name, value in vars(sampling).items() if value is not None}
+    log_generate(model.model, model.revision, settings, request.prompt, done, report.notice)
 
 
-def _renderer(model: str, json_output: bool, jsonl: bool, no_stream: bool) -> Renderer:
-    from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
-    from dbrx_cli.render.plain import PlainRenderer
+def _refuse_with_batch(prompt: str | None, given: PromptOptions, form: FormOptions, keep: KeepOptions) -> None:
+    for found, flag in (
+        (prompt is not None, "a prompt"),
+        (given.file, "--file"),
+        (form.extract, "--extract"),
+        (form.json_output, "--json"),
+        (form.jsonl, "--jsonl"),
+        (form.no_stream, "--no-stream"),
+        (keep.prompt_cache, "--prompt-cache"),
+        (keep.resume, "--resume"),
+    ):
+        if found:
+            raise InputError(f"--batch and {flag} exclude each other", "its answers are JSON lines, a line a prompt")
 
-    if json_output:
-        return JsonRenderer()
-    return JsonLinesRenderer(model) if jsonl else PlainRenderer(stream=not no_stream)
+
+def _answer_batch(
+    given: PromptOptions,
+    model: EngineOptions,
+    sampling: SamplingOptions,
+    form: FormOptions,
+    batch: BatchOptions,
+    report: Report,
+) -> None:
+    from dbrx_cli.answers import AnswerFile, StandardOutput
+    from dbrx_cli.batch import Prompt, read_jobs, run
+
+    assert batch.batch is not None
+    if batch.batch == STDIN:
+        jobs = read_jobs(sys.stdin.buffer.read(), "stdin", given.input_errors)
+    else:
+        jobs = read_jobs(read_file(batch.batch, LARGEST_BATCH), batch.batch, given.input_errors)
+    constraint, stop = form.constraint(), sampling.stop_strings
+    prompts = {job.id if job.id is not None else f"#{job.index}": (job.index, job.digest) for job in jobs}
+    answers = AnswerFile(batch.output_file, prompts, model.model) if batch.output_file else StandardOutput()
+    with closing(answers):
+        if len(answers.answered) == len(jobs):
+            report.notice(f"all {len(jobs)} prompts were answered before")
+            return
+        engine = open_engine(model, report)
+        params = sampling.over(engine.defaults)
+
+        def ask(prompt: Prompt) -> Request:
+            return Request(given.prompt(prompt), params, stop, constraint=constraint, logprobs=form.logprobs)
+
+        run(engine, jobs, ask, answers, batch.batch_size, report)

@@ -13,11 +13,12 @@ class SdpaAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, plan: AttentionPlan) -> Tensor:
         batch, seq, heads, head_dim = q.shape
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if plan.uniform and seq == 1:
-            # One query sees every key. Its group takes the place of the sequence, so no key is repeated:
+        if seq == 1:
+            # One query sees every key of its row. Its group takes the place of the sequence, so no key is repeated:
             # on a CPU in bfloat16 this is 20 times faster than enable_gqa.
             grouped = q.view(batch, k.shape[1], heads // k.shape[1], head_dim)
-            return scaled_dot_product_attention(grouped, k, v, scale=scale).view_as(q)
+            mask = None if plan.uniform else plan.mask(q.device)
+            return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).view_as(q)
         # is_causal aligns to the top left, which is right only when no key came before.
         causal = plan.uniform and seq == plan.kv_len
         out = scaled_dot_product_attention(

@@ -1,0 +1,155 @@
+"""Where the answers of a batch go: stdout, or a file that another run of the same command goes on with.
+
+Each answer is written in one piece as soon as it is there, so that after a crash all but the last line are whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from model.errors import InputError, ResourceError
+
+FIRST = b'{"index": '  # every record begins so: how a torn one is told from a file that is something else
+
+
+class Answers(Protocol):
+    """Takes records, JSON objects of which `index` comes first."""
+
+    answered: frozenset[int]  # the indexes of prompts that need no answer any more
+    advice: str  # behind "so many are answered" when the work is broken off
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Keep one record."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+class StandardOutput:
+    """Answers on stdout."""
+
+    answered: frozenset[int] = frozenset()
+    advice = ""
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class AnswerFile:
+    """A file of answers, locked against other processes; what it held before counts as answered, faults excepted."""
+
+    advice = "; the same command goes on"
+
+    def __init__(self, path: Path, prompts: Mapping[str | int, tuple[int, str]], model: str) -> None:
+        """prompts: by id, or by "#" and index where there is none, each prompt's index and digest.
+
+        `InputError` if the file cannot be written, is something else, or belongs to other prompts or another model.
+        """
+        self.path = path
+        self.answered: frozenset[int] = frozenset()
+        self._file = self._open()
+        try:
+            self._take_up(prompts, model)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        try:
+            _write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path} cannot be written: {error.strerror}", "the same command goes on"
+            ) from None
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            file = os.open(self.path, flags, 0o666)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise InputError(f"--output {str(self.path)!r} cannot be written: {reason}", "choose another") from None
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise InputError(f"--output {self.path} is not a plain file", "leave --output out to write to stdout")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise InputError(f"another process is writing {self.path}", "wait for it, or choose another file") from None
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _take_up(self, prompts: Mapping[str | int, tuple[int, str]], model: str) -> None:
+        with open(self.path, "rb") as file:
+            data = file.read()
+        *lines, tail = data.split(b"\n")  # tail: empty, or torn when a process was killed
+        if not tail.startswith(FIRST[: len(tail)]):
+            raise self._foreign(len(lines) + 1)
+        answered, kept = set(), []
+        for number, line, values in self._answers(lines):
+            index, digest = prompts.get(values.get("id", f"#{values['index']}"), (None, None))
+            if index is None or values.get("prompt_sha256") != digest or values.get("model") != model:
+                what = "another model's answers" if values.get("model") != model else "answers to other prompts"
+                raise InputError(f"--output {self.path} holds {what} (line {number})", "choose another file")
+            answered.add(index)
+            kept.append(line + b"\n")
+        self.answered = frozenset(answered)
+        if b"".join(kept) != data:
+            self._replace(b"".join(kept))
+
+    def _answers(self, lines: Sequence[bytes]) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """Number, bytes and content of each line that is an answer; those that are faults are left out."""
+        for number, line in enumerate(lines, 1):
+            try:
+                values = json.loads(line)
+            except ValueError:
+                raise self._foreign(number) from None
+            if not line.startswith(FIRST) or not ({"text", "error"} & set(values)):
+                raise self._foreign(number)
+            if "error" not in values:
+                yield number, line, values
+
+    def _foreign(self, number: int) -> InputError:
+        return InputError(f"--output {self.path} is no file of answers (line {number})", "choose another")
+
+    def _replace(self, data: bytes) -> None:
+        """Put other content in the file's place at once, so that a crash leaves the one or the other."""
+        try:
+            new, name = tempfile.mkstemp(dir=self.path.resolve().parent, prefix=f".{self.path.name}.")
+            try:
+                _write(new, data)
+                shutil.copymode(self.path, name)
+                fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fsync(new)
+                os.replace(name, self.path.resolve())
+            except BaseException:
+                os.unlink(name)
+                raise
+        except OSError as error:
+            raise ResourceError(f"{self.path} cannot be mended: {error.strerror}", "make room beside it") from None
+        os.close(self._file)
+        self._file = new
+        fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_APPEND)
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]

@@ -1,0 +1,191 @@
+"""`generate --batch`: prompts in JSON lines in, answers in JSON lines out.
+
+A line that cannot be answered does not keep the others from it: its record says why, and the command ends with a fault.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dbrx_cli.answers import Answers
+from dbrx_cli.engine import Done, Engine, Request
+from dbrx_cli.report import Report
+from dbrx_cli.stdin import InputErrors, decode
+from model.errors import DbrxError, InputError
+from model.messages import Message
+from model.sampling import SamplingParams
+
+SAMPLING = {
+    "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
+    "frequency_penalty": float, "presence_penalty": float, "seed": int,
+}  # fmt: skip
+KEYS = {"id", "prompt", "messages", "stop", *SAMPLING}
+ROLES = ("system", "user", "assistant")
+
+
+Prompt = str | tuple[Message, ...]
+Ask = Callable[[Prompt], Request]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the prompts' file: what to ask and how it differs from the flags, or the fault in it."""
+
+    index: int
+    id: str | int | None = None
+    prompt: Prompt = ()
+    stop: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] | None = None
+    fault: InputError | None = None
+
+    @property
+    def digest(self) -> str:
+        """Tells an answer to this prompt from one to another prompt in the same place."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [[m.role, m.content] for m in self.prompt]
+        return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+
+    def request(self, ask: Ask) -> Request:
+        """What to ask the engine; ask: from a prompt to the request that the flags make of it.
+
+        `InputError` tells the line. A seed that was given for all is counted up from prompt to prompt, so that equal
+        prompts get other answers.
+        """
+        if self.fault:
+            raise self.fault
+        try:
+            request = ask(self.prompt)
+        except InputError as fault:
+            raise InputError(f"line {self.index + 1}: {fault.message}", fault.hint) from None
+        seed = request.params.seed
+        own = dict(self.sampling or {})
+        if seed is not None and "seed" not in own:
+            own["seed"] = (seed + self.index) % 2**64
+        return replace(request, params=replace(request.params, **own), stop=self.stop or request.stop)
+
+
+def read_jobs(data: bytes, source: str, errors: InputErrors) -> list[Job]:
+    """All lines that are not blank. `InputError` if none of them can be answered, or an id comes twice."""
+    jobs = [_job(i, line, errors) for i, line in enumerate(data.split(b"\n")) if line.strip()]
+    if not jobs:
+        raise InputError(f"{source} holds no prompt", 'give a line such as {"prompt": "..."} for each')
+    if all(job.fault for job in jobs):
+        raise InputError(f"{source}: {jobs[0].fault}", 'give a line such as {"prompt": "..."} for each')
+    seen: dict[str | int, int] = {}
+    for job in jobs:
+        if job.id is not None and seen.setdefault(job.id, job.index) != job.index:
+            raise InputError(f"{source}: lines {seen[job.id] + 1} and {job.index + 1} have the same id {job.id!r}")
+    return jobs
+
+
+def _job(index: int, line: bytes, errors: InputErrors) -> Job:
+    try:
+        values = json.loads(decode(line, f"line {index + 1}", errors))
+        if not isinstance(values, dict):
+            raise InputError(f"line {index + 1} is no JSON object")
+    except (ValueError, RecursionError) as error:
+        return Job(index, fault=InputError(f"line {index + 1} is not JSON: {error}"))
+    except InputError as fault:
+        return Job(index, fault=fault)
+    id = values.get("id")
+    try:
+        if not isinstance(id, str | int | None) or isinstance(id, bool):
+            id = None
+            raise InputError("id must be a string or a whole number")
+        json.dumps(id, ensure_ascii=False).encode()  # a lone surrogate could not be written back
+        if unknown := sorted(set(values) - KEYS):
+            raise InputError(f"unknown key {unknown[0]!r}: known are {', '.join(sorted(KEYS))}")
+        return Job(index, id, _prompt(values), _stop(values.get("stop", ())), _sampling(values))
+    except UnicodeEncodeError:
+        return Job(index, fault=InputError(f"line {index + 1}: id is not valid Unicode"))
+    except InputError as fault:
+        return Job(index, id, fault=InputError(f"line {index + 1}: {fault.message}"))
+
+
+def _prompt(values: dict[str, Any]) -> Prompt:
+    prompt, messages = values.get("prompt"), values.get("messages")
+    if (prompt is None) == (messages is None):
+        raise InputError("give either prompt or messages")
+    if prompt is not None:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError("prompt must be a text that is not empty")
+        return prompt
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages must be a list of objects with role and content")
+    for message in messages:
+        fields = message if isinstance(message, dict) else {}
+        if fields.get("role") not in ROLES or not isinstance(fields.get("content"), str) or len(fields) != 2:
+            raise InputError("each message must have a role (system, user or assistant) and a content, and no more")
+    if messages[-1]["role"] != "user":
+        raise InputError("the last message must be the user's")
+    return tuple(Message(message["role"], message["content"]) for message in messages)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise InputError("stop must be a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    given = {name: values[name] for name in SAMPLING if values.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int if SAMPLING[name] is int else int | float):
+            raise InputError(f"{name} must be a number, not {json.dumps(value)[:40]}")
+    try:
+        replace(SamplingParams(), **given)
+    except (ValueError, OverflowError) as error:
+        raise InputError(str(error)) from None
+    return given
+
+
+def record(job: Job, result: Done | DbrxError) -> dict[str, Any]:
+    """A line of the answers' file: index, the id if there was one, and the answer or what hindered it."""
+    head = {"index": job.index} | ({"id": job.id} if job.id is not None else {})
+    if isinstance(result, DbrxError):
+        return {**head, "error": {"message": result.one_line, "code": result.exit_code}}
+    return {**head, **result.to_dict(), "prompt_sha256": job.digest}
+
+
+def run(engine: Engine, jobs: Sequence[Job], ask: Ask, answers: Answers, rows: int, report: Report) -> None:
+    """Answer what is not answered yet, `rows` prompts at a time; `DbrxError` at the end if some got no answer."""
+    from dbrx_cli.engine.batched import answers as answer
+
+    by_index = {job.index: job for job in jobs if job.index not in answers.answered}
+    if answers.answered:
+        report.notice(f"{len(answers.answered)} of {len(jobs)} prompts were answered before")
+    faults: dict[int, DbrxError] = {}
+    done, tokens, started = len(jobs) - len(by_index), 0, time.perf_counter()
+
+    def write(index: int, result: Done | DbrxError) -> None:
+        answers.write(record(by_index[index], result))
+        if isinstance(result, DbrxError):
+            faults[index] = result
+
+    requests: list[tuple[int, Request]] = []
+    for index, job in by_index.items():
+        try:
+            requests.append((index, job.request(ask)))
+        except InputError as fault:
+            write(index, fault)
+    try:
+        with report.bar("Answering", unit="prompts") as advance:
+            for index, result in answer(engine, requests, rows):
+                write(index, result)
+                done += isinstance(result, Done)
+                tokens += len(result.token_ids) if isinstance(result, Done) else 0
+                advance(done + len(faults), len(jobs))
+    except KeyboardInterrupt:
+        report.notice(f"{done} of {len(jobs)} prompts are answered{answers.advice}")
+        raise
+    seconds = time.perf_counter() - started
+    report.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f}/s)")
+    if faults:
+        first = faults[min(faults)]
+        which = "a prompt" if len(faults) == 1 else f"{len(faults)} of {len(jobs)} prompts"
+        raise DbrxError(f"{which} got no answer: {first.message}", "see `error` in the answers")

@@ -1,0 +1,45 @@
+"""Text files that the command line names: read whole, bounded, and put into a prompt under their names."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+
+from dbrx_cli.stdin import InputErrors, decode
+from model.bpe import MAX_TEXT, check_size
+from model.errors import InputError
+
+
+def read_file(path: str, limit: int = MAX_TEXT) -> bytes:
+    """A plain file's bytes; `InputError` if there is none, it cannot be read, or it has more than `limit` bytes."""
+    try:
+        # Without waiting: a pipe without a writer would hold the program up for ever.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputError(f"{path} is not a plain file", "pipe what is not a file to stdin")
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{path!r} cannot be read: {reason}", "check the name") from None
+    if len(data) > limit:
+        raise InputError(f"{path} has more than {limit // 2**20} MiB", "give a part of it")
+    return data
+
+
+def attached(paths: Sequence[str], errors: InputErrors) -> str:
+    """The files as a prompt shows them: each under its name, between fences that nothing in it can close.
+
+    Raises `InputError` as `read_file`, for bytes that are not UTF-8, and if all of them are too long for any model.
+    """
+    parts = []
+    for path in paths:
+        text = decode(read_file(path), path, errors)
+        longest = max(map(len, re.findall("`+", text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        end = "" if text.endswith("\n") else "\n"
+        parts.append(f"{path}:\n{fence}\n{text}{end}{fence}")
+    whole = "\n\n".join(parts)
+    check_size(len(whole.encode()))
+    return whole

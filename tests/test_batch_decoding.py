@@ -1,0 +1,148 @@
+"""Many replies at once give what each gives alone, whoever joins and leaves beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import DbrxForCausalLM, KVCache, SamplingParams
+from model.batch import Batch, common_prefix
+from model.decode import Row, decode, prefill
+from tests import fidelity
+
+torch.set_num_threads(1)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def network(request: pytest.FixtureRequest) -> DbrxForCausalLM:
+    """16 experts choose 4, unevenly."""
+    return fidelity.load("like_dbrx", request.param).network
+
+
+def alone(network: DbrxForCausalLM, prompt: list[int], params: SamplingParams, eos: Sequence[int] = ()) -> list[int]:
+    """The reply of the loop that decodes one conversation."""
+    cache = KVCache(network.config.n_layers)
+    logits = prefill(network, torch.tensor([prompt]), cache)
+    generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
+    steps = decode(network, [prompt], logits, cache, params, eos_ids=eos, generator=generator)
+    return [token for (token,) in steps if token is not None]
+
+
+def run(batch: Batch, rows: Sequence[Row]) -> None:
+    """All rows to their end; what `step` tells is what they hold."""
+    told: dict[int, list[int]] = {id(row): [] for row in rows}
+    for row in rows:
+        batch.add(row)
+    while len(batch):
+        for row, token in batch.step():
+            told[id(row)].append(token)
+    assert [told[id(row)] for row in rows] == [row.ids for row in rows]
+    assert all(row.done for row in rows)
+
+
+def prompts(network: DbrxForCausalLM, count: int, seed: int = 1) -> list[list[int]]:
+    """Of different lengths; every other one begins with the same text."""
+    rng, vocab = random.Random(seed), network.config.vocab_size
+    shared = [rng.randrange(vocab) for _ in range(9)]
+    texts = [[rng.randrange(vocab) for _ in range(rng.choice([1, 2, 7, 20]))] for _ in range(count)]
+    return [shared + text if i % 2 else text for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_each_reply_is_that_of_its_prompt_alone(network: DbrxForCausalLM, size: int) -> None:
+    texts = prompts(network, 11)
+    rows = [Row(network, text, replace(GREEDY, max_tokens=1 + i)) for i, text in enumerate(texts)]
+    run(Batch(network, size), rows)
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        assert row.ids == alone(network, text, replace(GREEDY, max_tokens=1 + i))
+
+
+def test_rows_end_by_themselves_and_others_take_their_place(network: DbrxForCausalLM) -> None:
+    texts = prompts(network, 6)
+    eos = [alone(network, texts[0], GREEDY)[3], alone(network, texts[3], GREEDY)[0]]
+    rows = [Row(network, text, GREEDY, eos_ids=eos) for text in texts]
+    run(Batch(network, 2), rows)
+    assert [row.ids for row in rows] == [alone(network, text, GREEDY, eos) for text in texts]
+    assert {len(row.ids) for row in rows} > {1, 12} or min(len(row.ids) for row in rows) == 1
+
+
+def test_what_prompts_have_in_common_is_read_once(network: DbrxForCausalLM) -> None:
+    shared = [5, 9, 2, 7, 1, 1, 3, 8]
+    texts = [[*shared, i] for i in range(10, 14)]
+    rows = [Row(network, text, GREEDY) for text in [*texts, texts[0]]]
+    run(Batch(network, 5), rows)
+    assert [row.cached for row in rows] == [0, 8, 8, 8, 8]
+    assert rows[0].ids == rows[4].ids == alone(network, texts[0], GREEDY)
+    assert [row.ids for row in rows[1:4]] == [alone(network, text, GREEDY) for text in texts[1:]]
+
+
+def test_a_long_prompt_is_read_while_others_go_on(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.batch.PREFILL_CHUNK", 4)
+    first, second = Row(network, [3, 4], GREEDY), Row(network, list(range(30, 60)), GREEDY)
+    batch = Batch(network, 2)
+    batch.add(first)
+    batch.step()
+    batch.add(second)
+    steps = 0
+    while not second.ids:
+        batch.step()
+        steps += 1
+        assert len(first.ids) == 1 + steps
+    assert steps == 8
+    while len(batch):
+        batch.step()
+    assert first.ids == alone(network, [3, 4], GREEDY)
+    assert second.ids == alone(network, list(range(30, 60)), GREEDY)
+
+
+def test_same_seed_same_text_whoever_else_is_there(network: DbrxForCausalLM) -> None:
+    params = SamplingParams(temperature=1.3, top_p=0.95, max_tokens=10)
+
+    def sampled(prompt: list[int], seed: int) -> Row:
+        return Row(network, prompt, params, generator=torch.Generator().manual_seed(seed))
+
+    mine, other = sampled([4, 2, 6], 7), sampled([4, 2, 6], 8)
+    run(Batch(network, 6), [*(sampled(text, i) for i, text in enumerate(prompts(network, 5))), mine])
+    assert mine.ids == alone(network, [4, 2, 6], replace(params, seed=7))
+    run(Batch(network, 1), [other])
+    assert other.ids != mine.ids
+
+
+def test_each_row_has_its_own_sampling_mask_and_stopper(network: DbrxForCausalLM) -> None:
+    def only_even(row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
+        assert row == 0
+        return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
+
+    rows = [
+        Row(network, [1, 2, 3], GREEDY, mask=only_even),
+        Row(network, [1, 2, 3], GREEDY, stopper=lambda row, ids: len(ids) == 4),
+        Row(network, [1, 2, 3], replace(GREEDY, repetition_penalty=100.0, frequency_penalty=100.0)),
+        Row(network, [1, 2, 3], GREEDY),
+    ]
+    run(Batch(network, 4), rows)
+    plain = alone(network, [1, 2, 3], GREEDY)
+    assert not any(token % 2 for token in rows[0].ids)
+    assert rows[1].ids == plain[:4] and rows[3].ids == plain
+    assert len(set(rows[2].ids)) == 12 and not set(rows[2].ids) & {1, 2, 3}
+
+
+def test_the_context_is_never_left(network: DbrxForCausalLM) -> None:
+    row = Row(network, [1, 2, 3], replace(GREEDY, max_tokens=100), max_context=9)
+    batch = Batch(network, 2)
+    run(batch, [row])
+    assert len(row.ids) == 6
+    for length in (0, 9, 20):
+        with pytest.raises(ValueError, match=f"prompt of {length} tokens"):
+            batch.add(Row(network, list(range(length)), GREEDY, max_context=9))
+
+
+def test_common_prefix() -> None:
+    pairs: list[tuple[list[int], list[int]]] = [([], []), ([1], []), ([1, 2], [1, 2, 3]), ([1, 2], [1, 3])]
+    assert [common_prefix(*pair) for pair in pairs] == [0, 0, 2, 1]

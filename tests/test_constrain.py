@@ -1,0 +1,296 @@
+"""Constrained decoding: whatever a model would like to say, what comes out fits the schema, as jsonschema judges."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from model.bpe import BYTE_OF_CHARACTER, GPT2_PATTERN, AddedToken, Vocabulary, cl100k_vocabulary
+from model.constrain import MAX_SCHEMA, SchemaMask, check_schema, read_schema
+from model.errors import InputError
+from model.tokenizer import Tokenizer
+
+torch.set_num_threads(1)
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "ab"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {"v": {"type": "boolean"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+            "required": ["v", "next"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "person": PERSON,
+    "recursion": TREE,
+    "enum of all types": {"enum": ["x", 1, 2.5, None, True, {"a": [1]}, "été 🎉", ""]},
+    "const": {"const": {"k": ["ü", {"n": -1.5e3}], "quote\"and\\": "\n\t\u0001"}},
+    "integers": {"type": "array", "items": {"type": "integer", "minimum": -7, "maximum": 1999}, "minItems": 1,
+                 "maxItems": 4},
+    "exclusive bounds": {"type": "number", "exclusiveMinimum": -1.5, "exclusiveMaximum": 1.5},
+    "multiples": {"type": "integer", "multipleOf": 7, "minimum": 10, "maximum": 1000},
+    "number": {"type": "number"},
+    "lengths": {"type": "string", "minLength": 2, "maxLength": 5},
+    "pattern": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,4}$"},
+    "pattern without anchors": {"type": "string", "pattern": "b[ae]d", "maxLength": 9},
+    "pattern of letters": {"type": "string", "pattern": "^[é-ü]{1,3}$"},
+    "tuple": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "items": False,
+              "minItems": 2},
+    "map": {"type": "object", "additionalProperties": {"type": "integer", "maximum": 9}, "minProperties": 1,
+            "maxProperties": 2},
+    "names by pattern": {"type": "object", "patternProperties": {"^x[0-9]$": {"type": "boolean"}},
+                         "additionalProperties": False},
+    "open object": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+                    "additionalProperties": {"type": "boolean"}},
+    "any of": {"anyOf": [{"type": "integer"}, PERSON, {"type": "array", "items": {"type": "null"}, "maxItems": 2}]},
+    "all of": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 12}]},
+    "one of, disjoint": {"oneOf": [{"type": "integer", "maximum": 99}, {"type": "boolean"}]},
+    "several types": {"type": ["null", "boolean", "integer"]},
+    "unicode names": {"type": "object", "properties": {"größe": {"type": "integer"}, "名": {"const": "値"}},
+                      "required": ["größe", "名"], "additionalProperties": False},
+    "dates": {"type": "string", "format": "date"},
+    "nested": {"type": "array", "maxItems": 2, "items": {"type": "array", "maxItems": 2, "items": PERSON}},
+    "deep objects": {"type": "object", "required": ["a"], "additionalProperties": False, "properties": {
+        "a": {"type": "object", "required": ["b"], "additionalProperties": False, "properties": {
+            "b": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}, "maxItems": 2}}}}},
+    "anything": {},
+    "definitions of an older draft": {"definitions": {"p": {"type": "integer", "maximum": 5}}, "type": "array",
+                                      "items": {"$ref": "#/definitions/p"}, "maxItems": 3},
+}  # fmt: skip
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown type": ({"type": "nope"}, "nope"),
+    "keyword that cannot be enforced": ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    "negation": ({"not": {"type": "string"}}, "not"),
+    "condition": ({"if": {}, "then": {}}, "if"),
+    "unknown format": ({"type": "string", "format": "int32"}, "int32"),
+    "reference into nothing": ({"$ref": "#/nope"}, "/nope"),
+    "reference into the network": ({"$ref": "http://localhost/x"}, "localhost"),
+    "pattern that looks ahead": ({"pattern": "(?=a)"}, "look-ahead"),
+    "pattern that is none": ({"pattern": "("}, "regex"),
+    "contradiction": ({"type": "array", "minItems": 3, "maxItems": 1}, "minItems"),
+    "nothing allowed": ({"enum": []}, "Unsatisfiable"),
+    "one of that overlap": ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
+    "names that could come twice": ({"type": "object", "minProperties": 2}, "minProperties"),
+    "bounds that are no numbers": ({"type": "integer", "minimum": "3"}, "minimum"),
+    "properties that are no object": ({"properties": []}, ""),
+}
+
+
+@cache
+def dbrx() -> Tokenizer:
+    """DBRX's own: 100,280 ids, some without a token; the network has 100,352."""
+    return Tokenizer(cl100k_vocabulary())
+
+
+@cache
+def small() -> Tokenizer:
+    """Bytes and a few pieces of JSON, with ids that have no token, a special token that spells JSON, and two ends."""
+    pieces = [bytes([byte]) for byte in BYTE_OF_CHARACTER.values()]
+    pieces += [b'{"', b'": ', b'", "', b'"}', b"true", b"null", b"  ", b"\n\n", b" \n ", b'"name', b"}]", b"-1"]
+    ids = {piece: 3 + 2 * i for i, piece in enumerate(pieces)}
+    ends = {"<end>": AddedToken(0), "<stop>": AddedToken(2), "[1]": AddedToken(1000)}
+    return Tokenizer(Vocabulary(GPT2_PATTERN, pieces[:256], ids, ends), eos_token_ids=(0, 2))
+
+
+VOCABULARIES: dict[str, tuple[Callable[[], Tokenizer], int]] = {"small": (small, 1003), "dbrx": (dbrx, 100352)}
+
+
+@cache
+def ids_that(test: Callable[[bytes], bool], vocabulary: str) -> torch.Tensor:
+    """Which ids have such a token, [vocab] bool; the ids that end a reply have the token b""."""
+    make, vocab_size = VOCABULARIES[vocabulary]
+    tokens = [make().decode_bytes(i, skip_special_tokens=True) for i in range(vocab_size)]
+    return torch.tensor([test(token) for token in tokens])
+
+
+def is_blank(token: bytes) -> bool:
+    return bool(token) and not token.strip()
+
+
+def ends_a_part(token: bytes) -> bool:
+    return token[:1] in b'"}],'
+
+
+def write(
+    schema: dict[str, Any],
+    vocabulary: str,
+    seed: int,
+    limit: int = 400,
+    taste: Callable[[bytes], bool] = ends_a_part,
+) -> str | None:
+    """What a model of random taste says under the constraint; None if it has not ended after `limit` tokens.
+
+    taste: tokens that it takes half of the time where it may. Of thousands of tokens that go on with a string, few end
+    it: without a push no reply would ever end.
+    """
+    make, vocab_size = VOCABULARIES[vocabulary]
+    tokenizer, rng = make(), random.Random(seed)
+    mask, ids, likes = SchemaMask(schema, tokenizer, vocab_size), list[int](), ids_that(taste, vocabulary)
+    while len(ids) < limit:
+        allowed = mask(0, ids, torch.zeros(vocab_size)).isfinite()
+        liked = allowed & likes
+        choice = liked if liked.any() and rng.random() < 0.5 else allowed
+        ids.append(rng.choice(choice.nonzero().flatten().tolist()))
+        if ids[-1] in tokenizer.eos_token_ids:
+            return tokenizer.decode(ids[:-1])
+        assert tokenizer.decode_bytes(ids[-1], skip_special_tokens=True)
+        if mask.complete(0, ids):
+            return tokenizer.decode(ids)
+    return None
+
+
+def assert_fits(schema: dict[str, Any], text: str) -> None:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs if name in schema.get("properties", ())]
+        assert len(set(names)) == len(names), text
+        return dict(pairs)
+
+    Draft202012Validator(schema).validate(json.loads(text, object_pairs_hook=once))
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_comes_out_fits_the_schema(name: str, vocabulary: str) -> None:
+    schema = SCHEMAS[name]
+    texts = [write(schema, vocabulary, seed) for seed in range(6 if vocabulary == "small" else 2)]
+    for text in filter(None, texts):
+        assert_fits(schema, text)
+    assert any(texts), "no reply ended"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_comes_out_fits_the_schema_many_times(name: str) -> None:
+    for seed in range(400):
+        text = write(SCHEMAS[name], "small" if seed % 4 else "dbrx", seed + 1000)
+        if text is not None:
+            assert_fits(SCHEMAS[name], text)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_a_taste_for_white_space_does_not_keep_the_reply_from_ending(vocabulary: str) -> None:
+    text = write(PERSON, vocabulary, 1, taste=is_blank)
+    assert text is not None and "\n" in text
+    assert_fits(PERSON, text)
+
+
+def test_a_special_tokens_spelling_is_no_way_in() -> None:
+    mask = SchemaMask({"const": [1]}, small(), 1003)
+    scores = mask(0, [], torch.zeros(1003))
+    assert scores[1000].isinf() and scores.isfinite().any()
+
+
+def test_ids_beyond_the_tokenizer_are_never_allowed() -> None:
+    mask = SchemaMask({}, dbrx(), 100352)
+    scores = mask(0, [], torch.zeros(100352))
+    assert len(scores) == 100352 and scores[dbrx().vocab_size :].isinf().all()
+
+
+def test_the_end_is_allowed_only_where_the_json_is_whole() -> None:
+    tokenizer = small()
+    ids = {tokenizer.decode_bytes(i): i for i in range(1003)}
+    mask, reply = SchemaMask({"type": "integer", "maximum": 99}, tokenizer, 1003), list[int]()
+    for text, may_end, complete in ((b"", False, False), (b"1", True, False), (b"2", True, True)):
+        reply += [ids[text]] if text else []
+        scores = mask(0, reply, torch.zeros(1003))
+        assert scores[[0, 2]].isfinite().tolist() == [may_end] * 2
+        assert mask.complete(0, reply) is complete
+
+
+def test_rows_are_apart_and_a_reply_may_be_taken_up() -> None:
+    tokenizer = small()
+    schema = {"enum": ["ab", "cd"]}
+    together, alone = SchemaMask(schema, tokenizer, 1003), SchemaMask(schema, tokenizer, 1003)
+    rows = [tokenizer.encode('"a'), tokenizer.encode('"c')]
+    for row, ids in enumerate(rows):
+        for length in range(3):
+            together(row, ids[:length], torch.zeros(1003))
+    for row, ids in enumerate(rows):
+        assert torch.equal(together(row, ids, torch.zeros(1003)), alone(row, ids, torch.zeros(1003)))
+
+
+def test_a_tokenizer_without_an_end() -> None:
+    tokenizer = Tokenizer(Vocabulary(GPT2_PATTERN, *_bytes()))
+    assert tokenizer.eos_token_ids == ()
+    mask = SchemaMask({"type": "boolean"}, tokenizer, 256)
+    ids = tokenizer.encode("true")
+    assert mask(0, ids[:-1], torch.zeros(256)).isfinite().sum() == 1
+    assert mask.complete(0, ids)
+
+
+def _bytes() -> tuple[list[bytes], dict[bytes, int]]:
+    single = [bytes([byte]) for byte in range(256)]
+    return single, {byte: byte[0] for byte in single}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_schema_that_cannot_be_kept_is_refused(name: str) -> None:
+    schema, word = BAD[name]
+    with pytest.raises(InputError) as caught:
+        check_schema(schema, "schema.json")
+    assert "\n" not in caught.value.one_line and caught.value.message.startswith("schema.json: ")
+    assert word in caught.value.message and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "true", '"x"', "nul", "[" * 100_000, '{"a": NaN}', '{"type": "nope"}'])
+def test_what_is_no_schema_is_refused(text: str) -> None:
+    if text == '{"a": NaN}':  # an unknown keyword is no fault, and Python reads more than JSON
+        read_schema(text, "schema.json")
+        return
+    with pytest.raises(InputError, match=r"schema\.json"):
+        read_schema(text, "schema.json")
+    assert MAX_SCHEMA > len(text)
+
+
+def test_options_of_the_library_in_a_schema_are_ignored() -> None:
+    schema = {"x-guidance": {"lenient": True, "item_separator": "x"}, "uniqueItems": True, "type": "array"}
+    with pytest.raises(InputError, match="uniqueItems"):
+        check_schema(schema)
+
+
+def test_a_property_named_like_a_keyword_is_none() -> None:
+    check_schema({"type": "object", "properties": {"minProperties": {"type": "integer"}}})
+
+
+@pytest.mark.bench
+def test_time_of_a_mask() -> None:
+    """Median and 95th percentile of a mask over 100,352 ids; what decoding waits for at each token."""
+    import statistics
+    import time
+
+    times, logits = list[float](), torch.zeros(100352)
+    for seed in range(5):
+        rng = random.Random(seed)
+        mask, ids = SchemaMask(SCHEMAS["nested"], dbrx(), 100352), list[int]()
+        for _ in range(60):
+            start = time.perf_counter()
+            scores = mask(0, ids, logits)
+            times.append(time.perf_counter() - start)
+            ids.append(rng.choice(scores.isfinite().nonzero().flatten().tolist()))
+            if mask.complete(0, ids):
+                break
+    micro = [t * 1e6 for t in sorted(times)]
+    late = micro[int(len(micro) * 0.95)]
+    print(f"\nmask: median {statistics.median(micro):.0f} us, p95 {late:.0f} us, {len(micro)} masks")
+    assert statistics.median(micro) < 3000
