@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import traceback
-from typing import Annotated
+from functools import partialmethod
+from inspect import getdoc
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -15,20 +18,66 @@ from . import __version__, check_model_package
 
 check_model_package()  # before anything imports `model`
 
-from .commands import chat, download, generate  # noqa: E402
+from . import settings  # noqa: E402
+from .commands import (  # noqa: E402
+    bench,
+    chat,
+    config,
+    convert,
+    doctor,
+    download,
+    export,
+    generate,
+    models,
+    plan,
+    quantize,
+    sessions,
+    tokenize,
+    trace,
+)
+from .engine.follower import follow, is_follower  # noqa: E402
+from .options import leave_out_colour, switch  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
+NARROW = 60  # columns
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ended
 
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="dbrx",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT,
 )
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("download")(download.download)
+app.command("convert")(convert.convert)
+app.command("bench")(bench.bench)
+app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
+app.command("trace")(trace.trace)
+app.command("plan")(plan.plan)
+app.command("tokenize")(tokenize.tokenize)
+app.command("doctor")(doctor.doctor)
+app.add_typer(models.app, name="models")
+app.add_typer(sessions.app, name="sessions")
+app.add_typer(config.app, name="config")
+
+PANELS = {
+    "Talk": ("chat", "generate", "serve"),
+    "Models": ("download", "models", "plan", "convert", "export", "quantize", "bench"),
+    "Look inside": ("trace", "tokenize", "doctor"),
+    "Your own": ("sessions", "config"),
+}
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+for command in app.registered_commands:
+    command.rich_help_panel = PANEL_OF.get(command.name or "")
+    # In the list of commands, the first sentence is enough.
+    command.short_help = (getdoc(command.callback) or "").split("\n\n")[0].split(". ")[0].rstrip(".") + "."
+for group in app.registered_groups:
+    group.rich_help_panel = PANEL_OF.get(group.name or "")
+    group.short_help = group.typer_instance.info.help if group.typer_instance else None
 
 
 def _show_version(wanted: bool) -> None:
@@ -45,10 +94,15 @@ def common(
             "--version", callback=_show_version, is_eager=True, help="Print the version and leave.", metavar=""
         ),
     ] = False,
+    no_color: Annotated[bool, switch("--no-color", callback=leave_out_colour, help="No colours (NO_COLOR=1).")] = False,
 ) -> None:
     """Chat with DBRX, Databricks' open mixture-of-experts language model.
 
-    Try it at once with a small demo model: dbrx chat -m demo
+    Try it at once with a small demo model:
+
+    dbrx chat -m demo
+
+    git diff | dbrx generate -m demo "Write a commit message for this diff."
     """
 
 
@@ -72,6 +126,10 @@ def _run() -> int:
     from model.errors import DbrxError
 
     try:
+        if is_follower():
+            follow()
+            return 0
+        _fit_help()
         return int(app(prog_name="dbrx", standalone_mode=False) or 0)
     except SystemExit as error:  # typer leaves so when a pipe breaks
         return error.code if isinstance(error.code, int) else 1
@@ -80,12 +138,27 @@ def _run() -> int:
     except DbrxError as error:
         return _fault(error.one_line, error.exit_code)
     except TyperException as error:
-        return _fault(f"{error.format_message().rstrip('.')}; see --help", error.exit_code)
+        context = getattr(error, "ctx", None)
+        message = settings.blame(context, error.format_message().rstrip("."))
+        if not message:  # no command was typed, and the help was shown
+            return error.exit_code
+        return _fault(f"{message}; see {context.command_path if context else 'dbrx'} --help", error.exit_code)
     except MemoryError:
         return _fault("out of memory; close other programs, or choose a smaller --dtype or --context", 5)
     except Exception as error:
         name = type(error).__name__
         return _fault(f"internal error: {name}: {error}; set {DEBUG}=1 to see where, and please report it", 1)
+
+
+def _fit_help() -> None:
+    """On a narrow or dumb terminal, help without frames, which would cut off the names of flags."""
+    columns = shutil.get_terminal_size().columns
+    plain = columns < NARROW or os.environ.get("TERM") == "dumb"
+    app.rich_markup_mode = None if plain else "rich"
+    CONTEXT["terminal_width"] = columns if plain else None
+    if columns < NARROW:
+        formatter: Any = typer.Context.formatter_class
+        formatter.write_dl = partialmethod(formatter.write_dl, col_max=columns // 4)  # long flags get their own line
 
 
 def _fault(line: str, code: int) -> int:

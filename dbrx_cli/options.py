@@ -1,12 +1,14 @@
 """The options that several commands share: dataclasses whose fields are the flags (`takes` expands them).
 
 A field's annotation holds flag, variable and help; its default is the flag's. So a flag is written once, every command
-that takes the group has it, and what reaches the command is one typed object.
+that takes the group has it, and what reaches the command is one typed object. Flags with a variable are settings too
+(`settings.py`): a command that takes a group has --profile, and finds in its flags what the settings file says.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
@@ -17,11 +19,15 @@ import typer
 from model.errors import InputError
 from model.sampling import SamplingParams
 
+from . import settings
+from .complete import model_names, profile_names
 from .stdin import check_argument
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 
 AttnName = Literal["auto", "eager", "sdpa", "flash"]
+OffloadName = Literal["auto", "none", "cpu", "disk"]
+QuantizeName = Literal["none", "int8", "int4"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -34,13 +40,26 @@ def takes(**groups: type) -> Callable[[Command], Command]:
         parameters = []
         for parameter in inspect.signature(command).parameters.values():
             group = groups.get(parameter.name)
-            parameters += _flags(group) if group else [parameter.replace(annotation=hints[parameter.name])]
+            own = parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += _flags(group) if group else [own]
+        for parameter in parameters:
+            settings.register(parameter.annotation, parameter.default)
+        parameters = [*_flags(_Profile), *parameters]  # first: other flags may be read early, too, and ask the file
+        own_context = next((p.name for p in parameters if p.annotation is typer.Context), None)
+        if own_context is None:
+            parameters.append(inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
         @wraps(command)
         def run(**values: Any) -> None:
-            for name, group in groups.items():
-                values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-            command(**values)
+            context = values[own_context] if own_context else values.pop(CONTEXT)
+            values.pop("profile")
+            try:
+                for name, group in groups.items():
+                    values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+                command(**values)
+            except InputError as error:
+                error.message = settings.blame(context, error.message)
+                raise
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -62,28 +81,70 @@ def _flags(group: type) -> list[inspect.Parameter]:
     ]
 
 
-def option(*flags: str, panel: str, help: str, metavar: str | None = None, hidden: bool = False) -> Any:
-    """A flag of a shared group; its variable is DBRX_ and the long flag's name."""
-    long = next(flag for flag in flags if flag.startswith("--"))
-    variable = "DBRX_" + long.removeprefix("--").replace("-", "_").upper()
+def option(
+    *flags: str,
+    panel: str,
+    help: str,
+    metavar: str | None = None,
+    hidden: bool = False,
+    complete: Callable[[str], list[str]] | None = None,
+) -> Any:
+    """A flag that is a setting as well: its variable is DBRX_ and the long flag's name."""
     return typer.Option(
         *flags,
         rich_help_panel=panel,
         help=help,
-        envvar=variable,
+        envvar=_variable(flags),
         show_envvar=False,
         metavar=metavar,
         show_default=False,
         hidden=hidden,
+        autocompletion=complete,
     )
 
 
-def switch(*flags: str, help: str, panel: str | None = None) -> Any:
-    """A flag without a value."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=False, metavar="")
+def switch(*flags: str, help: str, panel: str | None = None, setting: bool = False, callback: Any = None) -> Any:
+    """A flag without a value; with `setting` it has a variable and a key in the settings file."""
+    return typer.Option(
+        *flags,
+        help=help,
+        rich_help_panel=panel,
+        envvar=_variable(flags) if setting else None,
+        show_envvar=False,
+        show_default=False,
+        metavar="",
+        callback=callback,
+        is_eager=callback is not None,
+    )
 
 
+def _variable(flags: tuple[str, ...]) -> str:
+    long = next(flag for flag in flags if flag.startswith("--"))
+    return settings.PREFIX + long.removeprefix("--").replace("-", "_").upper()
+
+
+CONTEXT = "context_"  # the parameter by which Typer hands its context to `takes`
 MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Which part of the settings file; `takes` adds the flag to every command."""
+
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            "--profile",
+            envvar="DBRX_PROFILE",
+            show_envvar=False,
+            callback=settings.apply,
+            is_eager=True,
+            metavar="NAME",
+            help="Part of the settings file to use as well: profiles.NAME.",
+            show_default=False,
+            autocompletion=profile_names,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +152,15 @@ class WhichModel:
     """Which model."""
 
     model: Annotated[
-        str, option("-m", "--model", panel=MODEL, metavar="MODEL", help="A folder, a Hub id (org/name), or `demo`.")
+        str,
+        option(
+            "-m",
+            "--model",
+            panel=MODEL,
+            metavar="MODEL",
+            help="A folder, a GGUF file, a Hub id, or `demo`.",
+            complete=model_names,
+        ),
     ] = DEFAULT_MODEL
     revision: Annotated[
         str | None, option("--revision", panel=MODEL, metavar="REV", help="Branch, tag or commit on the Hub.")
@@ -108,6 +177,9 @@ class ModelOptions(WhichModel):
     dtype: Annotated[DtypeName, option("--dtype", panel=MODEL, help="Of weights and activations; auto: as stored.")] = (
         "auto"
     )
+    quantize: Annotated[
+        QuantizeName, option("--quantize", panel=MODEL, help="Weights in fewer bits, on a CPU; none: as stored.")
+    ] = "none"
     device_map: Annotated[
         str,
         option("--device-map", panel=MODEL, metavar="auto|balanced|sequential|cpu|...", help="Where the layers go."),
@@ -115,6 +187,17 @@ class ModelOptions(WhichModel):
     max_memory: Annotated[
         str | None,
         option("--max-memory", panel=MODEL, metavar="LIMITS", help='Such as "0=70GiB,cpu=200GiB".'),
+    ] = None
+    offload: Annotated[
+        OffloadName,
+        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto: on disk, if they must."),
+    ] = "auto"
+    expert_cache: Annotated[
+        str | None,
+        option("--expert-cache", panel=MODEL, metavar="SIZE", help="Memory for them, such as 8GiB (default: most)."),
+    ] = None
+    adapter: Annotated[
+        str | None, option("--adapter", panel=MODEL, metavar="FOLDER", help="A LoRA adapter, as peft saves it.")
     ] = None
     threads: Annotated[int | None, option("--threads", panel=MODEL, help="CPU threads (default: one a core).")] = None
     context: Annotated[
@@ -125,6 +208,18 @@ class ModelOptions(WhichModel):
         for flag, value, limit in (("--threads", self.threads, 1024), ("--context", self.context, 2**31)):
             if value is not None and not 1 <= value <= limit:
                 raise InputError(f"{flag} must be from 1 to {limit}, not {value}")
+
+    @property
+    def expert_cache_bytes(self) -> int | None:
+        """--expert-cache in bytes."""
+        if self.expert_cache is None:
+            return None
+        from model.machine import parse_size
+
+        try:
+            return parse_size(self.expert_cache)
+        except InputError as error:
+            raise InputError(f"--expert-cache: {error.message}", error.hint) from None
 
     @property
     def memory_limits(self) -> dict[int | str, int | str] | None:
@@ -138,6 +233,16 @@ class ModelOptions(WhichModel):
                 raise InputError(f"--max-memory: {part.strip()!r} is not like 0=70GiB or cpu=200GiB")
             limits[int(device) if device.isdigit() else device] = amount
         return limits
+
+
+@dataclass(frozen=True)
+class EngineOptions(ModelOptions):
+    """A model here, or a server that has one."""
+
+    url: Annotated[
+        str | None,
+        option("--url", panel=MODEL, metavar="URL", help="An OpenAI-compatible server, instead of a model here."),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -166,10 +271,14 @@ class SamplingOptions:
     presence_penalty: Annotated[
         float | None, option("--presence-penalty", panel=SAMPLING, help="Once for what has occurred.")
     ] = None
+    lookup: Annotated[
+        str | None,
+        option("--lookup", panel=SAMPLING, metavar="auto|off|N", help="Draft up to N tokens from the text so far."),
+    ] = None
     seed: Annotated[int | None, option("--seed", panel=SAMPLING, help="Same seed, same text.")] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", rich_help_panel=SAMPLING, metavar="TEXT", help="End the reply before it (repeatable)."),
+        option("--stop", panel=SAMPLING, metavar="TEXT", help="End the reply before it (repeatable)."),
     ] = None
 
     @property
@@ -183,14 +292,47 @@ class SamplingOptions:
         """These values where given, `defaults` elsewhere."""
         given = {name: value for name, value in vars(self).items() if value is not None and name != "stop"}
         try:
+            if self.lookup is not None:
+                given["lookup"] = lookup_length(self.lookup)
             return replace(defaults, **given)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+
+def lookup_length(text: str) -> int | Literal["auto"]:
+    """--lookup: auto, off (0), or a number."""
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise InputError(f"--lookup must be auto, off or a number of tokens, not {text[:20]!r}")
+    return int(text)
+
+
+def leave_out_colour(wanted: bool) -> bool:
+    """Tell rich and prompt-toolkit, wherever they are used, and what this process starts."""
+    if wanted:
+        os.environ["NO_COLOR"] = "1"
+    return wanted
 
 
 @dataclass(frozen=True)
 class OutputOptions:
     """What goes to stderr."""
 
-    quiet: Annotated[bool, switch("-q", "--quiet", panel=OUTPUT, help="Errors only on stderr.")] = False
-    verbose: Annotated[bool, switch("-v", "--verbose", panel=OUTPUT, help="Timings on stderr.")] = False
+    quiet: Annotated[bool, switch("-q", "--quiet", panel=OUTPUT, setting=True, help="Errors only on stderr.")] = False
+    verbose: Annotated[bool, switch("-v", "--verbose", panel=OUTPUT, setting=True, help="Timings on stderr.")] = False
+    no_color: Annotated[
+        bool,
+        switch("--no-color", panel=OUTPUT, setting=True, callback=leave_out_colour, help="No colours (NO_COLOR=1)."),
+    ] = False
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is kept of a conversation."""
+
+    no_log: Annotated[
+        bool, switch("--no-log", panel=OUTPUT, setting=True, help="Do not keep it (see dbrx sessions).")
+    ] = False

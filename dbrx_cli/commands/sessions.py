@@ -1,0 +1,255 @@
+"""`dbrx sessions`: what was said before: list it, read it, search it, take it elsewhere, remove it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dbrx_cli.complete import session_names
+from dbrx_cli.options import OutputOptions, switch, takes
+from dbrx_cli.render.plain import safe
+from dbrx_cli.report import Report
+from model.errors import DbrxError, InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.store import Entry, Session, Store
+
+app = typer.Typer(help="Conversations that were kept: list, show, search, export, rename, remove.")
+
+Kind = Literal["chat", "generate"]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="The name of a session, or its number.", show_default=False, autocompletion=session_names
+    ),
+]
+Json = Annotated[bool, switch("--json", help="Print JSON.")]
+Limit = Annotated[
+    int | None, typer.Option("-n", "--limit", min=1, metavar="N", help="The newest N only.", show_default=False)
+]
+OnlyKind = Annotated[Kind | None, typer.Option("--kind", help="Of one command only.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def sessions(context: typer.Context) -> None:
+    """Conversations that were kept: list, show, search, export, rename, remove."""
+    if context.invoked_subcommand is None:
+        with _store(Report(OutputOptions())) as store:
+            _print_entries([(entry, None) for entry in store.list()], False)
+
+
+@app.command("list")
+@takes(output=OutputOptions)
+def list_sessions(
+    *, kind: OnlyKind = None, limit: Limit = None, json_output: Json = False, output: OutputOptions
+) -> None:
+    """List the sessions, newest first. In a pipe: number, name, time, command, model, messages and title, with tabs.
+
+    dbrx sessions list
+
+    dbrx sessions list --json
+    """
+    with _store(Report(output)) as store:
+        _print_entries([(entry, None) for entry in store.list(kind, limit)], json_output)
+
+
+@app.command("search")
+@takes(output=OutputOptions)
+def search(
+    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="All of them must occur.", show_default=False)],
+    *,
+    json_output: Json = False,
+    output: OutputOptions,
+) -> None:
+    """Find sessions by what was said: one message, the system message or the name holds every word.
+
+    dbrx sessions search mixture experts
+    """
+    with _store(Report(output)) as store:
+        found = store.search(" ".join(words))
+    if not found:
+        raise DbrxError("no session holds that")
+    _print_entries(list(found), json_output)
+
+
+@app.command("show")
+@takes(output=OutputOptions)
+def show(name: Name, *, json_output: Json = False, output: OutputOptions) -> None:
+    """Print a session as Markdown.
+
+    dbrx sessions show 12
+    """
+    with _store(Report(output)) as store:
+        text = _exported(store.find(name), "json" if json_output else "markdown")
+    sys.stdout.write(safe(text) if sys.stdout.isatty() else text)
+
+
+@app.command("export")
+@takes(output=OutputOptions)
+def export(
+    name: Name,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help=".md or .json; without it, stdout.", show_default=False)
+    ] = None,
+    *,
+    json_output: Json = False,
+    force: Annotated[bool, switch("--force", help="Write over a file that is there.")] = False,
+    output: OutputOptions,
+) -> None:
+    """Write a session to a file, as Markdown or JSON. The file can be read by you alone.
+
+    dbrx sessions export 12 talk.md
+
+    dbrx sessions export 12 --json | jq .messages
+    """
+    report = Report(output)
+    suffix = file.suffix.lower() if file else ""
+    if suffix not in ("", ".md", ".markdown", ".json"):
+        raise InputError(f"a session cannot be exported as {suffix}", "take a name that ends in .md or .json")
+    with _store(report) as store:
+        text = _exported(store.find(name), "json" if json_output or suffix == ".json" else "markdown")
+    if file is None:
+        sys.stdout.write(text)
+        return
+    _write(file, text, force)
+    report.notice(f"wrote {safe(str(file))}")
+
+
+@app.command("rename")
+@takes(output=OutputOptions)
+def rename(
+    name: Name,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.", show_default=False)],
+    *,
+    output: OutputOptions,
+) -> None:
+    """Give a session a name.
+
+    dbrx sessions rename 12 experts
+    """
+    with _store(Report(output)) as store:
+        store.rename(name, new)
+
+
+@app.command("remove")
+@takes(output=OutputOptions)
+def remove(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAMES", help="Names or numbers.", show_default=False, autocompletion=session_names),
+    ] = None,
+    *,
+    everything: Annotated[bool, switch("--all", help="All sessions.")] = False,
+    yes: Annotated[bool, switch("-y", "--yes", help="Do not ask.")] = False,
+    output: OutputOptions,
+) -> None:
+    """Remove sessions, and their words from the disk.
+
+    dbrx sessions remove 12 13
+
+    dbrx sessions remove --all
+    """
+    if bool(names) == everything:
+        raise InputError("name the sessions to remove, or take --all", "see dbrx sessions list")
+    from dbrx_cli.session_cache import drop_cache
+
+    report = Report(output)
+    with _store(report) as store:
+        ids = [entry.id for entry in store.list()] if everything else [store.find(name).id for name in names or ()]
+        ids = list(dict.fromkeys(ids))
+        count = f"{len(ids)} session{'s' * (len(ids) != 1)}"
+        if ids and not yes:
+            _ask(f"Remove {count}?")
+        for id in ids:
+            store.remove(id)
+            drop_cache(id)
+    report.notice(f"removed {count}")
+
+
+@contextmanager
+def _store(report: Report) -> Iterator[Store]:
+    from dbrx_cli.store import Store
+
+    with Store.open(notify=report.notice) as store:
+        yield store
+
+
+def _exported(session: Session, form: Literal["json", "markdown"]) -> str:
+    from dbrx_cli.store import export_json, export_markdown
+
+    return export_json(session) if form == "json" else export_markdown(session)
+
+
+def _write(file: Path, text: str, force: bool) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        with open(file, "w", encoding="utf-8", opener=lambda path, _: os.open(path, flags, 0o600)) as out:
+            out.write(text)
+    except FileExistsError:
+        raise InputError(f"{file} is there already", "take another name, or --force") from None
+    except OSError as error:
+        raise DbrxError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def _ask(question: str) -> None:
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise InputError("there is no terminal to ask on", "to remove unasked: --yes")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise DbrxError("nothing was removed")
+
+
+def _print_entries(found: list[tuple[Entry, str | None]], json_output: bool) -> None:
+    """A list of sessions; in place of the title, where a search found its words."""
+    if json_output:
+        rows = [asdict(entry) | ({} if excerpt is None else {"excerpt": excerpt}) for entry, excerpt in found]
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+    elif sys.stdout.isatty():
+        _print_table(found)
+    else:
+        for e, excerpt in found:
+            columns = (e.id, e.name or "", e.updated, e.kind, e.model, e.turns, excerpt or e.title)
+            sys.stdout.write("\t".join(" ".join(str(column).split()) for column in columns) + "\n")
+
+
+def _print_table(found: list[tuple[Entry, str | None]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    if not found:
+        console.print("No sessions yet. A chat is kept from its first reply on: dbrx chat")
+        return
+    narrow = console.width < 70
+    ids, models = max(len(str(entry.id)) for entry, _ in found), 0 if narrow else 24
+    room = console.width - ids - models - (14 if narrow else 25)  # the other columns, and two cells between all
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("", "session", "last used") if narrow else ("", "session", "model", "turns", "last used"):
+        table.add_column(title, justify="right" if title in ("", "turns") else "left", no_wrap=True)
+    for entry, excerpt in found:
+        text = Text(safe(entry.name or ""), "bold")
+        if shown := excerpt or entry.title:
+            text.append("  " * bool(text) + safe(shown), "not bold dim" if entry.name and not excerpt else "not bold")
+        text.truncate(max(room, 8), overflow="ellipsis")
+        model = Text(safe(entry.model))
+        model.truncate(24, overflow="ellipsis")
+        details = [] if narrow else [model, Text(str(entry.turns))]
+        table.add_row(Text(str(entry.id)), text, *details, Text(_when(entry.updated)))
+    console.print(table)
+
+
+def _when(time: str) -> str:
+    """A UTC time in the user's own zone: today only the hour."""
+    local = datetime.fromisoformat(time).astimezone()
+    return f"{local:%H:%M}" if local.date() == datetime.now().date() else f"{local:%Y-%m-%d}"
