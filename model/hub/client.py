@@ -25,6 +25,12 @@ class NoSuchRevision(ModelError):
     """The repository exists, the revision does not."""
 
 
+class NoAccess(AccessError):
+    """The Hub refuses; `code` is its own name for why (GatedRepo, RepoNotFound), maybe empty."""
+
+    code = ""
+
+
 @dataclass(frozen=True)
 class Hub:
     """One repository as one person sees it. The token goes to the endpoint's origin and nowhere else."""
@@ -166,7 +172,9 @@ class Hub:
             others += "; no HF_TOKEN is set: set one if you were given access"
         if code == "GatedRepo" and not self.name.startswith("databricks/"):  # those are closed: nobody can ask
             others = f"ask for access at {self.endpoint}/{self.name}, or {others}"
-        return AccessError(f"the Hub gives no access to {self.name}: {self.endpoint} answered {said}", others)
+        fault = NoAccess(f"the Hub gives no access to {self.name}: {self.endpoint} answered {said}", others)
+        fault.code = code
+        return fault
 
     def _said(self, response: Any) -> str:
         """Status and message of an answer, on one line; a server that repeats the token is not repeated."""

@@ -1,0 +1,65 @@
+"""`dbrx doctor`: what is wrong here, and what to type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dbrx_cli.options import OutputOptions, WhichModel, switch, takes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dbrx_cli.doctor import Check
+
+SIGNS = {"ok": ("green", "ok"), "note": ("dim", "note"), "warning": ("yellow", "WARN"), "problem": ("red", "FAIL")}
+
+
+@takes(model=WhichModel, output=OutputOptions)
+def doctor(
+    *,
+    json_output: Annotated[bool, switch("--json", help="Print one JSON object.")] = False,
+    model: WhichModel,
+    output: OutputOptions,
+) -> None:
+    """Examine this installation: packages, devices, caches, access to the model, and whether the numbers are right.
+
+    dbrx doctor
+
+    dbrx doctor -m org/name
+    """
+    from rich.console import Console
+
+    from dbrx_cli.doctor import examine
+
+    console = Console(highlight=False, markup=False)
+    checks: list[Check] = []
+    for check in examine(model):
+        checks.append(check)
+        if not json_output and not (output.quiet and check.state in ("ok", "note")):
+            _print(console, check)
+    code = next((check.exit_code for check in checks if check.state == "problem"), 0)
+    if json_output:
+        values = {"usable": code == 0, "exit_code": code, "checks": [asdict(check) for check in checks]}
+        sys.stdout.write(json.dumps(values, ensure_ascii=False, indent=2) + "\n")
+    if code:
+        raise typer.Exit(code)
+
+
+def _print(console: Console, check: Check) -> None:
+    """A line for the part, and one for what to type."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from dbrx_cli.render.plain import safe
+
+    style, sign = SIGNS[check.state]
+    line = Table.grid(padding=(0, 1))
+    line.add_row(Text(f"{sign:4}", style), Text.assemble((check.name, "bold"), ": ", safe(check.text)))
+    if check.hint:
+        line.add_row("", Text(f"-> {safe(check.hint)}", "cyan"))
+    console.print(line)

@@ -1,0 +1,207 @@
+"""`dbrx models`: which models are on this machine, where, and how to be rid of one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.render.plain import safe
+from dbrx_cli.report import Report
+from model.errors import DbrxError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from model.hub.inventory import CachedModel
+
+app = typer.Typer(help="Models on this machine: list them, print a folder, remove one.", rich_markup_mode="markdown")
+
+Name = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id (org/name) or `demo`.", show_default=False)]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit.", show_default=False)
+]
+
+
+@app.callback(invoke_without_command=True)
+def models(context: typer.Context) -> None:
+    """Models on this machine: list them, print a folder, remove one."""
+    if context.invoked_subcommand is None:
+        _list(json_output=False)
+
+
+@app.command("list")
+def list_models(json_output: Annotated[bool, switch("--json", help="Print a JSON array.")] = False) -> None:
+    """List the DBRX checkpoints in the Hub's cache, and the demo model. Folders of your own are not searched for.
+
+    dbrx models list
+    """
+    _list(json_output)
+
+
+@app.command("path")
+def path(name: Name, revision: Revision = None) -> None:
+    """Print the folder of a model that is on this machine and complete.
+
+    dbrx models path demo
+    """
+    typer.echo(find_folder(name, revision))
+
+
+@app.command("remove")
+@takes(output=OutputOptions)
+def remove(
+    name: Name,
+    *,
+    revision: Revision = None,
+    yes: Annotated[bool, switch("-y", "--yes", help="Do not ask.")] = False,
+    output: OutputOptions,
+) -> None:
+    """Remove a model from the cache: all its revisions, or one.
+
+    dbrx models remove org/name
+    """
+    from model.hub.inventory import freed_bytes, remove_paths
+
+    paths, what = _to_remove(name, revision)
+    size = _size(freed_bytes(paths))
+    if not yes:
+        _ask(f"Remove {what}, {size}?")
+    remove_paths(paths)
+    Report(output).notice(f"removed {what}, {size} freed")
+
+
+def _list(json_output: bool) -> None:
+    from model.hub.inventory import inventory
+
+    rows = [_row(model) for model in inventory()]
+    if demo := _demo():
+        rows.append(demo)
+    if json_output:
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+    elif sys.stdout.isatty():
+        _print_table(rows)
+    else:
+        for row in rows:
+            state = "complete" if row["complete"] else "incomplete"
+            columns = (row["name"], row["revision"] or "", row["bytes"], state, row["last_used"] or "", row["path"])
+            sys.stdout.write("\t".join(map(str, columns)) + "\n")
+
+
+def _row(model: CachedModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "revision": model.commit,
+        "refs": list(model.refs),
+        "bytes": model.nbytes,
+        "complete": model.complete,
+        "missing": list(model.missing),
+        "last_used": _iso(model.last_used),
+        "path": str(model.folder),
+    }
+
+
+def _demo() -> dict[str, Any] | None:
+    """The demo model, if it was made."""
+    from dbrx_cli.demo import demo_folder, is_complete
+
+    folder = demo_folder()
+    if not folder.is_dir():
+        return None
+    files = [file.stat() for file in folder.iterdir() if file.is_file()]
+    return {
+        "name": "demo",
+        "revision": None,
+        "refs": [],
+        "bytes": sum(file.st_size for file in files),
+        "complete": is_complete(folder),
+        "missing": [],
+        "last_used": _iso(max((file.st_atime for file in files), default=None)),
+        "path": str(folder),
+    }
+
+
+def find_folder(name: str, revision: str | None) -> Path:
+    """Where a complete model lies on this machine; `ModelError` if it does not."""
+    from dbrx_cli.engine.local import DEMO, find_model
+
+    if name == DEMO:
+        demo = _demo()
+        if demo is None or not demo["complete"]:
+            raise ModelError("the demo model is not on this machine", "to fetch it: dbrx chat -m demo")
+        return Path(demo["path"])
+    return find_model(ModelOptions(model=name, revision=revision), Report(OutputOptions(quiet=True)))
+
+
+def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
+    """What is deleted, and how it is called."""
+    from model.hub.inventory import inventory, removal
+
+    if name == "demo":
+        if (demo := _demo()) is None:
+            raise ModelError("the demo model is not on this machine")
+        return [Path(demo["path"])], "the demo model"
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is a folder of your own, not in the cache", "remove it yourself")
+    cached = [model for model in inventory() if model.name == name]
+    if not cached:
+        raise ModelError(f"no DBRX checkpoint {name} is in the cache", "`dbrx models` lists those that are")
+    if revision is None:
+        count = f" ({len(cached)} revisions)" if len(cached) > 1 else ""
+        return removal(cached), f"{name}{count}"
+    chosen = [m for m in cached if revision in m.refs or (m.commit or "").startswith(revision)]
+    if len(chosen) != 1:
+        raise ModelError(f"{name} has no revision {revision} in the cache", "`dbrx models` lists those that it has")
+    return removal(chosen), f"{name} at {(chosen[0].commit or '')[:12]}"
+
+
+def _ask(question: str) -> None:
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise InputError("there is no terminal to ask on", "to remove it unasked: --yes")
+    sys.stderr.write(f"{safe(question)} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise DbrxError("nothing was removed")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    if not rows:
+        console.print("No models yet. To fetch one: dbrx download org/name; to try the demo: dbrx chat -m demo")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "revision", "size", "state", "last used"):
+        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    for row in rows:
+        refs = f" ({', '.join(row['refs'])})" if row["refs"] else ""
+        state = Text("complete", "green") if row["complete"] else Text(_lacks(row), "yellow")
+        table.add_row(
+            Text(safe(row["name"]), "bold"),
+            Text(f"{(row['revision'] or '')[:12]}{safe(refs)}"),
+            _size(row["bytes"]),
+            state,
+            (row["last_used"] or "")[:10],
+        )
+    console.print(table)
+
+
+def _lacks(row: dict[str, Any]) -> str:
+    missing = len(row["missing"])
+    return f"{missing} file{'s' * (missing > 1)} missing" if missing else "incomplete"
+
+
+def _iso(seconds: float | None) -> str | None:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds is not None else None
+
+
+def _size(n_bytes: int) -> str:
+    from model.hub.plan import readable
+
+    return readable(n_bytes)

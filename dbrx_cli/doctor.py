@@ -1,0 +1,330 @@
+"""Looks at everything that a reply needs, and says of each part whether it is well and what to type if it is not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dbrx_cli.options import DEFAULT_MODEL, WhichModel
+from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+State = Literal["ok", "note", "warning", "problem"]
+ENOUGH_DISK = 5 * 10**9
+# What other packages are known to get wrong with DBRX (docs/fidelity.md); this program uses none of them.
+OTHERS = (
+    (
+        "transformers",
+        (5, 0),
+        "computes DBRX wrongly without a word (5.23: RoPE theta 10,000 instead of 500,000; others: experts' shapes)",
+        "to compare with it: pip install transformers==4.57.6",
+    ),
+    (
+        "vllm",
+        (0, 24),
+        "fails to load DBRX (KeyError w13_weight, seen in 0.24 to 0.32)",
+        "serve it with another program",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One part: how it is, and what to type if it should be better. `exit_code` counts for a problem only."""
+
+    name: str
+    state: State
+    text: str
+    hint: str | None = None
+    exit_code: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def problem(cls, name: str, error: DbrxError, **facts: Any) -> Check:
+        return cls(name, "problem", error.message, error.hint, error.exit_code, facts)
+
+
+def examine(model: WhichModel) -> Iterator[Check]:
+    """All checks, the quick ones first; each is given as soon as it is known."""
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}, {sys.executable}")
+    yield from versions()
+    yield from folders()
+    yield from _guarded("memory", memory)
+    yield from _guarded("model", lambda: model_and_hub(model))
+    yield from _guarded("torch", network_checks)
+
+
+def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """A check that itself breaks is a problem like any other."""
+    try:
+        yield from checks()
+    except DbrxError as error:
+        yield Check.problem(name, error)
+    except Exception as error:
+        yield Check(name, "problem", f"cannot be examined: {type(error).__name__}: {error}", exit_code=1)
+
+
+def versions() -> Iterator[Check]:
+    """The packages against the bounds that were tested, and others that are known to be wrong."""
+    try:
+        wanted = requires("dbrx-cli") or []
+    except PackageNotFoundError:
+        wanted = []
+        yield Check("packages", "note", "dbrx is not installed as a package, so versions are not compared")
+    outside = []
+    for requirement in (line for line in wanted if "extra ==" not in line):
+        package, bounds = re.split(r"[^\w.-]", requirement)[0], re.findall(r"(>=|<)([\d.]+)", requirement)
+        if (found := installed(package)) and not within(found, bounds):
+            outside.append(f"{package} {found} (tested: {','.join(map(''.join, bounds))})")
+    if outside:
+        hint = "pip install --upgrade --force-reinstall dbrx-cli"
+        yield Check("packages", "warning", f"not tested with {', '.join(outside)}", hint)
+    elif wanted:
+        yield Check("packages", "ok", "all within the versions that were tested")
+    for name, since, fault, hint in OTHERS:
+        if (have := installed(name)) and numbers(have) >= since:
+            text = f"{have} is installed, which {fault}; dbrx does not use it"
+            yield Check(name, "note", text, hint, facts={"version": have})
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 2.13.0+cpu -> (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def within(have: str, bounds: list[tuple[str, str]]) -> bool:
+    return all((numbers(have) >= numbers(b)) if sign == ">=" else (numbers(have) < numbers(b)) for sign, b in bounds)
+
+
+def folders() -> Iterator[Check]:
+    """Where models are kept: room and permission."""
+    from dbrx_cli.demo import demo_folder
+    from model.hub.layout import cache_folder
+    from model.hub.plan import readable
+
+    for name, folder, variable in (
+        ("hub cache", cache_folder(), "HF_HOME"),
+        ("demo cache", demo_folder().parent, "DBRX_CACHE"),
+    ):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        facts = {"path": str(folder), "free_bytes": free}
+        elsewhere = f"choose another folder: export {variable}=/path"
+        if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+            yield Check(name, "warning", f"{folder} cannot be written to", elsewhere, facts=facts)
+        elif free < ENOUGH_DISK:
+            yield Check(name, "warning", f"{folder}: only {readable(free)} free", elsewhere, facts=facts)
+        else:
+            yield Check(name, "ok", f"{folder}, {readable(free)} free", facts=facts)
+
+
+def memory() -> Iterator[Check]:
+    """What a model may take."""
+    from model.hub.plan import readable
+    from model.machine import available_memory
+
+    free = available_memory()
+    yield Check("memory", "ok", f"{readable(free)} available", facts={"available_bytes": free})
+
+
+def model_and_hub(model: WhichModel) -> Iterator[Check]:
+    """Whether the model can be had: from this machine, else from the Hub."""
+    try:
+        found = _local(model)
+    except ModelError as error:
+        found = None
+        lacking = error
+    if found is not None:
+        yield Check("model", "ok", f"{model.model}: {found}", facts={"path": str(found)})
+        if _is_hub_id(model.model, found):
+            yield _less(hub_access(model))
+        return
+    if model.model == "demo":
+        yield Check("model", "note", "the demo model is not here yet", "dbrx chat -m demo fetches it (93 MB)")
+        return
+    if not _is_hub_id(model.model, None):
+        yield Check.problem("model", lacking)
+        return
+    access = hub_access(model)
+    if model.model == DEFAULT_MODEL:  # nobody asked for it by name
+        yield Check("model", "warning", f"{DEFAULT_MODEL} is not here", "name one with -m, or try: dbrx chat -m demo")
+        yield _less(access)
+    elif access.state == "ok":
+        yield Check("model", "warning", lacking.message, f"to fetch it: dbrx download {model.model}")
+        yield access
+    else:
+        yield Check("model", "problem", lacking.message, access.hint, access.exit_code or 3)
+        yield access
+
+
+def _local(model: WhichModel) -> Path:
+    from dbrx_cli.commands.models import find_folder
+    from model.config import DbrxConfig
+
+    folder = find_folder(model.model, model.revision)
+    if folder.is_dir():
+        DbrxConfig.from_json(folder / "config.json")
+    return folder
+
+
+def _is_hub_id(name: str, found: Path | None) -> bool:
+    named_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".gguf")
+    return not named_path and (found is None or found != Path(name).expanduser())
+
+
+def _less(check: Check) -> Check:
+    """The same as a warning, where the program works without."""
+    if check.state != "problem":
+        return check
+    return Check(check.name, "warning", check.text, check.hint, facts=check.facts)
+
+
+def hub_access(model: WhichModel) -> Check:
+    """Whether the Hub can be reached and gives this model; `facts["access"]` names which of the reasons it is."""
+    from model.hub.client import Hub, NoAccess
+    from model.hub.patience import Patience, run
+    from model.hub.plan import DEFAULT_REVISION, is_offline
+
+    if is_offline():
+        return Check(
+            "hub", "problem", "HF_HUB_OFFLINE is set, so the Hub is not asked", "unset HF_HUB_OFFLINE", 3,
+            {"access": "offline"},
+        )  # fmt: skip
+    answers: list[str] = []
+    try:
+        hub = Hub.connect(model.model, None)
+
+        def ask(patience: Patience) -> None:
+            answers.append(hub.commit(model.revision or DEFAULT_REVISION, patience))
+
+        run([ask])
+    except NoAccess as error:
+        return _refused(hub, error)
+    except ModelError as error:
+        hint = error.hint or "choose another --revision, or leave it out"
+        return Check("hub", "problem", error.message, hint, error.exit_code, {"access": "no revision"})
+    except AccessError as error:
+        return Check.problem("hub", error, access="bad token")
+    except ConnectionFault as error:
+        return Check.problem("hub", error, access="unreachable")
+    return Check("hub", "ok", f"{hub.endpoint} gives {model.model} at {answers[0][:12]}", facts={"access": "ok"})
+
+
+def _refused(hub: Any, error: Any) -> Check:
+    """Why the Hub refuses: is it the token, the licence, or is there no such thing?"""
+    if hub.token is None:
+        access, hint = "no token", "if you were given access: export HF_TOKEN=hf_... (or: hf auth login)"
+        if error.code == "GatedRepo":
+            access = "gated, no token"
+    elif not _token_is_valid(hub):
+        access, hint = "bad token", "the token is not valid: export HF_TOKEN=hf_... with a new one, or: hf auth login"
+    elif error.code == "GatedRepo":
+        access, hint = "gated", error.hint
+    elif error.code == "RepoNotFound":
+        access = "not found"
+        hint = f"the token is valid: either {hub.name} is misspelled, or its owner or the token's scope shuts you out"
+    else:
+        access, hint = "scope", "the token is valid: give it read access to this repository in the Hub's settings"
+    return Check("hub", "problem", error.message, hint, error.exit_code, {"access": access})
+
+
+def _token_is_valid(hub: Any) -> bool:
+    """What the Hub says of the token itself; true where it does not say."""
+    from model.hub.patience import Patience, run
+
+    def ask(patience: Patience) -> None:
+        with hub.get(f"{hub.endpoint}/api/whoami-v2", patience):
+            pass
+
+    try:
+        run([ask])
+    except AccessError:
+        return False
+    except DbrxError:
+        return True
+    return True
+
+
+def network_checks() -> Iterator[Check]:
+    """Torch, devices, attention, and the network against the reference's answers."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    blas = "MKL" if torch.backends.mkl.is_available() else "OpenBLAS or another BLAS"  # type: ignore[no-untyped-call]
+    onednn = ", oneDNN" if torch.backends.mkldnn.is_available() else ""  # type: ignore[no-untyped-call]
+    yield Check(
+        "torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {blas}{onednn}, {capability}",
+        facts={"version": torch.__version__, "threads": torch.get_num_threads(), "cpu": capability},
+    )  # fmt: skip
+    devices = list(_devices())
+    yield Check(
+        "devices", "ok", ", ".join(text for _, text in devices), facts={"devices": [str(d) for d, _ in devices]}
+    )
+    for device, _ in devices:
+        yield from attention(device)
+    yield from kernels()
+
+
+def _devices() -> Iterator[tuple[torch.device, str]]:
+    import torch
+
+    from model.hub.plan import readable
+
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        yield torch.device("cuda", i), f"cuda:{i} {about.name} with {readable(about.total_memory)}"
+    yield torch.device("cpu"), f"cpu with {os.cpu_count()} cores"
+
+
+def attention(device: torch.device) -> Iterator[Check]:
+    """Which backends run there, and whether the network computes what it should with each."""
+    import torch
+
+    from dbrx_cli import golden
+    from model.attention import BACKENDS
+
+    for name, backend in BACKENDS.items():
+        title = f"attention {name}" + (f" on {device}" if device.type != "cpu" else "")
+        reason = backend.unavailable(device, torch.bfloat16)
+        if reason:
+            yield Check(title, "note", reason)
+            continue
+        if backend.unavailable(device, torch.float32):  # flash has no float32 to compare in
+            yield Check(title, "ok", "usable")
+            continue
+        difference = golden.largest_difference(device, name)
+        facts = {"difference": difference}
+        if difference <= golden.TOLERANCE:
+            text = f"computes what the reference does (difference {difference:.0e})"
+            yield Check(title, "ok", text, facts=facts)
+        else:
+            yield Check(
+                title, "problem", f"computes wrong numbers: off by {difference:.3g} from the reference",
+                "install another build of torch: pip install --force-reinstall torch", 1, facts,
+            )  # fmt: skip
+
+
+def kernels() -> Iterator[Check]:
+    """Which kernel multiplies each form of weights on this CPU."""
+    from model.quantization import probe
+
+    kinds = probe()
+    yield Check("kernels", "ok", ", ".join(f"{kind}: {name}" for kind, name in kinds.items()), facts=dict(kinds))

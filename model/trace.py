@@ -1,0 +1,143 @@
+"""Which experts the routers chose: recorded from a forward pass, and what follows from it for a cache of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .transformer import DbrxForCausalLM
+
+Ids = NDArray[np.int16]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The routing of each token in each layer.
+
+    chosen [layers, tokens, top_k]: ids of experts, the heaviest first; weights: like it, what each counts for.
+    """
+
+    ids: tuple[int, ...]
+    chosen: Ids
+    weights: NDArray[np.float32]
+    n_experts: int  # a layer
+    expert_bytes: int  # parameters of one expert as they are stored
+
+    @property
+    def top_k(self) -> int:
+        return int(self.chosen.shape[2])
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.chosen.shape[0])
+
+    @property
+    def chooses(self) -> bool:
+        """False where every token uses every expert, so that there is nothing to choose."""
+        return self.top_k < self.n_experts
+
+
+def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
+    """Read ids through the network once, in a cache of its own, and keep what its routers say."""
+    import torch
+
+    from .decode import prefill
+    from .kv_cache import KVCache
+    from .moe import DbrxRouter
+
+    with _listening(m for m in network.modules() if isinstance(m, DbrxRouter)) as heard:
+        prefill(network, torch.tensor([list(ids)], device=network.device), KVCache(network.config.n_layers), whole=True)
+    config = network.config
+    weights, chosen = (torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in (0, 1))
+    return Trace(
+        tuple(ids),
+        chosen.numpy().astype(np.int16),
+        weights.float().numpy(),
+        config.ffn_config.moe_num_experts,
+        3 * config.ffn_config.ffn_hidden_size * config.d_model * network.dtype.itemsize,
+    )
+
+
+@contextmanager
+def _listening(routers: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
+    """A list a router; what each returns is added to its list as (weights, chosen), on the CPU."""
+    heard: list[list[tuple[Any, Any]]] = []
+    hooks = []
+    for router in routers:
+        said: list[tuple[Any, Any]] = []
+        heard.append(said)
+        # The default binds this layer's list; the probabilities of all experts are not kept.
+        hooks.append(
+            router.register_forward_hook(lambda _, __, out, said=said: said.append((out[1].cpu(), out[2].cpu())))
+        )
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def usage(trace: Trace) -> Floats:
+    """[layers, experts]: the share of tokens that chose an expert. Each row sums to top_k."""
+    counts = [np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in trace.chosen]
+    shares: Floats = np.stack(counts) / trace.chosen.shape[1]
+    return shares
+
+
+def entropy(shares: Floats) -> Floats:
+    """Bits of each row, taken as a distribution: log2(experts) if all are used alike, log2(top_k) at the least."""
+    p = shares / shares.sum(-1, keepdims=True)
+    bits: Floats = -(p * np.log2(np.where(p > 0, p, 1))).sum(-1)
+    return bits
+
+
+def reuse(chosen: Ids) -> Floats:
+    """[layers]: the share of a token's experts that the token before it chose, too; 0 for a single token.
+
+    By chance it would be top_k / experts.
+    """
+    before, after = chosen[:, :-1, :, None], chosen[:, 1:, None, :]
+    if before.shape[1] == 0:
+        return np.zeros(len(chosen))
+    shares: Floats = (before == after).any(-1).mean((1, 2))
+    return shares
+
+
+def hit_rates(requests: Iterable[int], n_experts: int) -> Floats:
+    """[n_experts + 1]: the share of requests that a cache of 0, 1, ... experts answers, if it drops the least recent.
+
+    The first request of an expert is a miss at every size. One pass gives all sizes (stack distances: Mattson et al.
+    1970, "Evaluation techniques for storage hierarchies").
+    """
+    recent: list[int] = []  # the last used at the end
+    hits = np.zeros(n_experts + 1)
+    total = 0
+    for expert in requests:
+        total += 1
+        if expert in recent:
+            place = recent.index(expert)
+            hits[len(recent) - place] += 1  # the smallest cache that still holds it
+            del recent[place]
+        recent.append(expert)
+    return hits.cumsum() / max(total, 1)
+
+
+def layer_hit_rates(trace: Trace) -> Floats:
+    """[layers, experts + 1]: `hit_rates` of a cache for each layer."""
+    return np.stack([hit_rates(layer.ravel().tolist(), trace.n_experts) for layer in trace.chosen])
+
+
+def whole_hit_rates(trace: Trace) -> Floats:
+    """[layers * experts + 1]: `hit_rates` of one cache that all layers share, asked token by token, layer by layer."""
+    offsets = np.arange(trace.n_layers)[:, None, None] * trace.n_experts
+    order = (trace.chosen + offsets).transpose(1, 0, 2)
+    return hit_rates(order.ravel().tolist(), trace.n_layers * trace.n_experts)

@@ -1,0 +1,200 @@
+"""`dbrx models`: what the Hub's cache holds, and that removing takes what it says and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+from huggingface_hub import constants, scan_cache_dir
+
+from model.hub import inventory
+from model.hub.layout import CacheSnapshot, HubFile, write_ref, write_tree
+from tests.cli import COMMAND, ROOT, Cli, environment
+from tests.hub_server import checkpoint, git_id
+from tests.test_imports import loaded_by
+
+NAME = "acme/tiny-dbrx"
+Add = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no demo model."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "dbrx"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def add() -> Add:
+    """Puts a snapshot into the cache as a download would; `leave_out` files are still to come."""
+
+    def put(name: str, files: dict[str, bytes], ref: str | None = "main", leave_out: tuple[str, ...] = ()) -> str:
+        commit = git_id(json.dumps(sorted((path, git_id(data)) for path, data in files.items())).encode())
+        place = CacheSnapshot(name, commit)
+        listed = [HubFile.checked(path, len(data), git_id(data), None) for path, data in files.items()]
+        for file in listed:
+            if file.path not in leave_out:
+                place.scratch.mkdir(parents=True, exist_ok=True)
+                place.blob(file).write_bytes(files[file.path])
+                place.publish(file)
+        write_tree(place.tree_path, listed)
+        if ref:
+            write_ref(place.storage, ref, commit)
+        return commit
+
+    return put
+
+
+def listed(cli: Cli) -> list[dict[str, Any]]:
+    result = cli("models", "list", "--json")
+    assert (result.code, result.err) == (0, "")
+    rows: list[dict[str, Any]] = json.loads(result.out)
+    return rows
+
+
+def test_only_dbrx_checkpoints_are_listed(cli: Cli, add: Add, cache: Path) -> None:
+    commit = add(NAME, checkpoint())
+    add("acme/llama", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"x"})
+    (row,) = listed(cli)
+    assert (row["name"], row["revision"], row["refs"], row["complete"]) == (NAME, commit, ["main"], True)
+    assert row["bytes"] == sum(map(len, checkpoint().values()))
+    assert row["bytes"] == next(r.size_on_disk for r in scan_cache_dir(cache).repos if r.repo_id == NAME)
+    assert row["missing"] == [] and row["last_used"].endswith("+00:00") and Path(row["path"]).is_dir()
+    fields = cli("models").out.rstrip("\n").split("\t")
+    assert fields[:4] == [NAME, commit, str(row["bytes"]), "complete"] and fields[5] == row["path"]
+
+
+def test_what_is_incomplete_is_told(cli: Cli, add: Add, cache: Path) -> None:
+    add(NAME, checkpoint(), leave_out=("model-00002-of-00003.safetensors",))
+    (cache / "models--acme--dbrx-begun" / "blobs").mkdir(parents=True)
+    (cache / "models--acme--dbrx-begun" / "blobs" / "abc.1.incomplete").write_bytes(b"1234")
+    begun, partial = listed(cli)
+    assert (begun["name"], begun["revision"], begun["bytes"], begun["complete"]) == ("acme/dbrx-begun", None, 4, False)
+    assert partial["missing"] == ["model-00002-of-00003.safetensors"] and not partial["complete"]
+    result = cli("models", "path", NAME)
+    assert result.code == 3 and "not complete" in result.fault
+    assert cli("models", "remove", "--yes", "acme/dbrx-begun").code == 0
+    assert [row["name"] for row in listed(cli)] == [NAME]
+
+
+def test_path(cli: Cli, add: Add) -> None:
+    add(NAME, checkpoint())
+    assert cli("models", "path", NAME).out == listed(cli)[0]["path"] + "\n"
+    for name in ("acme/other", "demo", "/nowhere"):
+        result = cli("models", "path", name)
+        assert (result.code, result.out) == (3, "")
+
+
+def test_remove_says_what_it_frees(cli: Cli, add: Add, cache: Path) -> None:
+    add(NAME, checkpoint())
+    other = add("acme/another-dbrx", checkpoint(seed=5))
+    refused = cli("models", "remove", NAME)
+    assert refused.code == 2 and "--yes" in refused.fault and len(listed(cli)) == 2
+    result = cli("models", "remove", NAME, "--yes")
+    assert result.code == 0 and result.fault == "dbrx: removed acme/tiny-dbrx, 301.3 kB freed"
+    assert [row["revision"] for row in listed(cli)] == [other]
+    assert not (cache / "models--acme--tiny-dbrx").exists()
+    assert cli("models", "remove", NAME, "--yes").code == 3
+
+
+def test_a_revision_goes_and_what_it_shares_stays(cli: Cli, add: Add, cache: Path) -> None:
+    old = add(NAME, checkpoint(seed=1), ref="v1")
+    files = checkpoint(seed=2) | {
+        "model-00001-of-00003.safetensors": checkpoint(seed=1)["model-00001-of-00003.safetensors"]
+    }
+    new = add(NAME, files)
+    assert {row["revision"] for row in listed(cli)} == {old, new}
+    result = cli("models", "remove", NAME, "--revision", "v1", "--yes")
+    assert result.code == 0 and old[:12] in result.fault and "kB freed" in result.fault
+    (row,) = listed(cli)
+    assert row["revision"] == new and row["complete"]
+    for path, data in files.items():
+        assert (Path(row["path"]) / path).read_bytes() == data
+    assert not scan_cache_dir(cache).warnings
+    assert len(list((cache / "models--acme--tiny-dbrx" / "blobs").iterdir())) == len(files)
+    assert cli("models", "remove", NAME, "--revision", "v1", "--yes").code == 3
+
+
+def test_links_that_lead_elsewhere_are_not_followed(cli: Cli, add: Add, cache: Path, tmp_path: Path) -> None:
+    add(NAME, checkpoint())
+    treasure = tmp_path / "treasure"
+    treasure.mkdir()
+    (treasure / "keep").write_bytes(b"x" * 1000)
+    storage = cache / "models--acme--tiny-dbrx"
+    os.symlink(treasure, storage / "blobs" / "folder")
+    os.symlink(treasure / "keep", next((storage / "snapshots").iterdir()) / "extra.safetensors")
+    assert cli("models", "remove", NAME, "--yes").code == 0
+    assert (treasure / "keep").exists() and not storage.exists()
+
+
+def test_a_damaged_cache_is_no_fault(cli: Cli, add: Add, cache: Path) -> None:
+    add(NAME, checkpoint())
+    storage = cache / "models--acme--tiny-dbrx"
+    (storage / "refs" / "broken").write_bytes(b"\xff\xfe")
+    (storage / "snapshots" / "a-file").write_text("")
+    snapshot = next(path for path in (storage / "snapshots").iterdir() if path.is_dir())
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/gone")
+    (cache / "models--nobody--dbrx").mkdir()
+    (row,) = listed(cli)
+    assert row["missing"] == ["config.json"]
+
+
+def test_a_folder_of_ones_own_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+    result = cli("models", "remove", "--yes", tmp_path)
+    assert result.code == 2 and "your own" in result.fault and tmp_path.exists()
+
+
+def test_the_demo_is_one_of_them(cli: Cli, tmp_path: Path) -> None:
+    from dbrx_cli.demo import SHA256, VERSION, WHEEL, demo_folder
+
+    folder = demo_folder()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    source = {"wheel": WHEEL, "sha256": SHA256, "converter": VERSION, "files": {"config.json": 2}}
+    (folder / "source.json").write_text(json.dumps(source))
+    (row,) = listed(cli)
+    assert row["name"] == "demo" and row["complete"]
+    assert cli("models", "path", "demo").out == f"{folder}\n"
+    assert cli("models", "remove", "demo", "-y").code == 0 and not folder.exists()
+    assert listed(cli) == []
+
+
+def test_it_asks_on_a_terminal(add: Add, cache: Path, tmp_path: Path) -> None:
+    add(NAME, checkpoint())
+    for answer, left in (("n", 1), ("y", 0)):
+        terminal = pexpect.spawn(
+            COMMAND[0], [*COMMAND[1:], "models", "remove", NAME], cwd=str(ROOT), encoding="utf-8",
+            env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"),
+        )  # fmt: skip
+        terminal.expect(r"Remove acme/tiny-dbrx, 301.3 kB\? \[y/N\]")
+        terminal.sendline(answer)
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert (terminal.exitstatus == 0) == (left == 0)
+        assert len(inventory.inventory()) == left
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_the_table_of_a_terminal(add: Add, cache: Path, tmp_path: Path, columns: int) -> None:
+    add(NAME, checkpoint())
+    terminal = pexpect.spawn(
+        COMMAND[0], [*COMMAND[1:], "models"], cwd=str(ROOT), encoding="utf-8", dimensions=(30, columns),
+        env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"),
+    )  # fmt: skip
+    terminal.expect(pexpect.EOF)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.before or "").splitlines()
+    assert all(len(line) <= columns for line in lines)
+    assert columns == 40 or any("acme/tiny-dbrx" in line and "300.3 kB" in line for line in lines)
+
+
+def test_it_starts_without_torch() -> None:
+    code = "from dbrx_cli.app import app\ntry: app(['models'])\nexcept SystemExit: pass"
+    assert not {"torch", "accelerate", "rich", "tiktoken"} & loaded_by(code)
