@@ -2,55 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 
 from dbrx_cli.engine import Engine
 from model.errors import ContextError
 from model.messages import Message
 
 
-@dataclass
+@dataclass(frozen=True)
 class Conversation:
-    """System message (None: the checkpoint's default) and turns, user and assistant in alternation."""
+    """System message (None: the checkpoint's default) and turns, user and assistant in alternation.
+
+    It does not change: each method gives another one, so that a reply that fails leaves the old one as it was. All
+    turns are kept, but the first `skipped` are no longer read.
+    """
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
+    skipped: int = 0
 
     @property
     def messages(self) -> list[Message]:
         """All that is read for the next reply."""
         first = [] if self.system is None else [Message("system", self.system)]
-        return [*first, *self.turns]
+        return [*first, *self.turns[self.skipped :]]
 
-    def ask(self, text: str) -> None:
-        self.turns.append(Message("user", text))
+    @property
+    def last_question(self) -> int | None:
+        """The place of the user's last message."""
+        return next((i for i in reversed(range(len(self.turns))) if self.turns[i].role == "user"), None)
 
-    def answer(self, text: str) -> None:
-        self.turns.append(Message("assistant", text))
+    def ask(self, text: str) -> Conversation:
+        return replace(self, turns=[*self.turns, Message("user", text)])
 
-    def take_back(self) -> None:
-        """Forget the last question, which got no answer."""
-        if self.turns and self.turns[-1].role == "user":
-            self.turns.pop()
+    def answer(self, text: str) -> Conversation:
+        return replace(self, turns=[*self.turns, Message("assistant", text)])
 
-    def clear(self) -> None:
-        self.turns.clear()
+    def extend(self, text: str) -> Conversation:
+        """The last reply goes on."""
+        *turns, reply = self.turns
+        return replace(self, turns=[*turns, replace(reply, content=reply.content + text)])
 
-    def fit(self, engine: Engine) -> list[Message]:
-        """Drop the oldest exchanges until the prompt leaves a quarter of the context for the reply; return them.
+    def before(self, turn: int) -> Conversation:
+        """As it was before that turn; turns that were skipped may have room again."""
+        return replace(self, turns=self.turns[:turn], skipped=self.skipped if turn > self.skipped else 0)
+
+    def fit(self, engine: Engine) -> Conversation:
+        """Skip the oldest exchanges until the prompt leaves a quarter of the context for the reply.
 
         The system message and the newest question always stay: `ContextError` if they alone do not fit.
         """
-        dropped: list[Message] = []
         room = engine.context
-        while (needed := engine.count(self.messages)) > room - room // 4 and len(self.turns) > 1:
-            count = 2 if len(self.turns) > 2 else 1
-            dropped += self.turns[:count]
-            del self.turns[:count]
-        if needed >= room:
-            self.turns[:0] = dropped
+        starts = [i for i in range(self.skipped, len(self.turns)) if self.turns[i].role == "user"] or [self.skipped]
+
+        def needed(start: int) -> int:
+            return engine.count(replace(self, skipped=start).messages)
+
+        if needed(self.skipped) <= room - room // 4:  # nearly always, so it is asked first
+            return self
+        # The later the start, the fewer tokens: the first one that fits is found by halving.
+        found = bisect_left(starts, -(room - room // 4), hi=len(starts) - 1, key=lambda start: -needed(start))
+        if (least := needed(starts[found])) >= room:
             raise ContextError(
-                f"the message has {needed} tokens with its surroundings, and the context is {room}",
+                f"the message has {least} tokens with its surroundings, and the context is {room}",
                 "shorten it, or start with a larger --context",
             )
-        return dropped
+        return replace(self, skipped=starts[found])

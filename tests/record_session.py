@@ -1,4 +1,4 @@
-"""Record a chat in a real terminal as docs/session.svg: `make record`.
+"""Record chats in a real terminal as docs/session*.svg: `make record`.
 
 pexpect types, pyte is the terminal, rich draws its screen. Nothing is staged: the replies are the model's.
 """
@@ -6,63 +6,88 @@ pexpect types, pyte is the terminal, rich draws its screen. Nothing is staged: t
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import pexpect
 import pyte
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-COLUMNS, ROWS = 92, 30
-PICTURE = Path(__file__).parent.parent / "docs" / "session.svg"
+from tests.terminal import Terminal
+
+DOCS = Path(__file__).parent.parent / "docs"
 COMMAND = "dbrx chat -m demo -t 0"
-LINES = [
-    "Write a haiku about the sea.",
-    "Give me a Python one-liner that reverses a string.",
-    "/system You answer in one short sentence.",
-    "What is the capital of France?",
-]
-NAMES = {"brown": "yellow", "brightblack": "bright_black"}  # pyte's names for colours -> rich's
+NAMES = {"brown": "yellow", "brightblack": "bright_black"} | {
+    f"bright{name}": f"bright_{name}" for name in ("red", "green", "blue", "magenta", "cyan", "white")
+}  # pyte's names for colours -> rich's
+PATIENCE_S = 300
 
 
-class Session:
-    """A program in a terminal whose screen can be drawn."""
+@dataclass(frozen=True)
+class Picture:
+    """What is typed, in a window of what size."""
 
-    def __init__(self) -> None:
-        self.screen = pyte.Screen(COLUMNS, ROWS)
-        self._stream = pyte.ByteStream(self.screen)
-        self.screen.write_process_input = lambda data: self.process.send(data)
-        program = [sys.executable, "-m", "dbrx_cli", *COMMAND.split()[1:]]
-        self.process = pexpect.spawn(program[0], program[1:], dimensions=(ROWS, COLUMNS), timeout=300)
+    name: str
+    columns: int
+    rows: int
+    lines: tuple[str, ...]
 
-    def wait(self, prompts: int) -> None:
-        """Until the prompt was shown so many times and the screen is still."""
-        still = 0
-        while still < 5:
-            try:
-                self._stream.feed(self.process.read_nonblocking(65536, timeout=0.2))
-                still = 0
-            except pexpect.TIMEOUT:
-                shown = sum(line.startswith(">>>") for line in self.screen.display)
-                still = still + 1 if shown >= prompts else 0
 
-    def type(self, text: str) -> None:
-        for letter in text:
-            self.process.send(letter)
+PICTURES = (
+    Picture(
+        "session",
+        92,
+        36,
+        (
+            "Write a haiku about the sea.",
+            "Write a short Python function that reverses a string, with a docstring.",
+            "/system You answer in one short sentence.",
+            "What is the capital of France?",
+        ),
+    ),
+    Picture("session-help", 92, 28, ("/help",)),
+    Picture("session-narrow", 40, 26, ("Name three fruits as a Markdown list, with one **bold** word each.", "/regen")),
+)
+
+
+def record(picture: Picture, data: str) -> None:
+    """Hold the talk and draw how the screen looks at its end."""
+    program = [sys.executable, "-m", "dbrx_cli", *COMMAND.split()[1:]]
+    size = {"columns": picture.columns, "rows": picture.rows}
+    terminal = Terminal(program, variables={"DBRX_DATA": data}, **size)
+    for number, line in enumerate(picture.lines, start=1):
+        _wait(terminal, number)
+        for letter in line:
+            terminal.type(letter)
             time.sleep(0.02)
-        self.process.send("\r")
+        terminal.type("\r")
+    _wait(terminal, len(picture.lines) + 1)
+    console = Console(record=True, width=picture.columns, file=open("/dev/null", "w"), force_terminal=True)
+    console.print(draw(terminal.screen))
+    (DOCS / f"{picture.name}.svg").write_text(console.export_svg(title=COMMAND), "utf-8")
+    terminal.type("\x04")
+    terminal.leave()
 
-    def draw(self) -> Text:
-        """The screen with its colours."""
-        text = Text(f"$ {COMMAND}\n", style="bold")
-        for row in range(ROWS):
-            for column in range(COLUMNS):
-                cell = self.screen.buffer[row][column]
-                text.append(cell.data, _style(cell))
-            text.append("\n")
-        return text
+
+def draw(screen: pyte.Screen) -> Text:
+    """The screen with its colours."""
+    text = Text(f"$ {COMMAND}\n", style="bold")
+    for row in range(screen.lines):
+        for column in range(screen.columns):
+            cell = screen.buffer[row][column]
+            text.append(cell.data, _style(cell))
+        text.append("\n")
+    return text
+
+
+def _wait(terminal: Terminal, prompts: int) -> None:
+    """Until there were so many prompts and the last one is drawn whole."""
+    terminal.until(lambda text: terminal.received.count(b"\x1b[?2004h") >= prompts, seconds=PATIENCE_S)
+    end = time.monotonic() + 1
+    terminal.until(lambda text: time.monotonic() > end)
 
 
 def _style(cell: pyte.screens.Char) -> Style:
@@ -76,16 +101,10 @@ def _style(cell: pyte.screens.Char) -> Style:
 
 
 def main() -> None:
-    """Hold the talk and draw how the screen looks at its end."""
-    session = Session()
-    for number, line in enumerate(LINES, start=1):
-        session.wait(number)
-        session.type(line)
-    session.wait(len(LINES) + 1)
-    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"), force_terminal=True)
-    console.print(session.draw())
-    PICTURE.write_text(console.export_svg(title=COMMAND), "utf-8")
-    session.process.sendeof()
+    """All pictures."""
+    with tempfile.TemporaryDirectory() as data:
+        for picture in PICTURES:
+            record(picture, data)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
 
 from model import AutoTokenizer, DbrxForCausalLM, Message
-from tests.cli import COMMAND, ROOT, Cli, environment
+from tests.cli import COMMAND, Cli
+from tests.terminal import Terminal
 
 TURNS = ["My name is Ada.", "What is my name?", "Spell it."]
 NEW = 10
@@ -46,10 +46,10 @@ def test_a_script_is_answered_a_turn_a_line_from_a_kept_cache(cli: Cli, checkpoi
 
 
 def test_commands_in_a_script(cli: Cli, tiny_checkpoint: Path) -> None:
-    script = "hello\n/clear\nhello\n/nonsense\n/sytem x\n/system Be brief.\n/system\nhello\n/bye\nnever read\n"
+    script = "hello\n/clear\nhello\n/qqq\n/sytem x\n/system Be brief.\n/system\nhello\n/bye\nnever read\n"
     result = cli("chat", "-m", tiny_checkpoint, "-t", "0", "-n", "5", stdin=script)
     assert result.code == 0
-    for line in ("new conversation", "no command /nonsense; /help", "did you mean /system?", "Be brief."):
+    for line in ("new conversation", "no command /qqq; /help", "did you mean /system?", "Be brief."):
         assert line in result.err
     lines = result.out.removesuffix("\n")
     assert lines and "never read" not in result.err
@@ -80,55 +80,13 @@ def test_a_message_that_never_fits_ends_a_script_with_6(cli: Cli, tiny_checkpoin
     assert result.code == 6 and "the context is 50" in result.fault
 
 
-class Terminal:
-    """A chat in a terminal of 100 x 30: what is typed, and what the screen shows."""
-
-    def __init__(self, *args: str, columns: int = 100, rows: int = 30) -> None:
-        self.screen = pyte.Screen(columns, rows)
-        self._stream = pyte.ByteStream(self.screen)
-        command, *rest = [*COMMAND, "chat", *args]
-        # Answers the program's question where the cursor is, as a real terminal does.
-        self.screen.write_process_input = lambda data: self.process.send(data)
-        self.process = pexpect.spawn(
-            command, rest, dimensions=(rows, columns), env=environment(TERM="xterm-256color"), cwd=str(ROOT), timeout=60
-        )
-
-    def type(self, text: str) -> None:
-        self.process.send(text)
-
-    @property
-    def text(self) -> str:
-        """All lines of the screen, without what is blank."""
-        return "\n".join(line.rstrip() for line in self.screen.display).strip()
-
-    def until(self, shows: Callable[[str], object], seconds: float = 30) -> str:
-        """Feed the screen until it shows what is waited for; fail with the screen otherwise."""
-        end = time.monotonic() + seconds
-        while not shows(self.text):
-            if time.monotonic() > end:
-                pytest.fail(f"the screen never showed it:\n{self.text}")
-            try:
-                self._stream.feed(self.process.read_nonblocking(65536, timeout=0.2))
-            except pexpect.TIMEOUT:
-                continue
-            except pexpect.EOF:
-                if not shows(self.text):
-                    pytest.fail(f"the program ended:\n{self.text}")
-        return self.text
-
-    def leave(self) -> int | None:
-        self.process.expect(pexpect.EOF)
-        self.process.close()
-        return self.process.exitstatus
-
-
 @pytest.fixture
 def terminal(tiny_checkpoint: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def open_terminal(*args: str, **size: int) -> Terminal:
-        opened.append(Terminal("-m", str(tiny_checkpoint), "-t", "0", *args, **size))
-        opened[-1].until(lambda text: ">>>" in text)
+        opened.append(Terminal([*COMMAND, "chat", "-m", str(tiny_checkpoint), "-t", "0", *args], **size))
+        opened[-1].until(">>>", seconds=60)
         return opened[-1]
 
     yield open_terminal
@@ -140,8 +98,10 @@ def test_a_conversation_in_the_terminal(terminal: Callable[..., Terminal]) -> No
     chat = terminal("-n", "8")
     chat.type("hello\r")
     chat.until(lambda text: text.count(">>>") == 2 and ">>> hello" in text and "tokens/s" in text)
-    chat.type("/help\r")
-    chat.until(lambda text: "/system [TEXT]" in text and "start a new conversation" in text)
+    chat.type("/regen\r")
+    chat.until(lambda text: re.search(r"reads \d tokens?", text) and text.count(">>>") == 3)
+    chat.type("/trace\r")
+    chat.until(lambda text: "experts in use" in text, seconds=60)
     chat.type("/exit\r")
     assert chat.leave() == 0
 
@@ -149,36 +109,16 @@ def test_a_conversation_in_the_terminal(terminal: Callable[..., Terminal]) -> No
 def test_ctrl_c_stops_the_reply_and_the_talk_goes_on(terminal: Callable[..., Terminal]) -> None:
     chat = terminal("-n", "500", rows=60)
     chat.type("hello\r")
-    chat.until(lambda text: len(text) > 150)
+    chat.until(lambda text: len(text.partition(">>> hello")[2]) > 200)
     asked = time.monotonic()
     chat.type("\x03")
-    chat.until(lambda text: text.count(">>>") == 2, seconds=10)
+    chat.until("stopped; /continue goes on", seconds=10)
     assert time.monotonic() - asked < 3
+    chat.until(lambda text: text.count(">>>") == 2)
     chat.type("/clear\r")
-    chat.until(lambda text: "new conversation" in text)
+    chat.until("new conversation")
     chat.type("\x04")
     assert chat.leave() == 0
-
-
-def test_ctrl_c_at_an_empty_prompt_leaves_and_at_a_full_one_clears(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("-n", "4")
-    chat.type("half a thought")
-    chat.until(lambda text: "half a thought" in text)
-    chat.type("\x03")
-    chat.until(lambda text: text.count(">>>") == 2)
-    chat.type("\x03")
-    assert chat.leave() == 0
-
-
-def test_more_lines_by_alt_enter_backslash_and_block(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("-n", "4")
-    chat.type("one\x1b\rtwo\\\rthree")
-    chat.until(lambda text: "three" in text and ">>> one" in text)
-    assert chat.text.count(">>>") == 1
-    chat.type("\r")
-    chat.until(lambda text: text.count(">>>") == 2)
-    chat.type('"""a\rb"""\r')
-    chat.until(lambda text: text.count(">>>") == 3)
 
 
 def test_forty_columns(terminal: Callable[..., Terminal]) -> None:
@@ -186,3 +126,39 @@ def test_forty_columns(terminal: Callable[..., Terminal]) -> None:
     chat.type("hello\r")
     chat.until(lambda text: text.count(">>>") == 2)
     assert all(len(line) <= 40 for line in chat.text.splitlines())
+
+
+def test_a_session_keeps_its_cache(cli: Cli, checkpoint: Path) -> None:
+    """What was said is neither read again in the next run nor answered in another way."""
+    flags = ("chat", "-m", checkpoint, "-t", "0", "-n", str(NEW), "--dtype", "float32", "-v")
+    first = cli(*flags, "--session", "kept", stdin="\n".join(TURNS[:2]) + "\n")
+    then = cli(*flags, "-c", stdin=TURNS[2] + "\n")
+    assert first.code == then.code == 0
+    assert first.out + then.out == "".join(reply + "\n" for reply in fresh_replies(checkpoint, TURNS))
+    (cached,) = (int(n) for n in re.findall(r"\((\d+) cached\)", then.err))
+    assert cached > 40
+    (folder,) = (Path(os.environ["DBRX_DATA"]) / "caches",)
+    assert [path.name for path in folder.iterdir()] == ["1.kv"]
+
+
+def test_continue_goes_on_where_the_limit_was(cli: Cli, checkpoint: Path) -> None:
+    flags = ("chat", "-m", checkpoint, "-t", "0", "--dtype", "float32", "-n")
+    parts = cli(*flags, "5", stdin="Tell me about the sea.\n/continue\n")
+    whole = cli(*flags, "10", stdin="Tell me about the sea.\n")
+    assert parts.out.replace("\n", "") == whole.out.replace("\n", "")
+
+
+def test_no_log_keeps_nothing(cli: Cli, tiny_checkpoint: Path) -> None:
+    assert cli("chat", "-m", tiny_checkpoint, "-n", "2", "--no-log", stdin="hello\n").code == 0
+    assert not Path(os.environ["DBRX_DATA"]).exists()
+    result = cli("chat", "-m", tiny_checkpoint, "-c", stdin="")
+    assert result.code == 2 and "there is no session to take up" in result.fault
+    result = cli("chat", "-m", tiny_checkpoint, "-c", "--session", "x", stdin="")
+    assert result.code == 2 and "exclude each other" in result.fault
+
+
+def test_help_needs_nothing_heavy() -> None:
+    from tests.test_imports import loaded_by
+
+    code = "from dbrx_cli.app import app\ntry: app(['chat', '--help'])\nexcept SystemExit: pass"
+    assert not {"torch", "prompt_toolkit", "huggingface_hub", "sqlite3"} & loaded_by(code)

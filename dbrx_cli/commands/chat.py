@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dbrx_cli.engine.choose import open_engine
-from dbrx_cli.options import ModelOptions, OutputOptions, SamplingOptions, takes
-from dbrx_cli.report import Report
+from dbrx_cli.options import OUTPUT, EngineOptions, LogOptions, OutputOptions, SamplingOptions, switch, takes
 from dbrx_cli.stdin import check_argument
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.store import Recorder, Session
+
+SESSION = "Session"
 
 
-@takes(model=ModelOptions, sampling=SamplingOptions, output=OutputOptions)
+@takes(model=EngineOptions, sampling=SamplingOptions, output=OutputOptions, keep=LogOptions)
 def chat(
     *,
     system: Annotated[
         str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
     ] = None,
-    model: ModelOptions,
+    go_on: Annotated[bool, switch("-c", "--continue", panel=SESSION, help="Take up the last session.")] = False,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            "--session",
+            rich_help_panel=SESSION,
+            metavar="NAME",
+            help="Take up a session by name or number, or begin one of that name.",
+            show_default=False,
+        ),
+    ] = None,
+    model: EngineOptions,
     sampling: SamplingOptions,
+    no_markdown: Annotated[
+        bool, switch("--no-markdown", panel=OUTPUT, help="Show replies as they are, on a terminal too.")
+    ] = False,
     output: OutputOptions,
+    keep: LogOptions,
 ) -> None:
     """Talk with the model. Enter sends, Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.
 
@@ -29,10 +49,46 @@ def chat(
     dbrx chat -m demo < script.txt
     """
     from dbrx_cli.conversation import Conversation
+    from dbrx_cli.repl.keeping import take_up
     from dbrx_cli.repl.loop import Repl
+    from dbrx_cli.repl.notices import ChatReport
+    from dbrx_cli.store import Recorder
 
+    if go_on and session is not None:
+        raise InputError("--continue and --session exclude each other", "choose one")
     conversation = Conversation(None if system is None else check_argument(system, "--system"))
-    report = Report(output)
+    stop = sampling.stop_strings
+    report = ChatReport(output)
+    settings = {name: value for name, value in vars(sampling).items() if value is not None}
+    recorder = Recorder("chat", model.model, model.revision, settings, report.notice, enabled=not keep.no_log)
+    found = _session(recorder, go_on, session)
     engine = open_engine(model, report)
-    params = sampling.over(engine.defaults)
-    Repl(engine, conversation, params, sampling.stop_strings, report, name=model.model).run()
+    repl = Repl(
+        engine,
+        conversation,
+        sampling.over(engine.defaults),
+        stop,
+        report,
+        recorder,
+        name=engine.name,
+        markdown=not no_markdown,
+    )
+    if found:
+        take_up(repl, found)
+        if system is not None:
+            repl.conversation = Conversation(conversation.system, found.turns)
+    elif session is not None:
+        repl.name_session(session)
+    repl.run()
+
+
+def _session(recorder: Recorder, latest: bool, name: str | None) -> Session | None:
+    """The session to take up: looked for before the model is loaded, which may take minutes."""
+    if latest:
+        found = recorder.store().latest()
+        if found is None:
+            raise InputError("there is no session to take up", "leave out --continue")
+        return found
+    if name is not None and (name.isdigit() or name in recorder.store().names()):
+        return recorder.store().find(name)
+    return None

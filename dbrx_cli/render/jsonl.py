@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from dbrx_cli.engine import Delta, Done
@@ -26,7 +27,8 @@ class JsonLinesRenderer:
         _print({"event": "start", "model": model})
 
     def delta(self, delta: Delta) -> None:
-        _print({"event": "token", "text": delta.text, "token_id": delta.token_id})
+        logprob = {} if delta.logprob is None else {"logprob": asdict(delta.logprob)}
+        _print({"event": "token", "text": delta.text, "token_id": delta.token_id, **logprob})
 
     def done(self, done: Done) -> None:
         _print({"event": "done", **done.to_dict()})

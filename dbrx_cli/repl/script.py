@@ -1,4 +1,4 @@
-"""A chat from a pipe: a turn a line."""
+"""A chat from a pipe, or from a terminal that can do no more than show lines: a turn a line."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from dbrx_cli.stdin import decode
 class ScriptReader:
     """Reads turns from stdin; the same spellings open more lines as at the prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, prompts: bool = False) -> None:
+        self._prompts = prompts
         self._line = 0
 
     def read(self) -> str:
-        """The next turn; `EOFError` at the end."""
-        text = self._next_line()
+        """The next turn as it was written; `EOFError` at the end."""
+        text = self._next_line(">>> ")
         if text.startswith('"""'):
-            return self._block(text[3:])
+            return self._block(text)
         while text.endswith("\\"):
-            text = text[:-1] + "\n" + self._next_line()
+            text += "\n" + self._next_line()
         return text
 
     def _block(self, text: str) -> str:
-        while '"""' not in text:
+        while '"""' not in text[3:]:
             text += "\n" + self._next_line()
-        return text[: text.index('"""')].strip("\n")
+        return text[: text.index('"""', 3) + 3]
 
-    def _next_line(self) -> str:
+    def _next_line(self, prompt: str = "... ") -> str:
+        if self._prompts:
+            print(prompt, end="", flush=True)
         data = sys.stdin.buffer.readline()
         if not data:
             raise EOFError

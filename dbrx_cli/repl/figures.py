@@ -1,0 +1,63 @@
+"""Commands that tell figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dbrx_cli.repl.words import count
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.repl.loop import Repl
+
+
+def tokens(repl: Repl, argument: str) -> None:
+    engine, messages = repl.engine, repl.conversation.messages
+    used = engine.count(messages) if messages else 0
+    repl.report.line(f"{used} of {engine.context} tokens are used by {count(len(messages), 'message')}")
+    if repl.conversation.skipped:
+        repl.report.line(f"{count(repl.conversation.skipped, 'old message')} are no longer read")
+    if messages:
+        repl.report.line(f"not in the cache, and read with the next message: {repl.reading(repl.conversation)}")
+
+
+def stats(repl: Repl, argument: str) -> None:
+    if not repl.last:
+        repl.report.line("no reply yet")
+        return
+    prompt = sum(done.usage.prompt_tokens for done in repl.replies)
+    cached = sum(done.usage.cached_tokens for done in repl.replies)
+    made = sum(done.usage.completion_tokens for done in repl.replies)
+    prefill = sum(done.timings.prefill_s for done in repl.replies)
+    decode = sum(done.timings.decode_s for done in repl.replies)
+    repl.report.line(f"last reply: {repl.last.summary()}")
+    repl.report.line(
+        f"{count(len(repl.replies), 'reply').replace('replys', 'replies')}: read {prompt - cached} of {prompt} prompt "
+        f"tokens ({cached} were in the cache) in {prefill:.1f} s, made {count(made, 'token')} in {decode:.1f} s"
+    )
+    repl.report.line(f"the model was loaded in {repl.last.timings.load_s:.1f} s")
+
+
+def trace(repl: Repl, argument: str) -> None:
+    from dbrx_cli.engine.local import LocalEngine
+
+    engine, last, conversation = repl.engine, repl.last, repl.conversation
+    if not isinstance(engine, LocalEngine):
+        raise InputError("/trace needs the model in this process", "leave out --url")
+    if last is None or not last.token_ids or not conversation.turns or conversation.turns[-1].role != "assistant":
+        raise InputError("there is no reply yet whose experts could be shown")
+    from rich.console import Console
+
+    from dbrx_cli.render.routing import figures, heat_map
+    from model.trace import record
+
+    asked = replace(conversation, turns=conversation.turns[:-1]).messages
+    prompt = engine.tokenizer.encode_segments(engine.tokenizer.chat_template.segments(asked))
+    repl.report.notice(f"reads {count(len(prompt) + len(last.token_ids), 'token')} again")
+    whole = record(engine.network, [*prompt, *last.token_ids])
+    start = len(prompt)
+    reply = replace(whole, ids=whole.ids[start:], chosen=whole.chosen[:, start:], weights=whole.weights[:, start:])
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(heat_map(reply))
+    console.print(figures(reply))

@@ -1,0 +1,24 @@
+"""Small wordings: a quote of a message, a number of things, a time."""
+
+from __future__ import annotations
+
+from dbrx_cli.render.plain import safe
+
+
+def quote(text: str, length: int = 60) -> str:
+    """The beginning of a text on one line, in quotation marks."""
+    line = " ".join(safe(text[: 4 * max(length, 10)]).split())
+    length = max(length, 10)
+    return f'"{line if len(line) <= length else line[: length - 1] + "…"}"'
+
+
+def count(number: int, thing: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """About how long something takes."""
+    if seconds < 1:
+        return "under a second"
+    return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"

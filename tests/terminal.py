@@ -1,0 +1,99 @@
+"""A program in a terminal: pexpect types, pyte is the screen."""
+
+from __future__ import annotations
+
+import termios
+import time
+from collections.abc import Callable, Sequence
+
+import pexpect
+import pyte
+import pytest
+
+from tests.cli import ROOT, environment
+
+
+class Screen(pyte.Screen):
+    """Remembers what a hostile reply could change."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows)
+        self.scrolled: list[str] = []  # lines that left at the top
+
+    def index(self) -> None:
+        if self.cursor.y == (self.margins.bottom if self.margins else self.lines - 1):
+            self.scrolled.append(self.display[0].rstrip())
+        super().index()
+
+
+def feed(screen: Screen, sent: str) -> None:
+    """Text on its way to a terminal: the system's driver makes every newline a return, too."""
+    pyte.Stream(screen).feed(sent.replace("\n", "\r\n"))
+
+
+class Terminal:
+    """What is typed, and what the screen shows."""
+
+    def __init__(
+        self, command: Sequence[str], *, columns: int = 100, rows: int = 30, variables: dict[str, str] | None = None
+    ) -> None:
+        self.screen = Screen(columns, rows)
+        self.stream = pyte.ByteStream(self.screen)
+        self.received = b""
+        self.flags = 0  # the terminal's local modes (termios), as the program left them
+        # Answers the program's question where the cursor is, as a real terminal does.
+        self.screen.write_process_input = lambda data: self.process.send(data)  # type: ignore[method-assign]
+        self.process = pexpect.spawn(
+            command[0],
+            list(command[1:]),
+            dimensions=(rows, columns),
+            env=environment(**{"TERM": "xterm-256color", **(variables or {})}),
+            cwd=str(ROOT),
+            timeout=60,
+        )
+        self.process.delaybeforesend = None
+        self.process.ptyproc.delayafterclose = self.process.ptyproc.delayafterterminate = 0.02
+
+    def type(self, text: str) -> None:
+        self.process.send(text)
+
+    def resize(self, columns: int, rows: int) -> None:
+        self.process.setwinsize(rows, columns)
+        self.screen.resize(rows, columns)
+
+    @property
+    def text(self) -> str:
+        """All lines of the screen, without what is blank."""
+        return "\n".join(line.rstrip() for line in self.screen.display).strip()
+
+    @property
+    def transcript(self) -> str:
+        """What has scrolled off, and the screen."""
+        return "\n".join([*self.screen.scrolled, self.text])
+
+    def until(self, shows: str | Callable[[str], object], seconds: float = 8) -> str:
+        """Feed the screen until it shows what is waited for; fail with the screen otherwise."""
+        found = (lambda text: shows in text) if isinstance(shows, str) else shows
+        end = time.monotonic() + seconds
+        while not found(self.text):
+            if time.monotonic() > end:
+                pytest.fail(f"the screen never showed {shows!r}:\n{self.text}")
+            try:
+                data = self.process.read_nonblocking(65536, timeout=0.2)
+            except pexpect.TIMEOUT:
+                continue
+            except pexpect.EOF:
+                if not found(self.text):
+                    pytest.fail(f"the program ended, and never showed {shows!r}:\n{self.text}")
+                break
+            self.received += data
+            self.stream.feed(data)
+        return self.text
+
+    def leave(self) -> int | None:
+        """Wait for the end of the program; its exit code, or minus the signal that ended it."""
+        self.process.expect(pexpect.EOF)
+        self.stream.feed(self.process.before or b"")
+        self.flags = termios.tcgetattr(self.process.fileno())[3]
+        self.process.close()
+        return self.process.exitstatus if self.process.signalstatus is None else -self.process.signalstatus
