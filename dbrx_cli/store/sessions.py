@@ -271,7 +271,7 @@ def _entry(row: sqlite3.Row) -> Entry:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _json(values: Mapping[str, Any]) -> str:
