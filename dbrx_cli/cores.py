@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
-SPINS = 5000  # about a tenth of a millisecond: most pauses between two kernels are shorter
+SPINS = 20_000  # some tenths of a millisecond: most pauses between two kernels are shorter
+SAMPLES, PAUSE = 8, 0.002  # of what else runs: moments, and seconds between them
+LOADAVG = Path("/proc/loadavg")
 
 
 def settle_waiting() -> None:
     """Let OpenMP's threads spin shortly before they sleep, on a machine that has nothing else to do.
 
     To wake a sleeping thread takes 50 to 100 microseconds, and a token of a small model has a hundred kernels: two
-    cores decoded 1.5 to 2 times faster with spinning. But a thread that spins while other programs want its core keeps
-    it from the one that is waited for: on a busy machine decoding was 2 to 5 times slower, so there they sleep at once.
+    cores decoded 1.5 times faster with spinning. But a thread that spins while other programs want its core keeps it
+    from the one that is waited for: on a busy machine decoding was 2 to 5 times slower, so there they sleep at once.
     """
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         return
-    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
+    busy = others_running() > (os.cpu_count() or 1) / 4
     os.environ["GOMP_SPINCOUNT"] = "0" if busy else str(SPINS)
+
+
+def others_running() -> float:
+    """How many threads of others want a core right now, on average over some moments; 0 where nothing tells.
+
+    Not the load average: that still counts what ended a minute ago.
+    """
+    counts = []
+    for _ in range(SAMPLES):
+        try:
+            running = LOADAVG.read_text().split()[3].partition("/")[0]
+        except OSError:
+            return 0.0
+        counts.append(int(running) - 1)  # this one runs
+        time.sleep(PAUSE)
+    return sum(counts) / len(counts)

@@ -82,11 +82,14 @@ def test_a_network_is_at_no_distance_from_itself(tiny_checkpoint: Path) -> None:
     assert math.isclose(math.log(quality.perplexity), float(loss), rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("load, spins", [(0.0, str(cores.SPINS)), (50.0, "0")])
-def test_threads_spin_only_on_an_idle_machine(monkeypatch: pytest.MonkeyPatch, load: float, spins: str) -> None:
+@pytest.mark.parametrize("running, spins", [(1, str(cores.SPINS)), (500, "0")])
+def test_threads_spin_only_on_an_idle_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, running: int, spins: str
+) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    (tmp_path / "loadavg").write_text(f"9.00 9.00 9.00 {running}/900 12345\n")
+    monkeypatch.setattr(cores, "LOADAVG", tmp_path / "loadavg")
     cores.settle_waiting()
     assert os.environ["GOMP_SPINCOUNT"] == spins
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
