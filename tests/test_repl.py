@@ -99,7 +99,9 @@ def prompts_of(chat: Terminal) -> int:
 
 def ready(chat: Terminal) -> bool:
     """The cursor waits behind an empty prompt, and the bottom bar is drawn."""
-    return chat.screen.display[chat.screen.cursor.y].rstrip() == ">>>" and " tokens" in chat.text.splitlines()[-1]
+    row = chat.screen.display[chat.screen.cursor.y].rstrip()
+    row = row.removeprefix("^C")  # echoed by the terminal where Ctrl-C came just before the prompt took it over
+    return row == ">>>" and " tokens" in chat.text.splitlines()[-1]
 
 
 def test_help_lists_every_command(chat: Terminal) -> None:
