@@ -39,7 +39,7 @@ class Question:
             machine = limited(machine, options.memory_limits)
         dtype = stored if options.dtype == "auto" else options.dtype
         context = min(options.context or CONTEXT, config.max_seq_len)
-        return cls(name, config, dtype, getattr(options, "quantize", "none"), machine, context)
+        return cls(name, config, dtype, options.quantize, machine, context)
 
     def plan(self, quantize: str | None = None) -> Placement:
         """The layout, perhaps with another quantization."""

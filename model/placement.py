@@ -197,14 +197,9 @@ class Placement:
         seconds = sum(tier.seconds for tier in self.tiers())
         return 1 / seconds if seconds else 0.0
 
-    def load_s(self, stored: int | None = None) -> float:
-        """Seconds until it is ready: all that is resident comes from the disk once.
-
-        stored: bytes of the whole model as it lies on the disk, if that is another format.
-        """
-        resident = sum(self.weights.values())
-        share = resident / self.sizes.total
-        return (resident if stored is None else stored * share) / self.machine.disk.bandwidth
+    def load_s(self) -> float:
+        """Seconds until it is ready: all that is resident comes from the disk once."""
+        return sum(self.weights.values()) / self.machine.disk.bandwidth
 
     def free(self, device: Device) -> int:
         """Bytes that a device has left."""

@@ -36,18 +36,10 @@ def convert(
     report = Report(output)
     folder = find_model(ModelOptions(model=source), report)
     from model.formats import open_weights
-    from model.formats.write_checkpoint import write_checkpoint
-    from model.generation_config import GenerationConfig
+    from model.formats.write_checkpoint import companions, write_checkpoint
     from model.loading import choose_dtype
-    from model.tokenizer import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generation = GenerationConfig.from_source(folder)
-
-    def finish(written: Path) -> None:
-        tokenizer.save_pretrained(written)
-        generation.save(written)
-
+    finish = companions(folder)
     with open_weights(folder) as weights, report.bar("Converting") as advance:
         if to in ("int8", "int4"):
             from model.formats.write_quantized import Writer

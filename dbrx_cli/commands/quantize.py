@@ -39,17 +39,10 @@ def quantize(
     report = Report(output)
     folder = find_model(ModelOptions(model=source), report)
     from model.formats import open_weights
+    from model.formats.write_checkpoint import companions
     from model.formats.write_quantized import Writer
-    from model.generation_config import GenerationConfig
-    from model.tokenizer import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generation = GenerationConfig.from_source(folder)
-
-    def finish(written: Path) -> None:
-        tokenizer.save_pretrained(written)
-        generation.save(written)
-
+    finish = companions(folder)
     with open_weights(folder) as weights, report.bar(f"Quantizing to {to}") as advance:
         Writer(weights, out, to, int(group)).write(finish, advance)
     typer.echo(out)

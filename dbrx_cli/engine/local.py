@@ -139,8 +139,10 @@ class LocalEngine:
 
     def unread(self, messages: Sequence[Message]) -> int:
         """See `Engine.unread`."""
+        from model.batch import common_prefix
+
         ids = self._encode(messages)
-        return len(ids) - _common_prefix(ids, self._cached)
+        return len(ids) - common_prefix(ids, self._cached)
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -245,10 +247,11 @@ class LocalEngine:
         """Read what the cache does not hold of the prompt, and of a reply that is taken up; logits [1, vocab]."""
         import torch
 
+        from model.batch import common_prefix
         from model.decode import prefill
 
         known = reply.known
-        kept = _common_prefix(known, self._cached)
+        kept = common_prefix(known, self._cached)
         last = self._last if self._last is not None and kept == len(known) == self._last.tokens else None
         self._last = last
         if last is None:
@@ -391,8 +394,3 @@ def check_source(source: Path, options: ModelOptions, report: Report) -> None:
         stored, _ = weights.dtypes().most_common(1)[0]
     if stored not in STORED and options.dtype == "auto" and options.quantize == "none":
         report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids at the front are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -22,6 +22,21 @@ EXPERTS = ".ffn.experts.mlp."
 MATRICES = ("w1", "v1", "w2")
 
 
+def companions(source: Path) -> Callable[[Path], None]:
+    """What belongs beside the weights of `source`, read now: the function writes tokenizer and generation settings."""
+    from ..generation_config import GenerationConfig
+    from ..tokenizer import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    generation = GenerationConfig.from_source(source)
+
+    def finish(written: Path) -> None:
+        tokenizer.save_pretrained(written)
+        generation.save(written)
+
+    return finish
+
+
 class Place(NamedTuple):
     """Where a tensor goes: a number of a shard, and the first byte in its data."""
 
