@@ -35,7 +35,7 @@ from .commands import (  # noqa: E402
     tokenize,
     trace,
 )
-from .engine.follower import follow, is_follower  # noqa: E402
+from .engine.follower import follow, is_follower, leave  # noqa: E402
 from .options import leave_out_colour, switch  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
@@ -119,7 +119,7 @@ def main() -> None:
     if code == READER_GONE:
         # The interpreter flushes once more on its way out, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-    sys.exit(code)
+    leave(code)
 
 
 def _run() -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from dbrx_cli.options import ModelOptions
     from model.parallel import Ranks
+
+_led: list[Ranks] = []  # by this process, if it is rank 0 of a torchrun
 
 
 def is_follower() -> bool:
@@ -42,5 +44,19 @@ def lead(options: ModelOptions) -> Ranks | None:
     ranks = parallel.join()
     if ranks is not None:
         ranks.tell(options)
-        atexit.register(ranks.part_ways)
+        _led.append(ranks)
     return ranks
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. Stdout is flushed already.
+
+    Among ranks, without the interpreter's own end: a thread of gloo may still hold a tensor, and letting go of it
+    while the interpreter is taken down aborts the process.
+    """
+    if not _led and not is_follower():
+        sys.exit(code)
+    for ranks in _led:
+        ranks.part_ways()
+    sys.stderr.flush()
+    os._exit(code)
