@@ -66,7 +66,7 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packi
     group = None
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group
-    experts, dense = choose(quantize, group), choose("int8 fine")
+    experts, dense = choose(quantize, group), choose("int8")
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
     return Packing(quantize, _experts(experts, weights.config), dense)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from model.formats import FloatExpert, open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.packing import read_expert
-from model.quantization import int4, int8
+from model.quantization import MatrixKernel, bfloat16, int4, int8
 from model.quantization.expert import equalize, quantize_expert
 from tests.cli import Cli
 
@@ -30,7 +31,7 @@ EXPERTS, HIDDEN, WIDTH = 16, 40, 48
 CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15}  # error of an output, as a share of the largest
 
 
-def works(build: type) -> bool:
+def works(build: Callable[[], MatrixKernel]) -> bool:
     return quantization.fault(build()) is None
 
 
@@ -383,7 +384,7 @@ def test_quantize_expert_is_what_a_kernel_packs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_extremes_in_a_row_do_not_drown_the_rest() -> None:
+def test_extremes_in_a_row_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """One activation 200 times the others: with a second row the error stays that of the weights."""
     if not works(int8.FbgemmKernel):
         pytest.skip("not on this CPU")
@@ -391,14 +392,33 @@ def test_extremes_in_a_row_do_not_drown_the_rest() -> None:
     weight, x = torch.randn(64, 256), torch.randn(5, 256)
     x[:, 7] = 200
     exact = x @ int8.dequantize(int8.quantize(weight)).t()
-    errors = []
-    for kernel in (int8.FbgemmKernel(), int8.FbgemmKernel(peak=torch.inf)):
-        packed = kernel.pack(weight)
-        together = kernel.run(kernel.prepare(x), packed)
-        alone = torch.cat([kernel.run(kernel.prepare(row), packed) for row in torch.split(x, 1)])
-        torch.testing.assert_close(together, alone, rtol=1e-3, atol=0.5)
-        errors.append(float((together - exact).square().mean()))
-    assert errors[0] < 1e-3 * errors[1]
+    kernel = int8.FbgemmKernel()
+    packed = kernel.pack(weight)
+    together = kernel.run(kernel.prepare(x), packed)
+    alone = torch.cat([kernel.each(row, [packed]) for row in torch.split(x, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-3)
+    monkeypatch.setattr(int8, "PEAK", torch.inf)
+    coarse = kernel.run(kernel.prepare(x), packed)
+    assert (together - exact).square().mean() < 1e-3 * (coarse - exact).square().mean()
+
+
+@pytest.mark.parametrize(
+    "build", [bfloat16.OneDnnKernel, int8.FbgemmKernel, int8.AtenKernel, int4.AtenKernel, int4.PlainKernel]
+)
+def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], MatrixKernel]) -> None:
+    """A lone row times three matrices, and three rows times one each; none depends on those beside it."""
+    if not works(build):
+        pytest.skip("not on this CPU")
+    torch.manual_seed(7)
+    kernel = build()
+    matrices = [kernel.pack(torch.randn(64, 128)) for _ in range(3)]
+    rows = torch.randn(3, 128, dtype=kernel.dtype)
+    for x in (rows[:1], rows):
+        given = kernel.each(x, matrices)
+        for i, row in enumerate(x.expand(3, -1).split(1)):
+            assert torch.equal(kernel.each(row, [matrices[i]])[0], given[i])
+            product = kernel.run(kernel.prepare(row), matrices[i])[0].float()
+            assert (given[i].float() - product).abs().max() < 0.02 * product.abs().max()
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_quantized_checkpoints(tiny: Path, tmp_path: Path, kind: str) -> None:
     with open_weights(tiny) as weights:
         Writer(weights, tmp_path / kind, kind, 32).write(lambda folder: None)
     # In int8 they compute as they are stored, with finer activations than those in memory have.
-    network = same(tmp_path / kind, 200_000, within=0.02 if kind == "int8" else 0)
+    network = same(tmp_path / kind, 200_000, within=0.03 if kind == "int8" else 0)
     with open_weights(tmp_path / kind) as weights:
         extents = [weights.expert_extents(layer, expert) for layer in range(3) for expert in range(16)]
     assert all(len(expert) == 1 for expert in extents)  # one slice, one read

@@ -38,6 +38,20 @@ class Kernel(Protocol):
     def run(self, prepared: Any, rows: Tensor | None, packed: Packed) -> Tensor:
         """The expert's output [len(rows), d_model] for those rows of x (None: all), in the dtype of x."""
 
+    def each(self, x: Tensor, experts: Sequence[Packed]) -> Tensor:
+        """Every expert's output for the one row x [1, d_model]: [len(experts), d_model], in the dtype of x.
+
+        An expert's numbers do not depend on those beside it.
+        """
+
+
+class OneByOne:
+    """`each` for kernels that gain nothing from several experts at once."""
+
+    def each(self: Kernel, x: Tensor, experts: Sequence[Packed]) -> Tensor:
+        prepared = self.prepare(x)
+        return torch.cat([self.run(prepared, None, packed) for packed in experts])
+
 
 def packed_expert(
     kernel: Kernel, weights: Weights, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
@@ -51,9 +65,13 @@ def packed_expert(
 def mix(kernel: Kernel, fetch: Fetch, n_experts: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum of experts' outputs.
 
-    Each expert computes when `fetch` gives it; what they give is added in ascending order, so that the sum is the same
-    wherever they come from.
+    Each expert computes when `fetch` gives it; what they give is added in an order of its own, so that the sum is the
+    same wherever they come from.
     """
+    if len(x) == 1:  # a decode step: nothing to sort or gather
+        ids = chosen[0].tolist()
+        outputs = {expert: kernel.each(x, [packed]) for expert, packed in fetch(ids)}
+        return weights @ torch.cat([outputs[expert] for expert in ids])
     prepared = kernel.prepare(x)
     out = torch.zeros_like(x)
     jobs = dict(_jobs(n_experts, chosen, weights))
@@ -74,12 +92,9 @@ def mix(kernel: Kernel, fetch: Fetch, n_experts: int, x: Tensor, chosen: Tensor,
 
 def _jobs(n_experts: int, chosen: Tensor, weights: Tensor) -> Iterator[tuple[int, tuple[Tensor | None, Tensor]]]:
     """The experts that are chosen, ascending, with the rows of x that each computes (None: all) and their weights."""
-    if len(chosen) == 1:  # a decode step: nothing to sort or gather
-        pairs = zip(chosen[0].tolist(), torch.split(weights[0], 1), strict=True)
-        yield from ((expert, (None, weight)) for expert, weight in sorted(pairs, key=lambda pair: pair[0]))
-        return
     by_expert = chosen.flatten().argsort(stable=True)
     counts = chosen.flatten().bincount(minlength=n_experts).tolist()
     for expert, places in enumerate(torch.split(by_expert, counts)):
         if len(places):
-            yield expert, (places // chosen.shape[1], weights.flatten()[places, None])
+            rows = places // chosen.shape[1] if len(places) < len(chosen) else None
+            yield expert, (rows, weights.flatten()[places, None])

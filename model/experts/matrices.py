@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """A layer's input: how many rows, in which dtype, and as the matrices want it (maybe with rows of padding)."""
+    """A layer's input: in which dtype, and as the matrices want it."""
 
-    n: int
     dtype: torch.dtype
     rows: Rows
 
@@ -45,12 +44,17 @@ class MatricesKernel:
         return self.matrices.nbytes(2 * hidden, d_model) + self.matrices.nbytes(d_model, hidden)
 
     def prepare(self, x: Tensor) -> Prepared:
-        return Prepared(len(x), x.dtype, self.matrices.prepare(x))
+        return Prepared(x.dtype, self.matrices.prepare(x))
 
     def run(self, prepared: Prepared, rows: Tensor | None, packed: Packed) -> Tensor:
-        n, dtype, x = prepared
+        dtype, x = prepared
         if rows is not None:
-            n, x = len(rows), tuple(part[rows] for part in x)
+            x = tuple(part.index_select(0, rows) for part in x)
         gate, up = self.matrices.run(x, packed[0]).chunk(2, dim=-1)
         hidden = self.activation(gate).mul_(up)
-        return self.matrices.run(self.matrices.prepare(hidden), packed[1])[:n].to(dtype)
+        return self.matrices.run(self.matrices.prepare(hidden), packed[1]).to(dtype)
+
+    def each(self, x: Tensor, experts: Sequence[Packed]) -> Tensor:
+        gate, up = self.matrices.each(x, [first for first, _ in experts]).chunk(2, dim=-1)
+        hidden = self.activation(gate).mul_(up)
+        return self.matrices.each(hidden, [second for _, second in experts]).to(x.dtype)

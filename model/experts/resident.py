@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .kernel import Packed, mix
+from .kernel import OneByOne, Packed, mix
 
 if TYPE_CHECKING:
     from ..formats import FloatExpert
 
 
-class FloatKernel:
+class FloatKernel(OneByOne):
     """Plain products in the weights' own type, on any device."""
 
     name = "float"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..quantization.kernel import not_finite
-from .kernel import Packed
+from .kernel import OneByOne, Packed
 
 if TYPE_CHECKING:
     from ..formats import FloatExpert, QuantizedExpert
@@ -19,7 +19,7 @@ LANES = 32  # inputs that PyTorch's product of a row with bytes takes at a time;
 PIECE = 256  # outputs that are floats at a time: they stay in the processor's cache
 
 
-class StoredInt8Kernel:
+class StoredInt8Kernel(OneByOne):
     """bfloat16 activations times bytes, then times each output's scale in float32. No byte is copied.
 
     FBGEMM's order of the same bytes takes about ten times as long to make as one product with them, and a streamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -32,8 +33,14 @@ class OneDnnKernel:
         return 2 * outputs * inputs
 
     def prepare(self, x: Tensor) -> Rows:
-        return (pad(x, (0, 0, 0, ROWS - 1)) if len(x) == 1 else x,)
+        return (x,)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], packed[0], None, "none", [], "")
         return out
+
+    def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
+        rows = pad(x[:, None], (0, 0, 0, ROWS - 1)).unbind()
+        if len(rows) < len(matrices):
+            rows *= len(matrices)
+        return torch.cat([self.run((row,), packed)[:1] for row, packed in zip(rows, matrices, strict=True)])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, Rows, not_finite
+from .kernel import Packed, RowByRow, Rows, not_finite
 
 LEVELS = 15
 GROUP = 32  # inputs that share scale and zero point; 128 takes 0.09 GB where 32 take 0.1, and errs more
@@ -75,7 +75,7 @@ def _fit(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale[..., 0], zero[..., 0]
 
 
-class AtenKernel:
+class AtenKernel(RowByRow):
     """PyTorch's own product with 4-bit weights, in bfloat16."""
 
     name = "int4 aten"
@@ -113,7 +113,7 @@ class AtenKernel:
         return out
 
 
-class PlainKernel:
+class PlainKernel(RowByRow):
     """Floats again at each product: slow, for shapes and processors that nothing else is made for."""
 
     name = "int4 plain"

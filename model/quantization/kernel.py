@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,10 +34,25 @@ class MatrixKernel(Protocol):
         """Bytes of a packed matrix."""
 
     def prepare(self, x: Tensor) -> Rows:
-        """Activations [n, inputs], ready for any number of products; there may be rows of padding behind them."""
+        """Activations [n, inputs], ready for any number of products."""
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        """Prepared rows times the matrix: [rows, outputs], padding included."""
+        """Prepared rows times the matrix: [rows, outputs]."""
+
+    def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
+        """Row i of x [n, inputs] times matrix i, or a lone row times each: [len(matrices), outputs].
+
+        A decode step in as few operations as can be: there, what lies between the products takes as long as they do.
+        """
+
+
+class RowByRow:
+    """`each` for kernels in which rows share nothing."""
+
+    def each(self: MatrixKernel, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
+        rows = [self.prepare(row) for row in torch.split(x, 1)]
+        rows *= len(matrices) // len(rows)
+        return torch.cat([self.run(row, packed) for row, packed in zip(rows, matrices, strict=True)])
 
 
 def not_finite() -> ModelError:

@@ -19,8 +19,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = self.kernel.run(self.kernel.prepare(rows), self.packed)
-        out = out[: len(rows)]
+        if len(rows) == 1:
+            out = self.kernel.each(rows, [self.packed])
+        else:
+            out = self.kernel.run(self.kernel.prepare(rows), self.packed)
         if self.last:  # products of bytes would turn them into a token; up to here the residual stream carries them
             out += rows.sum(dim=1, keepdim=True) * 0
         return out.view(*x.shape[:-1], -1).to(x.dtype)
