@@ -35,7 +35,7 @@ from .commands import (  # noqa: E402
     tokenize,
     trace,
 )
-from .engine.follower import follow, is_follower, leave  # noqa: E402
+from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
 from .options import leave_out_colour, switch  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
@@ -88,6 +88,8 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
+    *,
     version: Annotated[
         bool,
         typer.Option(
@@ -104,6 +106,8 @@ def common(
 
     git diff | dbrx generate -m demo "Write a commit message for this diff."
     """
+    if context.invoked_subcommand not in PANELS["Talk"]:  # no other command has work for the other ranks
+        needs_one_process(f"dbrx {context.invoked_subcommand}")
 
 
 def main() -> None:

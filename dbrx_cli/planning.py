@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
+from dbrx_cli.cores import settle_waiting
 from dbrx_cli.options import ModelOptions
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import ModelError
 from model.hub import resolve
 from model.machine import limited, parse_devices, this_machine
-from model.placement import FORMATS, Machine, Placement, place
+from model.placement import FORMATS, Machine, Placement, Rates, place
+
+if TYPE_CHECKING:
+    from model.formats import Extent
 
 CONTEXT = 4096  # tokens that are planned for unless --context says otherwise
 WORTH_IT = 1.25  # how much faster a change must be to be advised
@@ -21,7 +27,7 @@ WORTH_IT = 1.25  # how much faster a change must be to be advised
 
 @dataclass(frozen=True)
 class Question:
-    """A model, in a format, on a machine, with a context."""
+    """A model, in a format, on a machine, with a context; `rates` are those of the format on a machine that is here."""
 
     name: str
     config: DbrxConfig
@@ -29,25 +35,70 @@ class Question:
     quantize: str
     machine: Machine
     context: int
+    stored: str | None = None  # the format in which the files hold the experts, if they can be read straight into it
+    all_on_disk: bool = False
+    expert_cache: int | None = None
+    rates: Rates | None = None
 
     @classmethod
     def of(cls, name: str, options: ModelOptions, devices: str | None) -> Question:
         """What a command line asks; nothing larger than a config.json is fetched."""
-        config, stored, files = _find(name, options.revision)
-        machine = parse_devices(devices) if devices else this_machine(files)
+        if not devices:
+            settle_waiting()  # torch measures, and must wait as it would when it runs the model
+        found = _find(name, options.revision)
+        machine = parse_devices(devices) if devices else this_machine(found.experts)
         if options.memory_limits:
             machine = limited(machine, options.memory_limits)
-        dtype = stored if options.dtype == "auto" else options.dtype
-        context = min(options.context or CONTEXT, config.max_seq_len)
-        return cls(name, config, dtype, options.quantize, machine, context)
+        quantize = found.quantize if options.quantize == "none" else options.quantize
+        question = cls(
+            name,
+            found.config,
+            found.dtype if options.dtype == "auto" else options.dtype,
+            quantize,
+            machine,
+            min(options.context or CONTEXT, found.config.max_seq_len),
+            stored=found.stored,
+            all_on_disk=options.offload == "disk",
+            expert_cache=options.expert_cache_bytes,
+        )
+        return question if devices else question._measured(options.threads)
+
+    def _measured(self, threads: int | None) -> Question:
+        """With the rates of this machine's kernels, if a CPU computes all. What they reach, its memory can do."""
+        plan = self.plan()
+        if not plan.runs or any(layer.device != "cpu" for layer in plan.layers):
+            return self
+        import torch
+
+        from model.rates import measure
+
+        if threads:
+            torch.set_num_threads(threads)
+        rates = measure(self.config, plan.format, streamed=plan.on_disk > 0)
+        bandwidth = max(self.machine.cpu.bandwidth, rates.dense, rates.experts)
+        machine = replace(self.machine, cpu=replace(self.machine.cpu, bandwidth=bandwidth))
+        return replace(self, machine=machine, rates=rates)
 
     def plan(self, quantize: str | None = None) -> Placement:
         """The layout, perhaps with another quantization."""
         quantize = quantize or self.quantize
         format = self.dtype if quantize == "none" else quantize
-        if format == "int4" and self.machine.gpus:
+        if format == "int4" and (self.machine.gpus or self.stored == "int4-g128"):
             format = "int4-g128"  # smaller, and what fits one card of 80 GB
-        return place(self.config, FORMATS[format], self.machine, self.context)
+        return place(
+            self.config,
+            FORMATS[format],
+            self.machine,
+            self.context,
+            all_on_disk=self.all_on_disk,
+            expert_cache=self.expert_cache,
+        )
+
+    def predict(self, plan: Placement) -> float | None:
+        """Tokens a second of its own plan; None where nothing was measured, or experts change their form on the way."""
+        if self.rates is None or (plan.on_disk and self.stored != plan.format):
+            return None
+        return plan.predict(self.rates)
 
 
 def advice(question: Question, plan: Placement) -> Iterator[str]:
@@ -98,8 +149,19 @@ def rate(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _find(name: str, revision: str | None) -> tuple[DbrxConfig, str, Path | None]:
-    """Configuration, dtype of the weights, and where they lie if they are here."""
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model before it is loaded; `experts` as they lie in its files, if these are here."""
+
+    config: DbrxConfig
+    dtype: str = "bfloat16"
+    quantize: str = "none"
+    stored: str | None = "bfloat16"
+    experts: Sequence[Sequence[Extent]] = ()
+
+
+def _find(name: str, revision: str | None) -> Found:
+    """Look for a model here, among the official ones, and for its config.json on the Hub."""
     if name == "demo":
         from dbrx_cli.demo import demo_folder, is_complete
 
@@ -110,11 +172,19 @@ def _find(name: str, revision: str | None) -> tuple[DbrxConfig, str, Path | None
         path = resolve(name, revision=revision, download=False)
     except ModelError:
         if name in OFFICIAL:
-            return official(), "bfloat16", None
+            return Found(official())
         path = resolve(name, revision=revision, patterns=["config.json"])
-        return DbrxConfig.from_json(path / "config.json"), "bfloat16", None
+        return Found(DbrxConfig.from_json(path / "config.json"))
     from model.formats import open_weights
+    from model.formats.quantized import QuantizedWeights
 
     with open_weights(path) as weights:
-        stored = weights.dtypes().most_common(1)[0][0]
-        return weights.config, {"F32": "float32", "F16": "float16"}.get(stored, "bfloat16"), path
+        config = weights.config
+        places = product(range(config.n_layers), range(config.ffn_config.moe_num_experts))
+        experts = [weights.expert_extents(layer, expert) for layer, expert in places]
+        if isinstance(weights, QuantizedWeights):
+            kind = weights.quantization
+            return Found(config, "bfloat16", kind, "int4-g128" if weights.group == 128 else kind, experts)
+        mostly = weights.dtypes().most_common(1)[0][0]
+        dtype = {"F32": "float32", "F16": "float16"}.get(mostly, "bfloat16")
+        return Found(config, dtype, stored=dtype if weights.plain_experts else None, experts=experts)

@@ -5,19 +5,25 @@ Imports without torch.
 
 from __future__ import annotations
 
-import mmap
 import os
+import random
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate, cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, ModelError
 from .placement import Device, Machine
+
+if TYPE_CHECKING:
+    from .formats import Extent
 
 GIB, GB = 2**30, 10**9
 # Memory in GiB and its bandwidth in GB/s, from the makers' data sheets.
@@ -32,6 +38,7 @@ GPU_BANDWIDTH, LINK, CPU_MEMORY, CPU_BANDWIDTH, DISK_BANDWIDTH = 900 * GB, 25 * 
 GPU_USABLE, CPU_USABLE = 0.94, 0.9  # the driver's context; the system and this program
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 PROBE = 256 * 2**20  # bytes that a measurement reads
+LONGEST = 16 * 2**20  # of an expert's matrix
 
 
 def parse_size(text: str) -> int:
@@ -90,9 +97,9 @@ def _rate(text: str) -> float:
     return float(rate)
 
 
-def this_machine(files: Path | None = None) -> Machine:
-    """This machine, measured in about a second; the disk only where `files`, a large file or a folder of them, is."""
-    disk = disk_bandwidth(files) if files is not None else None
+def this_machine(experts: Sequence[Sequence[Extent]] = ()) -> Machine:
+    """This machine, measured in about a second; the disk where there are `experts` to read, as they lie in files."""
+    disk = disk_bandwidth(experts) if experts else None
     return Machine(
         tuple(_nvidia()),
         Device("cpu", int(available_memory() * CPU_USABLE), memory_bandwidth()),
@@ -151,22 +158,42 @@ def memory_bandwidth(threads: int | None = None) -> float:
     return sum(part.nbytes for part in parts) / best
 
 
-def disk_bandwidth(files: Path) -> float | None:
-    """Bytes a second at which the largest of `files` is read past the page cache; None where that cannot be done."""
-    sizes = [(f.stat().st_size, f) for f in (files.iterdir() if files.is_dir() else [files]) if f.is_file()]
-    size, largest = max(sizes, default=(0, files))
-    if size < PROBE // 8 or not hasattr(os, "O_DIRECT"):
+def disk_bandwidth(experts: Sequence[Sequence[Extent]]) -> float | None:
+    """Bytes a second at which some of a checkpoint's experts are streamed, past the page cache.
+
+    None where that cannot be done, or the experts are too small to tell.
+    """
+    from .streaming import DiskSource
+    from .streaming.slots import CpuSlot
+    from .streaming.source import Ticket, slot_size
+
+    # Others each time, as far as there are: a disk remembers what it read.
+    chosen = [[replace(extent, nbytes=min(extent.nbytes, LONGEST)) for extent in some] for some in experts]
+    random.shuffle(chosen)
+    sizes = list(accumulate(sum(extent.nbytes for extent in some) for some in chosen))
+    chosen = chosen[: bisect(sizes, 2 * PROBE) + 1]
+    nbytes = sum(extent.nbytes for some in chosen for extent in some)
+    if nbytes < PROBE // 8:
         return None
-    buffer = mmap.mmap(-1, min(PROBE, size // 2**20 * 2**20))  # page-aligned, as direct reading wants it
+    source = DiskSource(chosen[0][0].file.parent)
     try:
-        fd = os.open(largest, os.O_RDONLY | os.O_DIRECT)
-        try:
-            seconds = _timed(lambda: os.preadv(fd, [buffer], 0))
-        finally:
-            os.close(fd)
-    except OSError:
+        os.close(os.open(chosen[0][0].file, os.O_RDONLY | os.O_DIRECT))
+        slots = [CpuSlot(slot_size(chosen)) for _ in range(4)]
+        for slot in slots:
+            slot.tensor.fill_(1)  # its pages are there, as they are after the first use
+
+        def read() -> None:
+            tickets = [Ticket(slot) for slot, _ in zip(cycle(slots), chosen)]  # nobody wants the bytes
+            for ticket, some in zip(tickets, chosen, strict=True):
+                source.start(ticket, some)
+            for ticket in tickets:
+                source.wait(ticket)
+
+        return nbytes / _timed(read)
+    except (OSError, AttributeError, ModelError):  # no direct reading, here or on this system
         return None
-    return len(buffer) / seconds
+    finally:
+        source.close()
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -1,18 +1,20 @@
 """Arithmetic of memory and speed: a configuration, a format and a machine in; what lies where and how fast, out.
 
-Imports without torch. Speeds are ceilings: every weight that a token needs is read once, at the full rate of the place
-where it lies. Computing is not counted, since at batch 1 it hides behind the reading.
+Imports without torch. Every weight that a token needs is read once. The ceiling takes the full rate of the place where
+it lies for that; computing hides behind the reading at batch 1. The prediction takes what kernels are measured to reach
+(`rates`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from .config import DbrxConfig
 
 CHUNK = 512  # tokens that prefill reads at once
 CACHE_START = 256  # capacity of an empty KV cache; it grows by doubling
+CACHE_SHARE = 0.75  # of the memory that is left: what experts from the disk get, unless the user says how much
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ class Tier:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What this machine's kernels reach with one token: bytes a second, and seconds."""
+
+    dense: float  # bytes a second: attention and head
+    experts: float
+    layer: float  # seconds of a layer beside its weights
+    arrival: float = 0.0  # seconds a byte: what was read from the disk becomes what is computed with
+
+
+@dataclass(frozen=True)
 class Layer:
     """Where one layer lies: attention and norms on `device`; its experts there, in "cpu" memory, or on "disk"."""
 
@@ -167,35 +179,53 @@ class Placement:
         streamed = self.on_disk * self.sizes.experts
         return min(1.0, self.cache / streamed) if streamed else 1.0
 
-    def tiers(self) -> list[Tier]:
-        """What one token of decoding waits for, by place."""
+    def steps(self) -> Iterator[tuple[Tier, ...]]:
+        """What one token of decoding waits for, one step after the other; the tiers of a step pass at the same time."""
         parts, machine = self.sizes, self.machine
         devices = {device.name: device for device in (*machine.gpus, machine.cpu)}
-        tiers: dict[str, Tier] = {}
-
-        def add(what: str, nbytes: float, bandwidth: float) -> None:
-            before = tiers.get(what, Tier(what, 0, 0.0))
-            tiers[what] = Tier(what, before.nbytes + round(nbytes), before.seconds + nbytes / bandwidth)
-
         chosen = parts.top_k * parts.expert
+
+        def tier(what: str, nbytes: float, bandwidth: float) -> Tier:
+            return Tier(what, round(nbytes), nbytes / bandwidth)
+
         for layer in self.layers:
             home = devices[layer.device]
             memory = "CPU memory" if home is machine.cpu else "GPU memory"
-            add(memory, parts.dense, home.bandwidth)
-            if layer.experts == "disk":
-                add("disk", chosen * (1 - self.hits), machine.disk.bandwidth)
+            yield (tier(memory, parts.dense, home.bandwidth),)
             if layer.experts != layer.device and home is not machine.cpu:
-                add("CPU memory to GPU", chosen, home.link)
+                experts = tier("CPU memory to GPU", chosen, home.link)
             else:
-                add(memory, chosen, home.bandwidth)
+                experts = tier(memory, chosen, home.bandwidth)
+            disk = tier("disk", chosen * (1 - self.hits), machine.disk.bandwidth)
+            yield (disk, experts) if layer.experts == "disk" else (experts,)
         if self.runs:  # the head, beside the last layer
-            add(memory, parts.head, home.bandwidth)
-        return [tier for tier in tiers.values() if tier.nbytes]
+            yield (tier(memory, parts.head, home.bandwidth),)
+
+    def tiers(self) -> list[Tier]:
+        """What one token of decoding waits for, by place."""
+        found: dict[str, Tier] = {}
+        for what, nbytes, seconds in (astuple(tier) for step in self.steps() for tier in step):
+            before = found.get(what, Tier(what, 0, 0.0))
+            found[what] = Tier(what, before.nbytes + nbytes, before.seconds + seconds)
+        return [tier for tier in found.values() if tier.nbytes]
 
     def tokens_per_s(self) -> float:
         """Ceiling of decoding at batch 1."""
-        seconds = sum(tier.seconds for tier in self.tiers())
+        seconds = sum(max(tier.seconds for tier in step) for step in self.steps())
         return 1 / seconds if seconds else 0.0
+
+    def predict(self, rates: Rates) -> float:
+        """Tokens a second of decoding at batch 1, at the beginning of a context, where a CPU computes all.
+
+        Experts from the disk compute while others are read: of reading and computing the longer counts, and of the
+        shorter one expert's part, in which the other waits.
+        """
+        parts, chosen = self.sizes, self.sizes.top_k * self.sizes.expert
+        missing = chosen * (1 - self.hits)
+        seconds = parts.head / rates.dense + len(self.layers) * (parts.dense / rates.dense + rates.layer)
+        seconds += (len(self.layers) - self.on_disk) * chosen / rates.experts
+        read, compute = missing / self.machine.disk.bandwidth, chosen / rates.experts + missing * rates.arrival
+        return 1 / (seconds + self.on_disk * (max(read, compute) + min(read, compute) / parts.top_k))
 
     def load_s(self) -> float:
         """Seconds until it is ready: all that is resident comes from the disk once."""
@@ -232,9 +262,19 @@ def _tokens(allotted: int) -> int:
     return 1 << (allotted.bit_length() - 1) if allotted >= CACHE_START else 0
 
 
-def place(config: DbrxConfig, format: Format, machine: Machine, context: int) -> Placement:
+def place(
+    config: DbrxConfig,
+    format: Format,
+    machine: Machine,
+    context: int,
+    *,
+    all_on_disk: bool = False,
+    expert_cache: int | None = None,
+) -> Placement:
     """Lay out a model: layers over the GPUs in order, experts beside them as far as they fit, the rest in CPU memory,
     and what is left on the disk. Without a GPU all is computed on the CPU.
+
+    all_on_disk: the experts, even if they would fit (`--offload disk`). expert_cache: bytes for those on the disk.
     """
     parts = sizes(config, format)
     kv = parts.kv * capacity(context)
@@ -251,7 +291,7 @@ def place(config: DbrxConfig, format: Format, machine: Machine, context: int) ->
     for device, count, fixed in zip(homes, counts, _fixed(parts, len(homes)), strict=True):
         weights[device.name] = fixed + count * parts.dense
         left = device.memory - parts.buffers - weights[device.name] - count * kv
-        beside = min(count, left // parts.experts)
+        beside = 0 if all_on_disk else min(count, left // parts.experts)
         if device is machine.cpu and beside < count:
             beside = 0  # layers that are streamed share one cache; a layer that is not would only take from it
         layers += [Layer(device.name, device.name)] * beside + [Layer(device.name, "")] * (count - beside)
@@ -259,14 +299,15 @@ def place(config: DbrxConfig, format: Format, machine: Machine, context: int) ->
         if device is machine.cpu:
             cpu_room = left - beside * parts.experts
     waiting = sum(not layer.experts for layer in layers)
-    fits = homes[0] is not machine.cpu and waiting * parts.experts <= cpu_room
+    fits = not all_on_disk and homes[0] is not machine.cpu and waiting * parts.experts <= cpu_room
     if waiting and not fits and cpu_room < parts.n_experts * parts.expert // 4:
         return nothing  # a few experts must find room, or each read throws out the one before
     elsewhere = "cpu" if fits else "disk"
     layers = [layer if layer.experts else replace(layer, experts=elsewhere) for layer in layers]
     if waiting and fits:
         weights["cpu"] = weights.get("cpu", 0) + waiting * parts.experts
-    cache = min(cpu_room, waiting * parts.experts) if waiting and not fits else 0
+    wanted = int(CACHE_SHARE * cpu_room) if expert_cache is None else min(expert_cache, cpu_room)
+    cache = min(wanted, waiting * parts.experts) if waiting and not fits else 0
     used = {device.name: count * kv for device, count in zip(homes, counts, strict=True)}
     return Placement(machine, parts, format.name, context, tuple(layers), weights, used, cache)
 

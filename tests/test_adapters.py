@@ -18,6 +18,8 @@ from model import DbrxForCausalLM
 from model.adapters import attach, read_adapter
 from model.config import DbrxConfig
 from model.errors import ModelError
+from model.formats import open_weights
+from model.formats.write_quantized import Writer
 from tests.cli import Cli
 from tests.conftest import TINY
 from tests.gguf_files import write_gguf
@@ -167,6 +169,28 @@ def test_over_a_checkpoint_in_int8(base: Path, tmp_path: Path, cli: Cli) -> None
     assert (adapted - plain - expected).abs().mean() < 0.25 * expected.abs().mean()
 
 
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+def test_streamed_experts_see_the_adapter_too(base: Path, tmp_path: Path, form: str) -> None:
+    """Merged over floats, beside stored bytes: the logits of resident experts with the same adapter."""
+    source, options = base, {"dtype": form}
+    if form == "int8":
+        source, options = tmp_path / "int8", {}
+        with open_weights(base) as weights:
+            Writer(weights, source, "int8", 32).write(lambda _: None)
+    folder = write(tmp_path / "a", pairs(("Wqkv", "out_proj", ROUTER), layers=(0, 1, 2)))
+    plain = logits(DbrxForCausalLM.from_pretrained(source, **options))
+    resident = logits(DbrxForCausalLM.from_pretrained(source, adapter=folder, **options))
+    network = DbrxForCausalLM.from_pretrained(
+        source, adapter=folder, offload="disk", expert_cache=12 * 6 * 4096, **options
+    )
+    streamed = logits(network)
+    assert network.expert_store is not None and network.expert_store.counters.misses > network.expert_store.capacity
+    assert (resident - plain).abs().max() > 0.5
+    # Stored int8 computes with other roundings than packed int8; floats are the same to the bit.
+    within = 0.05 * float(resident.abs().max()) if form == "int8" else 0
+    torch.testing.assert_close(streamed, resident, rtol=0, atol=within)
+
+
 def test_a_checksum_tells_adapters_apart(base: Path, tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", pairs(("Wqkv",))), write(tmp_path / "b", pairs(("Wqkv",)), lora_alpha=3)]
     found = [DbrxForCausalLM.from_pretrained(base, adapter=folder).adapter for folder in (None, *folders, folders[0])]
@@ -261,6 +285,16 @@ def test_the_command_line(tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> No
         for more in ((), ("--adapter", folder))
     )
     assert plain.code == adapted.code == 0 and plain.out != adapted.out
+    streamed = cli(
+        "generate", "-m", tiny_checkpoint, "-n", "8", "-t", "0", "hello",
+        "--adapter", folder, "--offload", "disk", "--expert-cache", "400KiB", "--dtype", "float32", "--json",
+    )  # fmt: skip
+    resident = cli(
+        "generate", "-m", tiny_checkpoint, "-n", "8", "-t", "0", "hello", "--adapter", folder, "--dtype", "float32",
+        "--json",
+    )  # fmt: skip
+    streamed_reply, reply = json.loads(streamed.out), json.loads(resident.out)
+    assert streamed_reply["experts"]["misses"] and streamed_reply["token_ids"] == reply["token_ids"]
     ran = cli("generate", "-m", tiny_checkpoint, "--adapter", tmp_path / "gone", "hello")
     assert ran.code == 3 and "holds no adapter_config.json" in ran.fault
     ran = cli("generate", "-m", folder, "hello")

@@ -105,3 +105,28 @@ def test_quantized_slices() -> None:
 
 def test_alone_there_are_no_ranks() -> None:
     assert join() is None
+
+
+NOT_SPLIT = {
+    "--batch": ("generate", "--batch", "prompts.jsonl"),
+    "--prompt-cache": ("generate", "--prompt-cache", "cache", "hi"),
+    "--resume": ("generate", "--resume", "reply", "hi"),
+    "--quantize": ("generate", "--quantize", "int8", "hi"),
+    "--offload": ("chat", "--offload", "disk"),
+    "dbrx bench": ("bench",),
+}
+
+
+@pytest.mark.parametrize("what", NOT_SPLIT)
+def test_what_needs_a_single_process_is_refused(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """At once: by rank 0, before it meets the others or reads a weight."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "run", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    command, *options = NOT_SPLIT[what]
+    result = cli(command, "-m", tiny_checkpoint, *options)
+    assert result.code == 2 and result.out == ""
+    assert result.fault == f"dbrx: {what} needs a single process that has the whole model; run it without torchrun"
+    assert not list(tmp_path.glob("cache*")) and not list(tmp_path.glob("reply*"))

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from model.config import DbrxConfig, official
 from model.errors import InputError
+from model.formats import open_weights
+from model.formats.write_quantized import Writer
 from model.kv_cache import KVCache
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
-from model.placement import FORMATS, Device, Layer, Machine, Placement, capacity, parameters, place, sizes
+from model.placement import FORMATS, Device, Layer, Machine, Placement, Rates, capacity, parameters, place, sizes
+from model.rates import measure
 from model.transformer import DbrxForCausalLM
 from tests import make_plan_table
 from tests.cli import Cli
@@ -106,8 +109,38 @@ def test_the_speed_by_hand() -> None:
     streamed = place(official(), BF16, cpu, 1024)
     assert set(streamed.layers) == {Layer("cpu", "disk")}
     hits = streamed.cache / (40 * 16 * parts.expert)
-    by_hand = parts.active / 30e9 + (1 - hits) * 40 * 4 * parts.expert / 2e9
+    # The memory is read while the disk is, and never takes as long.
+    by_hand = (parts.head + 40 * parts.dense) / 30e9 + (1 - hits) * 40 * 4 * parts.expert / 2e9
     assert streamed.tokens_per_s() == pytest.approx(1 / by_hand)
+
+
+def test_the_prediction_by_hand() -> None:
+    parts = sizes(official(), BF16)
+    dense, chosen = parts.head + 40 * parts.dense, 40 * 4 * parts.expert
+    rates = Rates(dense=20e9, experts=15e9, layer=1e-3, arrival=1e-10)
+    roomy = Machine((), Device("cpu", 300 * GIB, 30e9), Device("disk", 0, 2e9))
+    resident = place(official(), BF16, roomy, 1024)
+    assert resident.resident
+    assert resident.predict(rates) == pytest.approx(1 / (dense / 20e9 + chosen / 15e9 + 0.04))
+
+    streamed = place(official(), BF16, roomy, 1024, all_on_disk=True, expert_cache=640 * parts.expert // 4)
+    assert streamed.on_disk == 40 and streamed.hits == 0.25
+    missing = 0.75 * chosen
+    read, compute = missing / 2e9, chosen / 15e9 + missing * 1e-10
+    assert streamed.predict(rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + read + compute / 4))
+    fast = replace(streamed, machine=replace(roomy, disk=Device("disk", 0, 100e9)))  # then computing takes longer
+    assert fast.predict(rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + compute + missing / 100e9 / 4))
+    assert all(plan.predict(rates) < plan.tokens_per_s() for plan in (resident, streamed, fast))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4-g128"])
+def test_rates_of_each_format(format: str, streamed: bool) -> None:
+    config = replace(official(), ffn_config=replace(official().ffn_config, moe_num_experts=4))
+    found = measure(config, format, streamed, nbytes=2**21)
+    assert 1e7 < found.dense < 5e12 and 1e7 < found.experts < 5e12 and 1e-6 < found.layer < 1
+    assert found.arrival >= 0 if streamed else found.arrival == 0
+    assert format != "int4-g128" or not streamed or found.arrival > 1e-11  # it is packed when it arrives
 
 
 def test_the_largest_context_is_the_largest() -> None:
@@ -173,6 +206,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert plan["weights_bytes"] == 263_193_047_040 and plan["runs"]
     assert plan["tokens_per_s_ceiling"] == pytest.approx(planned("RTX4090,cpu=64GiB,disk=7GB/s").tokens_per_s())
     assert any("from the disk" in line for line in plan["advice"])
+    assert plan["tokens_per_s_predicted"] is None  # nothing there could be measured
 
     shown = cli("plan", "databricks/dbrx-instruct", "--devices", "1xH100").out
     assert "--quantize int4 would fit on one GPU" in shown and "layers" in shown
@@ -189,5 +223,35 @@ def test_the_table_of_the_readme_is_the_plans_own() -> None:
 def test_a_local_checkpoint(cli: Cli, checkpoint: Path) -> None:
     plan = json.loads(cli("plan", checkpoint, "--json").out)
     assert plan["runs"] and set(plan["experts"]) == {"cpu"}
+    assert 0 < plan["tokens_per_s_predicted"] < plan["tokens_per_s_ceiling"]
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert plan["weights_bytes"] == pytest.approx(stored, rel=0.02)
+
+
+def test_a_stored_format_and_streaming_are_planned_as_they_run(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = Rates(dense=1e9, experts=1e9, layer=1e-4)
+    asked: list[tuple[str, bool]] = []
+
+    def measured(config: DbrxConfig, format: str, streamed: bool) -> Rates:
+        asked.append((format, streamed))
+        return rates
+
+    monkeypatch.setattr("model.rates.measure", measured)
+    with open_weights(tiny_checkpoint) as weights:
+        Writer(weights, tmp_path / "int4", "int4", 128).write(lambda _: None)
+    options = ("--offload", "disk", "--expert-cache", "50kB", "--json")
+    plans = {
+        name: json.loads(cli("plan", *args, *options).out)
+        for name, args in {
+            "as stored": (tiny_checkpoint,),
+            "on the way": (tiny_checkpoint, "--quantize", "int4"),
+            "int4": (tmp_path / "int4",),
+        }.items()
+    }
+    assert asked == [("bfloat16", True), ("int4", True), ("int4-g128", True)]
+    assert all(set(plan["experts"]) == {"disk"} for plan in plans.values())
+    assert all(plan["devices"][-1]["expert_cache"] == 50_000 for plan in plans.values())
+    assert plans["as stored"]["tokens_per_s_predicted"] and plans["int4"]["tokens_per_s_predicted"]
+    assert plans["on the way"]["tokens_per_s_predicted"] is None

@@ -13,6 +13,7 @@ import typer
 
 from dbrx_cli.engine import Constraint, Done, Engine, Request, keeper
 from dbrx_cli.engine.choose import open_engine
+from dbrx_cli.engine.follower import needs_one_process
 from dbrx_cli.extract import CodeOnly
 from dbrx_cli.files import attached, read_file
 from dbrx_cli.options import OUTPUT, EngineOptions, LogOptions, OutputOptions, SamplingOptions, switch, takes
@@ -229,6 +230,9 @@ def generate(
     dbrx generate -m demo -f notes.txt "Summarize these notes."
     """
     report = Report(output)
+    for flag, value in (("--batch", batch.batch), ("--prompt-cache", keep.prompt_cache), ("--resume", keep.resume)):
+        if value is not None:
+            needs_one_process(flag)
     if batch.batch is not None:
         _refuse_with_batch(prompt, given, form, keep)
         _answer_batch(given, model, sampling, form, batch, report)

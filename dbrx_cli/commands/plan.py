@@ -31,7 +31,7 @@ def plan(
     json_output: Annotated[bool, switch("--json", help="Print one JSON object.")] = False,
     options: ModelOptions,
 ) -> None:
-    """Say what fits where, how fast it can be at most, and what to change. Needs no weights, only a configuration.
+    """Say what fits where, how fast it can be, and what to change. Needs no weights, only a configuration.
 
     Takes the model options of `generate`, so that the same command line can be planned.
 
@@ -78,6 +78,8 @@ def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str,
         "experts": [layer.experts for layer in plan.layers],
         "token_reads": [asdict(tier) for tier in plan.tiers()],
         "tokens_per_s_ceiling": plan.tokens_per_s(),
+        "tokens_per_s_predicted": question.predict(plan),
+        "kernels": asdict(question.rates) if question.rates else None,
         "load_s": plan.load_s() if plan.runs else None,
         "largest_context": plan.largest_context(question.config.max_seq_len),
         "advice": advice,

@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from model.errors import InputError
+
 if TYPE_CHECKING:
     from dbrx_cli.options import ModelOptions
     from model.parallel import Ranks
@@ -17,6 +19,12 @@ _led: list[Ranks] = []  # by this process, if it is rank 0 of a torchrun
 def is_follower() -> bool:
     """Whether torchrun started this process beside rank 0. It reads no command line and no stdin: rank 0 does."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def needs_one_process(what: str) -> None:
+    """`InputError` in rank 0 of a torchrun with several ranks; torchrun ends the others when it fails."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not is_follower() and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{what} needs a single process that has the whole model", "run it without torchrun")
 
 
 def follow() -> None:
@@ -36,9 +44,18 @@ def follow() -> None:
 
 
 def lead(options: ModelOptions) -> Ranks | None:
-    """Have the other ranks load the same model; None in a process that runs alone."""
+    """Have the other ranks load the same model; None in a process that runs alone.
+
+    `InputError` for options that a part of a model cannot have.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
+    for flag, given in (
+        ("--quantize", options.quantize != "none"),
+        ("--offload", options.offload in ("cpu", "disk")),
+    ):
+        if given:
+            needs_one_process(flag)
     from model import parallel
 
     ranks = parallel.join()

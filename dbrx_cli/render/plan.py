@@ -29,7 +29,9 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
         console.print(picture(plan, console.width))
         console.print(waits(plan))
         speed, load = rate(plan.tokens_per_s()), seconds(plan.load_s())
-        console.print(Text(f"at most {speed} tokens/s; loading takes at least {load}; context {plan.context}"))
+        predicted = question.predict(plan)
+        about = f"about {rate(predicted)} tokens/s, " if predicted else ""
+        console.print(Text(f"{about}at most {speed} tokens/s; loading takes at least {load}; context {plan.context}"))
     for sentence in advice:
         console.print(Text(f"- {sentence}"))
 

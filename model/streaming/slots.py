@@ -31,11 +31,15 @@ class Slot(Protocol):
 
 
 class CpuSlot:
-    """In the CPU's memory, aligned to pages. The system gives a page when it is first written to."""
+    """In the CPU's memory, aligned to pages. The system gives a page when it is first written to.
+
+    In huge pages, where there are: a disk writes to a few long runs of memory twice as fast as to thousands of single
+    pages, and they are given back at once. Only private memory gets them; shared is what `mmap` would take.
+    """
 
     def __init__(self, nbytes: int, pinned: bool = False) -> None:
         try:
-            self._map = mmap.mmap(-1, nbytes)
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise _no_room(nbytes) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,0 +1,132 @@
+"""What the kernels of this machine reach with one token: the rates of a plan's prediction, measured in some seconds.
+
+A tiny network is written, loaded as the real one would be, and run: so its kernels are those that a real one gets, and
+what a layer of it takes is what a layer takes beside its weights. The same kernels then read weights enough for the
+memory's speed, in the real shapes or, where these are too large for a probe, in the same proportions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .config import DbrxConfig
+from .decode import prefill
+from .experts import Kernel, PackedExperts
+from .formats import FloatExpert, QuantizedExpert, QuantizedMatrix, open_weights
+from .formats.write_quantized import Writer
+from .kv_cache import KVCache
+from .placement import FORMATS, Rates
+from .quantization import PackedLinear
+from .quantization.expert import quantize_expert
+from .transformer import DbrxForCausalLM
+
+LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
+NBYTES = 2**27  # of the weights that are read: much more than a processor's cache holds
+GROUPS = {"int4": 32, "int4-g128": 128}
+ROUNDS = 12
+
+
+def measure(config: DbrxConfig, format: str, streamed: bool = False, nbytes: int = NBYTES) -> Rates:
+    """The rates of a format in `placement.FORMATS` for networks like `config`, with experts in memory or streamed."""
+    with tempfile.TemporaryDirectory(prefix="dbrx-plan-") as folder, torch.inference_mode():
+        network = _tiny(config, format, streamed, Path(folder))
+        kernel = cast(Kernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
+        experts, packing = _experts(config, format, kernel, network.dtype, nbytes)
+        return Rates(
+            dense=_dense(config, network, nbytes),
+            experts=experts,
+            layer=_step(network) / LAYERS,
+            arrival=packing if streamed else 0.0,
+        )
+
+
+def _tiny(config: DbrxConfig, format: str, streamed: bool, folder: Path) -> DbrxForCausalLM:
+    """A network with the same numbers of heads and experts whose weights are next to nothing."""
+    width = config.n_heads * max(8, WIDTH // config.n_heads // 8 * 8)
+    ffn = replace(config.ffn_config, ffn_hidden_size=HIDDEN)
+    config = replace(config, d_model=width, n_layers=LAYERS, vocab_size=VOCAB, ffn_config=ffn)
+    quantized = format.startswith("int")
+    network = DbrxForCausalLM(config).to(torch.bfloat16 if quantized else getattr(torch, format))
+    network.save_pretrained(folder / "floats")
+    if quantized:
+        with open_weights(folder / "floats") as weights:
+            kind, _, _ = format.partition("-")
+            Writer(weights, folder / kind, kind, GROUPS.get(format, 32)).write(lambda _: None)
+    (stored,) = (path for path in folder.iterdir() if not quantized or path.name != "floats")
+    offload = "disk" if streamed else "none"
+    return DbrxForCausalLM.from_pretrained(stored, offload=offload, pack=True)
+
+
+def _step(network: DbrxForCausalLM) -> float:
+    """Seconds of a decode step."""
+    ids, cache = torch.randint(0, VOCAB, (1, PROMPT)), KVCache(network.config.n_layers)
+    prefill(network, ids, cache)
+    return _median(lambda i: network(ids[:, i % PROMPT, None], past_key_values=cache))
+
+
+def _experts(config: DbrxConfig, format: str, kernel: Kernel, dtype: torch.dtype, nbytes: int) -> tuple[float, float]:
+    """Bytes a second of the experts of a token, and the seconds a byte that it takes to pack one."""
+    top_k, per_weight = config.ffn_config.moe_top_k, FORMATS[format].experts
+    width, hidden = config.d_model, config.ffn_config.ffn_hidden_size
+    largest = nbytes / top_k / per_weight
+    if 3 * width * hidden > largest:
+        width = max(128, int(width * sqrt(largest / (3 * width * hidden))) // 128 * 128)
+        hidden = max(32, config.ffn_config.ffn_hidden_size * width // config.d_model // 32 * 32)
+    size = 3 * width * hidden * per_weight
+    floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
+    stored = quantize_expert(floats, format[:4], GROUPS.get(format, 32)) if format.startswith("int") else None
+    held, packing = [], []
+    for _ in range(max(top_k, int(nbytes / size))):
+        mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)
+        start = time.perf_counter()
+        held.append(kernel.pack(mine) if isinstance(mine, FloatExpert) else kernel.load(mine))
+        packing.append(time.perf_counter() - start)
+    experts, x = PackedExperts(kernel, held), torch.randn(1, width, dtype=dtype)
+    even = torch.full((1, top_k), 1 / top_k, dtype=dtype)
+    seconds = _median(lambda i: experts(x, torch.arange(i * top_k, (i + 1) * top_k)[None] % len(held), even))
+    return top_k * size / seconds, statistics.median(packing) / size
+
+
+def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
+    """Bytes a second of the kernel of attention and head."""
+    packing, width = network.packing, config.d_model
+    itemsize = 1 if packing and packing.quantize != "none" else network.dtype.itemsize
+    matrix = _random(max(1, nbytes // 2 // itemsize // width), width)
+    run: Callable[[Tensor], Tensor] = partial(linear, weight=matrix.to(network.dtype))
+    if packing is not None:
+        run = PackedLinear(packing.dense, packing.dense.pack(matrix))
+    x = torch.randn(1, width, dtype=network.dtype)
+    return matrix.numel() * itemsize / _median(lambda _: run(x))
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    """Numbers as a network's, of which a part is random and then repeats: to draw so many would take seconds."""
+    part = torch.randn(min(rows * columns, 2**20)) / sqrt(columns)
+    return part.repeat(-(-rows * columns // len(part)))[: rows * columns].view(rows, columns)
+
+
+def _copy(expert: QuantizedExpert) -> QuantizedExpert:
+    parts = ([None if part is None else part.clone() for part in matrix] for matrix in expert)
+    return QuantizedExpert(*(QuantizedMatrix(*cast(list[Tensor], matrix)) for matrix in parts))
+
+
+def _median(work: Callable[[int], object]) -> float:
+    """Seconds, after a few rounds to warm up."""
+    seconds = []
+    for i in range(ROUNDS + 4):
+        start = time.perf_counter()
+        work(i)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[4:])
