@@ -35,6 +35,7 @@ from .commands import (  # noqa: E402
     tokenize,
     trace,
 )
+from .cores import settle_pages  # noqa: E402
 from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
 from .options import leave_out_colour, switch  # noqa: E402
 
@@ -129,6 +130,7 @@ def main() -> None:
 def _run() -> int:
     from model.errors import DbrxError
 
+    settle_pages()
     try:
         if is_follower():
             follow()

@@ -1,4 +1,4 @@
-"""How the threads of a computation wait for each other; to be settled before torch is imported."""
+"""How the threads of a computation wait for each other, and in which pages its memory comes; settled before torch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def settle_waiting() -> None:
         return
     busy = others_running() > (os.cpu_count() or 1) / 4
     os.environ["GOMP_SPINCOUNT"] = "0" if busy else str(SPINS)
+
+
+def settle_pages() -> None:
+    """Have PyTorch ask Linux for huge pages, unless the user chose: there are few to give back when the program ends.
+
+    2 GB took 0.006 s instead of 0.15.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def others_running() -> float:

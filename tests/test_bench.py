@@ -97,6 +97,15 @@ def test_threads_spin_only_on_an_idle_machine(
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
+def test_huge_pages_are_asked_for_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, found in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", chosen)
+        cores.settle_pages()
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize, divergence, top1", [("int8", 0.012, 0.935), ("int4", 0.15, 0.80)])
 def test_what_few_bits_cost_on_real_weights(

@@ -77,14 +77,13 @@ def dbrx(*args: str | Path) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_prediction_is_within_a_quarter(stored: dict[str, Path], case: str) -> None:
     format, options = CASES[case]
-    predicted, measured, ceilings = [], [], []
+    ratios, rounds = [], []
     for _ in range(ROUNDS):
         plan = dbrx("plan", stored[format], *options)
         row = dbrx("bench", stored[format], *options, "--prompt-tokens", "16", "--new-tokens", "32")["results"][0]
-        predicted.append(plan["tokens_per_s_predicted"])
-        ceilings.append(plan["tokens_per_s_ceiling"])
-        measured.append(row["decode_tokens_per_s"])
-    expected, found = statistics.median(predicted), statistics.median(measured)
-    print(f"{case}: predicted {expected:.1f} of {predicted}, measured {found:.1f} of {measured}, ceilings {ceilings}")
-    assert abs(expected / found - 1) < 0.25
-    assert found < 1.1 * max(ceilings)
+        predicted, measured = plan["tokens_per_s_predicted"], row["decode_tokens_per_s"]
+        assert predicted < plan["tokens_per_s_ceiling"]
+        ratios.append(predicted / measured)
+        rounds.append(f"{predicted:.3g}/{measured:.3g}")
+    print(f"{case}: predicted {statistics.median(ratios):.2f} of what was measured; tokens/s {' '.join(rounds)}")
+    assert abs(statistics.median(ratios) - 1) < 0.25
