@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.nn.functional import linear
 from .checkpoint import FLOATS, Checkpoint
 from .config import DbrxConfig
 from .errors import ModelError
-from .formats import Extent, FloatExpert, QuantizedExpert, Weights
+from .formats import Weights, WrappedWeights
 from .safetensors_file import read_json, shown
 
 if TYPE_CHECKING:
@@ -164,54 +163,23 @@ def _alpha(module: str, settings: dict[str, Any], path: Path) -> float:
     return float(alpha)
 
 
-class AdaptedWeights:
+class AdaptedWeights(WrappedWeights):
     """Float weights with an adapter's changes merged as they are read; see `Weights` for the methods."""
 
     def __init__(self, weights: Weights, changes: Changes) -> None:
-        self.config = weights.config
-        self.source = weights.source
-        self.quantization = weights.quantization
-        self.plain_experts = weights.plain_experts
-        self._weights = weights
+        super().__init__(weights)
         self._changes = changes
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
         if name not in self._changes:
-            return self._weights.read(name, dtype, device, owned)
-        stored = self._weights.read(name)
+            return self._whole.read(name, dtype, device, owned)
+        stored = self._whole.read(name)
         merged = stored.float() if stored.dtype != torch.float32 else stored.clone()
         for change in self._changes[name]:
             change.add_to(merged)
         return merged.to(device, dtype or stored.dtype)
-
-    def nbytes_of(self, name: str) -> int:
-        return self._weights.nbytes_of(name)
-
-    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
-        return self._weights.expert_extents(layer, expert)
-
-    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
-        return self._weights.expert(layer, expert, data)
-
-    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
-        return self._weights.quantized_expert(layer, expert, data)
-
-    def dtypes(self) -> Counter[str]:
-        return self._weights.dtypes()
-
-    def give_back(self) -> None:
-        self._weights.give_back()
-
-    def close(self) -> None:
-        self._weights.close()
-
-    def __enter__(self) -> AdaptedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class LoraLinear(nn.Module):

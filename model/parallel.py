@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor, distributed, nn
 from .config import DbrxConfig
 from .errors import InputError
 from .experts import ResidentExperts
-from .formats import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights
+from .formats import FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
 from .kv_cache import KVCache
 from .transformer import DbrxBlock, DbrxForCausalLM, DbrxModel
 
@@ -116,15 +114,14 @@ def join() -> Ranks | None:
     return Ranks(distributed.get_rank(), distributed.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
 
-class ShardedWeights:
-    """One rank's slices of other weights; see `Weights` for the methods. Of mapped files only the slices are read."""
+class ShardedWeights(WrappedWeights):
+    """One rank's slices of other weights; see `Weights` for the methods. Of mapped files only the slices are read.
+
+    Extents are those of whole experts: where a slice lies depends on the format.
+    """
 
     def __init__(self, whole: Weights, ranks: Ranks) -> None:
-        self.config = whole.config
-        self.source: Path = whole.source
-        self.quantization = whole.quantization
-        self.plain_experts = whole.plain_experts
-        self._whole = whole
+        super().__init__(whole)
         self._ranks = ranks
 
     def read(
@@ -148,10 +145,6 @@ class ShardedWeights:
         sliced = ".attn." in name or ".ffn.experts.mlp." in name
         return self._whole.nbytes_of(name) // (self._ranks.size if sliced else 1)
 
-    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
-        """Whole experts: where a slice lies depends on the format."""
-        return self._whole.expert_extents(layer, expert)
-
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         whole = self._whole.expert(layer, expert, data)
         return FloatExpert(*(matrix[self._ranks.part(len(matrix))] for matrix in whole))
@@ -160,21 +153,6 @@ class ShardedWeights:
         w1, v1, w2 = self._whole.quantized_expert(layer, expert, data)
         hidden = self._ranks.part(len(w1.values))
         return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self._ranks))
-
-    def dtypes(self) -> Counter[str]:
-        return self._whole.dtypes()
-
-    def give_back(self) -> None:
-        self._whole.give_back()
-
-    def close(self) -> None:
-        self._whole.close()
-
-    def __enter__(self) -> ShardedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _outputs(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:

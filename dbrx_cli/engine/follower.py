@@ -21,9 +21,14 @@ def is_follower() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
+def is_split() -> bool:
+    """Whether torchrun started several processes for one model."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def needs_one_process(what: str) -> None:
     """`InputError` in rank 0 of a torchrun with several ranks; torchrun ends the others when it fails."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not is_follower() and os.environ.get("WORLD_SIZE", "1") != "1":
+    if is_split() and not is_follower():
         raise InputError(f"{what} needs a single process that has the whole model", "run it without torchrun")
 
 
@@ -48,7 +53,7 @@ def lead(options: ModelOptions) -> Ranks | None:
 
     `InputError` for options that a part of a model cannot have.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_split():
         return None
     for flag, given in (
         ("--quantize", options.quantize != "none"),
@@ -59,9 +64,9 @@ def lead(options: ModelOptions) -> Ranks | None:
     from model import parallel
 
     ranks = parallel.join()
-    if ranks is not None:
-        ranks.tell(options)
-        _led.append(ranks)
+    assert ranks is not None
+    ranks.tell(options)
+    _led.append(ranks)
     return ranks
 
 

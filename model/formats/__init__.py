@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ModelError
-from .weights import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights
+from .weights import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
 
-__all__ = ["Extent", "FloatExpert", "QuantizedExpert", "QuantizedMatrix", "Weights", "open_weights"]
+__all__ = ["Extent", "FloatExpert", "QuantizedExpert", "QuantizedMatrix", "Weights", "WrappedWeights", "open_weights"]
 
 
 def open_weights(path: str | Path) -> Weights:

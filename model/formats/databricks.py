@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import TORCH_NAMES, Checkpoint
 from ..config import DbrxConfig
-from .weights import Extent, FloatExpert
+from .weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 MATRICES = ("w1", "v1", "w2")
 
 
-class DatabricksWeights:
+class DatabricksWeights(CheckpointWeights):
     """A checkpoint folder as its makers wrote it; see `Weights` for the methods."""
 
     quantization = "none"
@@ -62,21 +61,6 @@ class DatabricksWeights:
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> NoReturn:
         raise ValueError(f"{self.source}: the weights are not quantized")
-
-    def dtypes(self) -> Counter[str]:
-        return self._checkpoint.dtypes()
-
-    def give_back(self) -> None:
-        self._checkpoint.give_back()
-
-    def close(self) -> None:
-        self._checkpoint.close()
-
-    def __enter__(self) -> DatabricksWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _stack(layer: int, matrix: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
 from ..safetensors_file import TensorInfo, read_json
-from .weights import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
+from .weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +64,7 @@ def layout(config: DbrxConfig, quantization: str, group: int) -> dict[str, tuple
     return shapes
 
 
-class QuantizedWeights:
+class QuantizedWeights(CheckpointWeights):
     """Experts in int8 or int4, attention and head in int8, the rest in floats; see `Weights` for the methods."""
 
     plain_experts = False
@@ -190,21 +189,6 @@ class QuantizedWeights:
         else:
             w1, v1, w2 = (int4.dequantize(matrix, self.group) for matrix in stored)
         return FloatExpert(w1, v1, w2.t())
-
-    def dtypes(self) -> Counter[str]:
-        return self._checkpoint.dtypes()
-
-    def give_back(self) -> None:
-        self._checkpoint.give_back()
-
-    def close(self) -> None:
-        self._checkpoint.close()
-
-    def __enter__(self) -> QuantizedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _settings(path: Path) -> tuple[str, int]:

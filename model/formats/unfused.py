@@ -18,7 +18,7 @@ from ..safetensors_file import TensorInfo, read_json
 from .encoding import Encoding, Floats, Shape
 from .gptq import Gptq
 from .mlx import Mlx
-from .weights import Extent, FloatExpert
+from .weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class Module:
         return values.t() if self.transposed else values
 
 
-class UnfusedWeights:
+class UnfusedWeights(CheckpointWeights):
     """A checkpoint folder whose experts, or whose projections, are apart; see `Weights` for the methods.
 
     Packed tensors come in bfloat16 from `read` unless it is told otherwise, packed experts in float32 from `expert`.
@@ -201,18 +201,6 @@ class UnfusedWeights:
             packed = module.encoding is not FLOATS
             counted[module.encoding.name if packed else module.infos[0].dtype] += sum(i.nbytes for i in module.infos)
         return counted
-
-    def give_back(self) -> None:
-        self._checkpoint.give_back()
-
-    def close(self) -> None:
-        self._checkpoint.close()
-
-    def __enter__(self) -> UnfusedWeights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _quantization(folder: Path) -> Mapping[str, object]:

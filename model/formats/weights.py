@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from ..config import DbrxConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,62 @@ class Weights(Protocol):
     def __enter__(self) -> Weights: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+class CheckpointWeights:
+    """What formats share whose tensors lie in a folder of safetensors."""
+
+    _checkpoint: Checkpoint
+
+    def dtypes(self) -> Counter[str]:
+        return self._checkpoint.dtypes()
+
+    def give_back(self) -> None:
+        self._checkpoint.give_back()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class WrappedWeights:
+    """Other weights, passed on; what differs is overridden."""
+
+    def __init__(self, whole: Weights) -> None:
+        self.config = whole.config
+        self.source = whole.source
+        self.quantization = whole.quantization
+        self.plain_experts = whole.plain_experts
+        self._whole = whole
+
+    def nbytes_of(self, name: str) -> int:
+        return self._whole.nbytes_of(name)
+
+    def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
+        return self._whole.expert_extents(layer, expert)
+
+    def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        return self._whole.expert(layer, expert, data)
+
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
+        return self._whole.quantized_expert(layer, expert, data)
+
+    def dtypes(self) -> Counter[str]:
+        return self._whole.dtypes()
+
+    def give_back(self) -> None:
+        self._whole.give_back()
+
+    def close(self) -> None:
+        self._whole.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

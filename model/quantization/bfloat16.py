@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, Rows
+from .kernel import Packed, Rows, paired
 
 ROWS = 4  # oneDNN reads memory up to a third faster for four rows than for one
 
@@ -41,6 +41,4 @@ class OneDnnKernel:
 
     def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
         rows = pad(x[:, None], (0, 0, 0, ROWS - 1)).unbind()
-        if len(rows) < len(matrices):
-            rows *= len(matrices)
-        return torch.cat([self.run((row,), packed)[:1] for row, packed in zip(rows, matrices, strict=True)])
+        return torch.cat([self.run((row,), packed)[:1] for row, packed in paired(rows, matrices)])

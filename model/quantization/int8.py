@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, RowByRow, Rows, not_finite
+from .kernel import Packed, RowByRow, Rows, not_finite, paired
 
 LEVELS = 127  # -127 .. 127: symmetric, so that no zero point is needed
 PEAK = 6.0  # times its root mean square: a row's extreme farther out makes it peaked; a normal distribution's is 3 to 4
@@ -39,6 +39,9 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
 
 
 def _stack(parts: tuple[QuantizedMatrix, ...]) -> QuantizedMatrix:
+    """One below the other; `ModelError` if a scale is not finite."""
+    if not all(bool(part.scale.isfinite().all()) for part in parts):
+        raise not_finite()
     if len(parts) == 1:
         return parts[0]
     return QuantizedMatrix(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
@@ -61,8 +64,6 @@ class FbgemmKernel:
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)
-        if not bool(scale.isfinite().all()):
-            raise not_finite()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quantized tensors are deprecated; here they only carry the weights over
             zeros = torch.zeros(len(scale), dtype=torch.long)
@@ -93,9 +94,7 @@ class FbgemmKernel:
     def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
         step = _step(x)
         rows = torch.stack(_split(x / step), dim=1).unbind()
-        if len(rows) < len(matrices):
-            rows *= len(matrices)
-        out = [_product(row, matrix) for row, (matrix,) in zip(rows, matrices, strict=True)]
+        out = [_product(row, matrix) for row, (matrix,) in paired(rows, matrices)]
         both = torch.stack(out) if len(out) > 1 else out[0][None]
         return torch.add(both[:, 0], both[:, 1], alpha=1 / FINER).mul_(step)
 
@@ -129,8 +128,6 @@ class AtenKernel(RowByRow):
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)
-        if not bool(scale.isfinite().all()):
-            raise not_finite()
         return values.clone() if len(stored) == 1 else values, scale.clone() if len(stored) == 1 else scale
 
     def nbytes(self, outputs: int, inputs: int) -> int:

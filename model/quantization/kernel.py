@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..errors import ModelError
 if TYPE_CHECKING:
     from ..formats import QuantizedMatrix
 
+T = TypeVar("T")
 Packed = tuple[Any, ...]  # a matrix as its kernel wants it; opaque to everybody else
 Rows = tuple[Tensor, ...]  # prepared activations: the same rows of each tensor belong together
 
@@ -51,8 +53,12 @@ class RowByRow:
 
     def each(self: MatrixKernel, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
         rows = [self.prepare(row) for row in torch.split(x, 1)]
-        rows *= len(matrices) // len(rows)
-        return torch.cat([self.run(row, packed) for row, packed in zip(rows, matrices, strict=True)])
+        return torch.cat([self.run(row, packed) for row, packed in paired(rows, matrices)])
+
+
+def paired(rows: Sequence[T], matrices: Sequence[Packed]) -> Iterable[tuple[T, Packed]]:
+    """Row i and matrix i, or a lone row and each matrix."""
+    return zip(repeat(rows[0], len(matrices)) if len(rows) == 1 else rows, matrices, strict=True)
 
 
 def not_finite() -> ModelError:
