@@ -7,8 +7,9 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .transformer import DbrxBlock, DbrxForCausalLM
 
 QUANTIZED = ("int8", "int4")
+UNDER_WAY = 0.1  # of the packed weights' size: what experts that are being packed may take beside
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SMALL, LARGE = 2**16, 2**25  # bytes; the larger is the most that glibc takes
 
@@ -88,32 +90,40 @@ def pack_into(
 
     Read and packed on as many threads as compute, a matrix or an expert each; `advance` hears bytes as they are stored.
     """
-    config = weights.config
-    with threads() as pool:
-        dense = [*_dense(network)][::-1]  # the head first: it is the largest
-        made = in_order(pool, lambda name: _pack_dense(weights, packing.dense, name), [name for *_, name in dense])
-        for (module, attribute, name), packed in zip(dense, made, strict=True):
-            setattr(module, attribute, PackedLinear(packing.dense, packed, last=module is network))
-            advance(weights.nbytes_of(name))
-            weights.give_back()  # each at once: all of them together would be in memory twice
-        if not experts:
-            return
-        ids = range(config.ffn_config.moe_num_experts)
-        places = [(layer, expert) for layer in range(config.n_layers) for expert in ids]
-        made = in_order(pool, lambda place: _pack_expert(weights, packing.experts, *place), places)
+    ffn = weights.config.ffn_config
+
+    def matrix(module: nn.Module, attribute: str, name: str) -> int:
+        packed = _pack_dense(weights, packing.dense, name)
+        setattr(module, attribute, PackedLinear(packing.dense, packed, last=module is network))
+        weights.give_back()  # each at once: all of them together would be in memory twice
+        return weights.nbytes_of(name)
+
+    def expert(held: PackedExperts, layer: int, i: int) -> int:
+        held.experts[i] = packed_expert(packing.experts, weights, layer, i, read_expert(weights, layer, i))
+        return sum(extent.nbytes for extent in weights.expert_extents(layer, i))
+
+    jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest
+    if experts:
         for layer, block in enumerate(_blocks(network)):
-            block.ffn.experts = PackedExperts(packing.experts, list(islice(made, len(ids))))
-            advance(sum(extent.nbytes for expert in ids for extent in weights.expert_extents(layer, expert)))
+            block.ffn.experts = held = PackedExperts(packing.experts, [()] * ffn.moe_num_experts)
+            jobs += [partial(expert, held, layer, i) for i in range(ffn.moe_num_experts)]
+    size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
+    with threads(at_once(weights, int(size * UNDER_WAY))) as pool:
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            advance(done.result())
+
+
+def at_once(weights: Weights, room: int) -> int:
+    """How many experts may be under way, on a thread each, in `room` bytes of memory; at least one."""
+    ffn = weights.config.ffn_config
+    floats = 3 * ffn.ffn_hidden_size * weights.config.d_model * 4  # in float32: with all copies, about as much
+    return max(1, min(torch.get_num_threads(), room // floats))
 
 
 def _pack_dense(weights: Weights, kernel: MatrixKernel, name: str) -> tuple[Any, ...]:
     if isinstance(weights, QuantizedWeights) and kernel.quantization == "int8":
         return kernel.load(weights.quantized_matrix(name))
     return kernel.pack(weights.read(name))
-
-
-def _pack_expert(weights: Weights, kernel: MatricesKernel, layer: int, expert: int) -> tuple[Any, ...]:
-    return packed_expert(kernel, weights, layer, expert, read_expert(weights, layer, expert))
 
 
 def read_expert(weights: Weights, layer: int, expert: int) -> tuple[Tensor, ...]:
@@ -140,15 +150,18 @@ def _read(extent: Extent) -> Tensor:
 
 
 @contextmanager
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread a core, each computing by itself, in memory that goes back to the system when a tensor is freed."""
-    threads = torch.get_num_threads()
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads that share the cores, in memory that goes back to the system when a tensor is freed."""
+    cores = torch.get_num_threads()
     try:
         _map_from(SMALL)
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, cores // count),))
+        try:
             yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
     finally:
-        torch.set_num_threads(threads)  # what a thread sets reaches MKL in all of them
+        torch.set_num_threads(cores)  # what a thread sets reaches MKL in all of them
         _map_from(LARGE)
 
 
@@ -162,10 +175,10 @@ def _map_from(nbytes: int) -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, nbytes)
 
 
-def in_order(pool: ThreadPoolExecutor, make: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-    """What is made of each job, in order. One job more than threads is under way: each takes memory."""
+def in_order(pool: ThreadPoolExecutor, count: int, make: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+    """What is made of each job, in order; of `count` jobs at a time, for what waits to be used takes memory too."""
     left = iter(jobs)
-    waiting = deque(pool.submit(make, job) for job in islice(left, torch.get_num_threads() + 1))
+    waiting = deque(pool.submit(make, job) for job in islice(left, count))
     while waiting:
         result = waiting.popleft().result()
         waiting.extend(pool.submit(make, job) for job in islice(left, 1))

@@ -29,7 +29,6 @@ from .formats.write_quantized import Writer
 from .kv_cache import KVCache
 from .placement import FORMATS, Rates
 from .quantization import PackedLinear
-from .quantization.expert import quantize_expert
 from .transformer import DbrxForCausalLM
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
@@ -86,7 +85,7 @@ def _experts(config: DbrxConfig, format: str, kernel: Kernel, dtype: torch.dtype
         hidden = max(32, config.ffn_config.ffn_hidden_size * width // config.d_model // 32 * 32)
     size = 3 * width * hidden * per_weight
     floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
-    stored = quantize_expert(floats, format[:4], GROUPS.get(format, 32)) if format.startswith("int") else None
+    stored = kernel.quantize(floats) if format.startswith("int") else None
     held, packing = [], []
     for _ in range(max(top_k, int(nbytes / size))):
         mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)

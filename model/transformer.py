@@ -115,7 +115,9 @@ class DbrxModel(nn.Module):
     def __init__(self, config: DbrxConfig, attn_implementation: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        # Given weights, since to draw some on the meta device PyTorch imports its compiler, which takes a second.
+        empty = torch.empty(config.vocab_size, config.d_model)
+        self.wte = nn.Embedding(config.vocab_size, config.d_model, _weight=empty)
         self.blocks = nn.ModuleList(DbrxBlock(config, i) for i in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, EPS, bias=False)
         _initialize(self, config.initializer_range)

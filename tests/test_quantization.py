@@ -22,7 +22,7 @@ from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.packing import read_expert
 from model.quantization import MatrixKernel, bfloat16, int4, int8
-from model.quantization.expert import equalize, quantize_expert
+from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
 
 torch.set_num_threads(1)
@@ -143,7 +143,12 @@ def test_equalizing_changes_no_output() -> None:
     torch.manual_seed(3)
     expert = FloatExpert(*(torch.randn(HIDDEN, WIDTH) * torch.rand(HIDDEN, 1) for _ in range(3)))
     x = torch.randn(5, WIDTH)
-    outputs = [(silu(x @ e.w1.t()) * (x @ e.v1.t())) @ e.w2 for e in (expert, equalize(expert))]
+    w1, v1, w2 = expert
+    number = equalizer(w1, v1)
+    assert number.max() > 2 * number.min()
+    outputs = [
+        (silu(x @ e.w1.t()) * (x @ e.v1.t())) @ e.w2 for e in (expert, FloatExpert(w1, v1 / number, w2 * number))
+    ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
@@ -379,7 +384,7 @@ def test_prefill_and_decode_of_a_batch(tiny_checkpoint: Path) -> None:
 def test_quantize_expert_is_what_a_kernel_packs() -> None:
     expert = FloatExpert(*(torch.randn(HIDDEN, WIDTH) for _ in range(3)))
     kernel = MatricesKernel(int8.AtenKernel(), silu)
-    packed, loaded = kernel.pack(expert), kernel.load(quantize_expert(expert, "int8"))
+    packed, loaded = kernel.pack(expert), kernel.load(quantize_expert(expert, int8.quantize))
     for ours, theirs in zip(packed, loaded, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 

@@ -26,6 +26,9 @@ class Kernel(Protocol):
     def pack(self, expert: FloatExpert) -> Packed:
         """Quantize or reorder an expert; never a view of what it was made from, unless the kernel reads floats."""
 
+    def quantize(self, expert: FloatExpert) -> QuantizedExpert:
+        """An expert as it is stored."""
+
     def load(self, stored: QuantizedExpert) -> Packed:
         """The same from an expert that is stored quantized."""
 
@@ -57,9 +60,13 @@ def packed_expert(
     kernel: Kernel, weights: Weights, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
 ) -> Packed:
     """One expert as `kernel` wants it, however `weights` store it; `data` as in `Weights.expert`."""
-    if kernel.quantization != "none" and weights.quantization == kernel.quantization:
+    if kernel.quantization == "none":
+        return kernel.pack(weights.expert(layer, expert, data))
+    if weights.quantization == kernel.quantization:
         return kernel.load(weights.quantized_expert(layer, expert, data))
-    return kernel.pack(weights.expert(layer, expert, data))
+    stored = kernel.quantize(weights.expert(layer, expert, data))
+    del data  # the floats, which may be large, are done with
+    return kernel.load(stored)
 
 
 def mix(kernel: Kernel, fetch: Fetch, n_experts: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..quantization.expert import equalize
+from ..quantization.expert import quantize_expert
 from .kernel import Packed
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ class MatricesKernel:
 
     def pack(self, expert: FloatExpert) -> Packed:
         if self.quantization != "none":
-            expert = equalize(expert)
+            return self.load(self.quantize(expert))
         return self.matrices.pack(*expert[:2]), self.matrices.pack(expert.w2.t().contiguous())
+
+    def quantize(self, expert: FloatExpert) -> QuantizedExpert:
+        return quantize_expert(expert, self.matrices.quantize)
 
     def load(self, stored: QuantizedExpert) -> Packed:
         return self.matrices.load(stored.w1, stored.v1), self.matrices.load(stored.w2)

@@ -27,6 +27,9 @@ class FloatKernel(OneByOne):
     def pack(self, expert: FloatExpert) -> Packed:
         return tuple(expert)
 
+    def quantize(self, expert: FloatExpert) -> NoReturn:
+        raise ValueError("a kernel of floats quantizes no expert")
+
     def load(self, stored: Any) -> NoReturn:
         raise ValueError("a kernel of floats loads no quantized expert")
 

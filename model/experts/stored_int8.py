@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..quantization import int8
+from ..quantization.expert import quantize_expert
 from ..quantization.kernel import not_finite
 from .kernel import OneByOne, Packed
 
@@ -32,8 +34,11 @@ class StoredInt8Kernel(OneByOne):
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation
 
-    def pack(self, expert: FloatExpert) -> NoReturn:
-        raise ValueError("this kernel computes with experts that are stored in int8")
+    def pack(self, expert: FloatExpert) -> Packed:
+        return self.load(self.quantize(expert))
+
+    def quantize(self, expert: FloatExpert) -> QuantizedExpert:
+        return quantize_expert(expert, int8.quantize)
 
     def load(self, stored: QuantizedExpert) -> Packed:
         if not all(bool(matrix.scale.isfinite().all()) for matrix in stored):

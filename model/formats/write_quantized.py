@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, expected_tensors
 from ..errors import InputError, ModelError, ResourceError
-from ..packing import in_order, read_expert, threads
-from ..quantization import int8
+from ..machine import available_memory
+from ..packing import at_once, in_order, read_expert, threads
+from ..quantization import int4, int8
 from ..quantization.expert import quantize_expert
 from ..safetensors_file import BITS, opened, read_header
 from .quantized import DENSE, EXPERT, MATRICES, METHOD, PARTS, STACKED, VERSION, layout
@@ -66,6 +67,9 @@ class Writer:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._require_room()
             raise InputError(f"{self.out} cannot be written: {error.strerror}", "name another place") from None
+
+    def _quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return int8.quantize(weight) if self.kind == "int8" else int4.quantize(weight, self.group)
 
     def _shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of every tensor that will be written."""
@@ -119,8 +123,9 @@ class Writer:
 
         digests = {}
         files = self._source_files()
-        with threads() as pool:
-            for path, found in zip(files, in_order(pool, digest, files), strict=True):
+        cores = torch.get_num_threads()
+        with threads(cores) as pool:
+            for path, found in zip(files, in_order(pool, cores, digest, files), strict=True):
                 digests[path.name] = found
                 count.add(path.stat().st_size)
         return digests
@@ -176,7 +181,7 @@ class Writer:
     def _experts(self, layer: int) -> Tensors:
         def make(expert: int) -> list[tuple[str, Tensor]]:
             floats = self.weights.expert(layer, expert, read_expert(self.weights, layer, expert))
-            stored = quantize_expert(floats, self.kind, self.group)
+            stored = quantize_expert(floats, self._quantize)
             prefix = EXPERT.format(layer, expert)
             return [
                 (f"{prefix}{matrix}.{part}", tensor)
@@ -184,8 +189,9 @@ class Writer:
                 for part, tensor in _parts(self.kind, parts)
             ]
 
-        with threads() as pool:
-            for tensors in in_order(pool, make, range(self.weights.config.ffn_config.moe_num_experts)):
+        count = at_once(self.weights, available_memory() // 4)
+        with threads(count) as pool:
+            for tensors in in_order(pool, count + 1, make, range(self.weights.config.ffn_config.moe_num_experts)):
                 yield from tensors
 
     def _write_json(self, source: dict[str, str]) -> None:

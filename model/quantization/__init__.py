@@ -59,8 +59,7 @@ def _both(kernel: MatrixKernel, weight: Tensor) -> tuple[Packed, Tensor]:
     """A matrix as the kernel holds it, and as it is meant."""
     if kernel.quantization == "none":
         return kernel.pack(weight), weight
+    stored = kernel.quantize(weight)
     if isinstance(kernel, int4.AtenKernel | int4.PlainKernel):
-        stored = int4.quantize(weight, kernel.group)
         return kernel.load(stored), int4.dequantize(stored, kernel.group)
-    stored = int8.quantize(weight)
     return kernel.load(stored), int8.dequantize(stored)

@@ -26,6 +26,9 @@ class OneDnnKernel:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         return (torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous(), ROWS),)
 
+    def quantize(self, weight: Tensor) -> NoReturn:
+        raise ValueError("bfloat16 weights are not quantized")
+
     def load(self, *stored: QuantizedMatrix) -> NoReturn:
         raise ValueError("bfloat16 weights are not stored quantized")
 

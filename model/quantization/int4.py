@@ -86,7 +86,10 @@ class AtenKernel(RowByRow):
         self.group = group
 
     def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*(quantize(weight, self.group) for weight in weights))
+        return self.load(*map(self.quantize, weights))
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return quantize(weight, self.group)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         levels = torch.cat([unpack(part.values) for part in stored]).int()
@@ -124,7 +127,10 @@ class PlainKernel(RowByRow):
         self.group = group
 
     def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*(quantize(weight, self.group) for weight in weights))
+        return self.load(*map(self.quantize, weights))
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return quantize(weight, self.group)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         if not all(bool(part.scale.isfinite().all()) for part in stored):

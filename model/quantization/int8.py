@@ -60,7 +60,10 @@ class FbgemmKernel:
     dtype = torch.float32
 
     def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(quantize, weights))
+        return self.load(*map(self.quantize, weights))
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)
@@ -68,6 +71,7 @@ class FbgemmKernel:
             warnings.simplefilter("ignore")  # quantized tensors are deprecated; here they only carry the weights over
             zeros = torch.zeros(len(scale), dtype=torch.long)
             weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+        del values  # copied: not twice while the next copy is made
         torch.backends.quantized.engine = "fbgemm"
         return (torch.ops.quantized.linear_prepack(weight, None),)
 
@@ -124,7 +128,10 @@ class AtenKernel(RowByRow):
     dtype = torch.float32
 
     def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(quantize, weights))
+        return self.load(*map(self.quantize, weights))
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)

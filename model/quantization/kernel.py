@@ -29,6 +29,9 @@ class MatrixKernel(Protocol):
     def pack(self, *weights: Tensor) -> Packed:
         """From floats [outputs, inputs], stacked one below the other; a copy."""
 
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        """Floats [outputs, inputs] as they are stored."""
+
     def load(self, *stored: QuantizedMatrix) -> Packed:
         """From stored matrices, stacked one below the other; a copy."""
 
