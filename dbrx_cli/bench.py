@@ -67,8 +67,10 @@ class Result:
         return asdict(self)
 
 
-def measure_machine() -> Machine:
+def measure_machine(threads: int | None = None) -> Machine:
     """Two seconds: the fastest reading of memory that can be made, and the best rate of each kind of product."""
+    if threads:
+        torch.set_num_threads(threads)
     rates = {name: rate for name in ("float32", *probe()) if (rate := _matrix_rate(name)) is not None}
     stream = max(memory_bandwidth(), _reading_rate())
     return Machine(_cpu_name(), torch.get_num_threads(), torch.__version__, probe(), stream / 1e9, rates)

@@ -55,9 +55,11 @@ def bench(
     lengths = sorted(set(prompt_tokens or [PROMPT_TOKENS]))
     report = Report(output)
     settle_waiting()
+    from dbrx_cli import bench as measuring
     from dbrx_cli.engine.local import find_model, load_network
 
     folder = find_model(options, report)
+    machine = measuring.measure_machine(options.threads)  # before the model's memory counts
     compared = _quality(folder, options, report, quality, quality_tokens) if quality is not None else None
     start = time.perf_counter()
     network = load_network(folder, options, report)
@@ -65,9 +67,6 @@ def bench(
     longest = lengths[-1] + new_tokens
     if longest > network.config.max_seq_len:
         raise InputError(f"{longest} tokens are more than the model's {network.config.max_seq_len}", "ask for fewer")
-    from dbrx_cli import bench as measuring
-
-    machine = measuring.measure_machine()
     results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
     if plot is not None:
         plot.write_text(measuring.plot(results, machine), "utf-8")
