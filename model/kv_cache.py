@@ -104,10 +104,10 @@ class KVCache:
             self.capacity *= 2
         old = self._layers[layer]
         rows = self.rows if old is None else max(self.rows, old[0].shape[0])
-        heads, width = like.shape[2:]
+        shape = (rows, like.shape[2], self.capacity, like.shape[3])
         # A head's tokens one behind the other, which is how attention reads them: on a CPU in half the time.
         # Zeros, not empty: what lies behind a short row is masked, but 0 x NaN would still be NaN.
-        new = tuple(like.new_zeros(rows, heads, self.capacity, width).transpose(1, 2) for _ in "kv")
+        new = like.new_zeros(shape).transpose(1, 2), like.new_zeros(shape).transpose(1, 2)
         if old is not None:
             for buffer, before in zip(new, old, strict=True):
                 buffer[: before.shape[0], : before.shape[1]] = before

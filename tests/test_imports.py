@@ -82,6 +82,11 @@ def test_help_starts_without_torch() -> None:
     assert not {"torch", "accelerate", "huggingface_hub", "prompt_toolkit", "tiktoken"} & loaded_by(code)
 
 
+def test_a_network_on_the_meta_device_starts_without_pytorchs_compiler() -> None:
+    code = "import torch, model\nwith torch.device('meta'): model.DbrxForCausalLM(model.DbrxConfig(n_layers=1))"
+    assert "sympy" not in loaded_by(code), "torch._dynamo was imported, which takes a second"
+
+
 def test_a_stray_model_in_the_users_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("")
     code = f"import sys; sys.path.append({str(ROOT)!r}); from dbrx_cli.app import main; main()"

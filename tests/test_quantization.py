@@ -20,7 +20,7 @@ from model.experts import MatricesKernel, PackedExperts, ResidentExperts
 from model.formats import FloatExpert, open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
-from model.packing import read_expert
+from model.packing import at_once, read_expert
 from model.quantization import MatrixKernel, bfloat16, int4, int8
 from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
@@ -252,6 +252,13 @@ def test_any_program_can_read_the_file(tiny_checkpoint: Path, quantized: Path) -
     exact = (silu(x @ whole.w1.t()) * (x @ whole.v1.t())) @ whole.w2
     ours = (silu(x @ matrix("w1").t()) * (x @ matrix("v1").t())) @ matrix("w2").t()
     assert share(ours, exact) < CLOSE[quantized.name]
+
+
+def test_few_large_experts_are_packed_one_at_a_time(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    with open_weights(tiny_checkpoint) as weights:
+        expert = 3 * HIDDEN * WIDTH * 4
+        assert [at_once(weights, room) for room in (0, expert, 3 * expert, 100 * expert)] == [1, 1, 3, 8]
 
 
 def test_each_expert_is_one_run_of_bytes(quantized: Path) -> None:
