@@ -17,7 +17,7 @@ import torch
 from model.decode import prefill
 from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
-from model.quantization import KERNELS, choose, probe
+from model.quantization import choose, probe
 
 if TYPE_CHECKING:
     from model.transformer import DbrxForCausalLM
@@ -71,7 +71,7 @@ def measure_machine(threads: int | None = None) -> Machine:
     """Two seconds: the fastest reading of memory that can be made, and the best rate of each kind of product."""
     if threads:
         torch.set_num_threads(threads)
-    rates = {name: rate for name in ("float32", *probe()) if (rate := _matrix_rate(name)) is not None}
+    rates = {name: rate for name in probe() if (rate := _matrix_rate(name)) is not None}
     stream = max(memory_bandwidth(), _reading_rate())
     return Machine(_cpu_name(), torch.get_num_threads(), torch.__version__, probe(), stream / 1e9, rates)
 
@@ -154,13 +154,11 @@ def _synchronize(network: DbrxForCausalLM) -> None:
 def _matrix_rate(name: str) -> float | None:
     """10^12 operations a second with that kind of weights, many rows at once; None where there is no kernel."""
     x, weight = torch.randn(PROBE_ROWS, PROBE_SIZE), torch.randn(PROBE_SIZE, PROBE_SIZE)
-    kernel = choose(name) if name in KERNELS else None
-    if kernel is not None:
-        packed, rows = kernel.pack(weight), kernel.prepare(x.to(kernel.dtype))
-        return 2 * PROBE_ROWS * PROBE_SIZE**2 / _best(lambda: kernel.run(rows, packed)) / 1e12
-    if name in KERNELS:
+    kernel = choose(name)
+    if kernel is None:
         return None
-    return 2 * PROBE_ROWS * PROBE_SIZE**2 / _best(lambda: x @ weight) / 1e12
+    packed, rows = kernel.pack(weight), kernel.prepare(x.to(kernel.dtype))
+    return 2 * PROBE_ROWS * PROBE_SIZE**2 / _best(lambda: kernel.run(rows, packed)) / 1e12
 
 
 def _reading_rate() -> float:

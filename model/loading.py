@@ -62,7 +62,7 @@ def from_pretrained(
     checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit;
     expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
     left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
-    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders bfloat16 weights
+    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders weights
     for the CPU's kernels: faster, but they are copied and no parameters any more. `progress` hears bytes read and bytes
     in all.
 

@@ -44,7 +44,8 @@ def decide(
         wanted = "none"
     if torch.cuda.is_available():
         return cast(Offload, "none" if wanted == "auto" else wanted)
-    ffn, itemsize = network.config.ffn_config, dtype.itemsize if packing is None else 2
+    quantized = packing is not None and packing.quantize != "none"
+    ffn, itemsize = network.config.ffn_config, 2 if quantized else dtype.itemsize
     experts = network.config.n_layers * ffn.moe_num_experts
     matrix = ffn.ffn_hidden_size, network.config.d_model
     dense = (sum(p.numel() for p in network.parameters()) - experts * 3 * prod(matrix)) * itemsize
@@ -54,7 +55,6 @@ def decide(
     if max_memory and "cpu" in max_memory:
         allowed = parse_size(str(max_memory["cpu"]))
         if (whole if wanted == "none" else least) > allowed:
-            quantized = packing is not None and packing.quantize != "none"
             raise too_large(whole, packing.quantize if packing and quantized else str(dtype).removeprefix("torch."))
         free = min(free, allowed)
     if wanted != "auto":

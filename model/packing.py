@@ -20,7 +20,7 @@ from .errors import ModelError
 from .experts import MatricesKernel, PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
 from .moe import ACTIVATIONS
-from .quantization import MatrixKernel, PackedLinear, choose
+from .quantization import KERNELS, MatrixKernel, PackedLinear, choose
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Packing(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations: bfloat16 where nothing is quantized, float32 where products are."""
+        """Of the activations: those of the weights where nothing is quantized, float32 where products are."""
         return self.dense.dtype
 
     @property
@@ -55,7 +55,7 @@ class Packing(NamedTuple):
 
 
 def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packing | None:
-    """int8, int4, or none; none keeps what is stored, be it quantized, and packs bfloat16 where a kernel for it is.
+    """int8, int4, or none; none keeps what is stored, be it quantized, and packs floats where a kernel for them is.
 
     None where the weights are computed with as they lie in the files.
     """
@@ -64,7 +64,8 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packi
     if quantize == "none" and weights.quantization in QUANTIZED:
         quantize = weights.quantization
     if quantize == "none":
-        kernel = choose("bfloat16") if dtype == torch.bfloat16 else None
+        name = str(dtype).removeprefix("torch.")
+        kernel = choose(name) if name in KERNELS else None
         return Packing("none", _experts(kernel, weights.config), kernel) if kernel is not None else None
     group = None
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":

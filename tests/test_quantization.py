@@ -21,7 +21,7 @@ from model.formats import FloatExpert, open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.packing import at_once, read_expert
-from model.quantization import MatrixKernel, bfloat16, int4, int8
+from model.quantization import MatrixKernel, int4, int8
 from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
 
@@ -414,9 +414,7 @@ def test_extremes_in_a_row_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch
     assert (together - exact).square().mean() < 1e-3 * (coarse - exact).square().mean()
 
 
-@pytest.mark.parametrize(
-    "build", [bfloat16.OneDnnKernel, int8.FbgemmKernel, int8.AtenKernel, int4.AtenKernel, int4.PlainKernel]
-)
+@pytest.mark.parametrize("build", KERNELS)
 def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], MatrixKernel]) -> None:
     """A lone row times three matrices, and three rows times one each; none depends on those beside it."""
     if not works(build):

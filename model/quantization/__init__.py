@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from . import bfloat16, int4, int8
+from . import floats, int4, int8
 from .kernel import MatrixKernel, Packed, Rows
 from .linear import PackedLinear
 
@@ -16,7 +16,8 @@ __all__ = ["KERNELS", "MatrixKernel", "Packed", "PackedLinear", "Rows", "choose"
 
 # In order of preference; the last of each runs everywhere.
 KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
-    "bfloat16": (bfloat16.OneDnnKernel,),
+    "float32": (partial(floats.OneDnnKernel, torch.float32),),
+    "bfloat16": (partial(floats.OneDnnKernel, torch.bfloat16),),
     "int8": (int8.FbgemmKernel, int8.AtenKernel),
     "int4": (int4.AtenKernel, int4.PlainKernel),
 }
@@ -32,7 +33,7 @@ def choose(name: str, group: int | None = None) -> MatrixKernel | None:
 
 def probe() -> dict[str, str]:
     """Which kernel each kind of weights has here, in words, for people."""
-    chosen = {name: choose(name) for name in ("bfloat16", "int8", "int4")}
+    chosen = {name: choose(name) for name in KERNELS}
     return {name: kernel.name if kernel else "as stored" for name, kernel in chosen.items()}
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 weights as they are, reordered for oneDNN: no bit is lost, only time."""
+"""Floats as they are, reordered for oneDNN: no bit of a weight is lost."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from torch.nn.functional import pad
 from ..formats import QuantizedMatrix
 from .kernel import Packed, Rows, paired
 
-ROWS = 4  # oneDNN reads memory up to a third faster for four rows than for one
+ROWS = 4  # oneDNN reads memory up to a third faster for four rows than for one, in bfloat16 and in float32
 
 
 class OneDnnKernel:
-    """oneDNN's product with weights in its own blocked order (AVX-512 BF16 where there is)."""
+    """oneDNN's product with weights in its own blocked order (in bfloat16 with AVX-512 BF16 where there is)."""
 
-    name = "bfloat16 onednn"
     quantization = "none"
-    dtype = torch.bfloat16
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.name = f"{str(dtype).removeprefix('torch.')} onednn"
 
     def pack(self, *weights: Tensor) -> Packed:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return (torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous(), ROWS),)
+        return (torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous(), ROWS),)
 
     def quantize(self, weight: Tensor) -> NoReturn:
-        raise ValueError("bfloat16 weights are not quantized")
+        raise ValueError("floats are not quantized")
 
     def load(self, *stored: QuantizedMatrix) -> NoReturn:
-        raise ValueError("bfloat16 weights are not stored quantized")
+        raise ValueError("floats are not stored quantized")
 
     def nbytes(self, outputs: int, inputs: int) -> int:
-        return 2 * outputs * inputs
+        return self.dtype.itemsize * outputs * inputs
 
     def prepare(self, x: Tensor) -> Rows:
         return (x,)
