@@ -109,6 +109,7 @@ def pack_into(
         for layer, block in enumerate(_blocks(network)):
             block.ffn.experts = held = PackedExperts(packing.experts, [()] * ffn.moe_num_experts)
             jobs += [partial(expert, held, layer, i) for i in range(ffn.moe_num_experts)]
+    # A dense matrix counts as an expert: there are few.
     size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
     with threads(at_once(weights, int(size * UNDER_WAY))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
@@ -155,14 +156,12 @@ def _read(extent: Extent) -> Tensor:
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """So many threads that share the cores, in memory that goes back to the system when a tensor is freed."""
     cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, cores // count),))
+    _set_heap(SMALL, SMALL)
     try:
-        _set_heap(SMALL, SMALL)
-        pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, cores // count),))
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield pool
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)  # what a thread sets reaches MKL in all of them
         _set_heap(LARGE, KEPT)
 
@@ -175,8 +174,9 @@ def _set_heap(mapped: int, kept: int) -> None:
     them again was 50,000 page faults a prompt of 512 tokens.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mapped)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, kept)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, mapped)
+        mallopt(M_TRIM_THRESHOLD, kept)
 
 
 def in_order(pool: ThreadPoolExecutor, count: int, make: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:

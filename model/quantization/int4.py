@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, RowByRow, Rows, not_finite
+from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite
 
 LEVELS = 15
 GROUP = 32  # inputs that share scale and zero point; 128 takes 0.09 GB where 32 take 0.1, and errs more
@@ -75,7 +75,7 @@ def _fit(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale[..., 0], zero[..., 0]
 
 
-class AtenKernel(RowByRow):
+class AtenKernel(QuantizedFirst, RowByRow):
     """PyTorch's own product with 4-bit weights, in bfloat16."""
 
     name = "int4 aten"
@@ -84,9 +84,6 @@ class AtenKernel(RowByRow):
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group
-
-    def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(self.quantize, weights))
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         return quantize(weight, self.group)
@@ -116,7 +113,7 @@ class AtenKernel(RowByRow):
         return out
 
 
-class PlainKernel(RowByRow):
+class PlainKernel(QuantizedFirst, RowByRow):
     """Floats again at each product: slow, for shapes and processors that nothing else is made for."""
 
     name = "int4 plain"
@@ -125,9 +122,6 @@ class PlainKernel(RowByRow):
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group
-
-    def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(self.quantize, weights))
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         return quantize(weight, self.group)

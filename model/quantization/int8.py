@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, RowByRow, Rows, not_finite, paired
+from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite, paired
 
 LEVELS = 127  # -127 .. 127: symmetric, so that no zero point is needed
 PEAK = 6.0  # times its root mean square: a row's extreme farther out makes it peaked; a normal distribution's is 3 to 4
@@ -47,7 +47,7 @@ def _stack(parts: tuple[QuantizedMatrix, ...]) -> QuantizedMatrix:
     return QuantizedMatrix(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
 
 
-class FbgemmKernel:
+class FbgemmKernel(QuantizedFirst):
     """FBGEMM's product of bytes (AVX-512 VNNI where there is), which PyTorch carries on x86.
 
     It knows one range for all rows, so each row is scaled to fill -127 .. 127 before, and back after: a row's result
@@ -58,9 +58,6 @@ class FbgemmKernel:
     name = "int8 fbgemm"
     quantization = "int8"
     dtype = torch.float32
-
-    def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(self.quantize, weights))
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         return quantize(weight)
@@ -120,15 +117,12 @@ def _product(scaled: Tensor, matrix: Any) -> Tensor:
     return out
 
 
-class AtenKernel(RowByRow):
+class AtenKernel(QuantizedFirst, RowByRow):
     """Bytes for the weights only; runs everywhere."""
 
     name = "int8 aten"
     quantization = "int8"
     dtype = torch.float32
-
-    def pack(self, *weights: Tensor) -> Packed:
-        return self.load(*map(self.quantize, weights))
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         return quantize(weight)

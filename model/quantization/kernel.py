@@ -51,6 +51,13 @@ class MatrixKernel(Protocol):
         """
 
 
+class QuantizedFirst:
+    """`pack` of kernels that hold few bits a weight."""
+
+    def pack(self: MatrixKernel, *weights: Tensor) -> Packed:
+        return self.load(*map(self.quantize, weights))
+
+
 class RowByRow:
     """`each` for kernels in which rows share nothing."""
 
