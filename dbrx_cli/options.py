@@ -180,6 +180,12 @@ class ModelOptions(WhichModel):
     quantize: Annotated[
         QuantizeName, option("--quantize", panel=MODEL, help="Weights in fewer bits, on a CPU; none: as stored.")
     ] = "none"
+    compile: Annotated[
+        bool,
+        switch(
+            "--compile", panel=MODEL, setting=True, help="Compile decoding for this CPU, once; faster from then on."
+        ),
+    ] = False
     device_map: Annotated[
         str,
         option("--device-map", panel=MODEL, metavar="auto|balanced|sequential|cpu|...", help="Where the layers go."),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from model.errors import DbrxError
 
-DATA = "DBRX_DATA"
+DATA, CACHE = "DBRX_DATA", "DBRX_CACHE"
 
 
 def data_folder() -> Path:
@@ -19,6 +19,16 @@ def data_folder() -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("dbrx", appauthor=False)
+
+
+def cache_folder() -> Path:
+    """Where lies what can be made again: DBRX_CACHE, or the platform's folder for a user's caches."""
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("dbrx")
 
 
 def make_folder(path: Path) -> None:

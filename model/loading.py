@@ -14,6 +14,7 @@ import torch
 
 from .adapters import AdaptedWeights, attach, digest, read_adapter
 from .checkpoint import expected_tensors
+from .compiled import Compiler, compile_into, form_of
 from .devices import AUTOMATIC, CONTEXT, DeviceMap, dispatch, plan_devices
 from .errors import ModelError
 from .formats import Weights, open_weights
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Network = TypeVar("Network", bound="DbrxForCausalLM")
 EMBEDDING = "transformer.wte.weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NOT_COMPILED = "compiled steps are for one CPU, in float32 or bfloat16, int8 or int4, without an adapter beside them"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -51,6 +53,7 @@ def from_pretrained(
     adapter: str | Path | None = None,
     quantize: str = "none",
     pack: bool = False,
+    compiler: Compiler | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
     """Load a checkpoint from a folder or a Hub id, ready for inference.
@@ -63,7 +66,8 @@ def from_pretrained(
     expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
     left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
     (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders weights
-    for the CPU's kernels: faster, but they are copied and no parameters any more. `progress` hears bytes read and bytes
+    for the CPU's kernels: faster, but they are copied and no parameters any more. `compiler` packs them for compiled
+    functions, through which decoding one row goes then (`compiled`). `progress` hears bytes read and bytes
     in all.
 
     `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
@@ -77,7 +81,7 @@ def from_pretrained(
         adapted: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
         weights: Weights = adapted if ranks is None else ShardedWeights(adapted, ranks)
         chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights)
-        packing = _packing(quantize, pack, weights, chosen, device_map) if ranks is None else None
+        packing = _packing(quantize, pack, weights, chosen, device_map, compiler) if ranks is None else None
         if packing is not None:
             chosen = packing.dtype
             device_map = "cpu"
@@ -90,6 +94,11 @@ def from_pretrained(
         if streamed != "none":
             take_out_experts(network)
             device_map = one_device(device_map)
+        functions = None
+        if compiler is not None:
+            if packing is None or (changes and beside):
+                raise ModelError(NOT_COMPILED, "leave out --compile")
+            functions = compiler.functions(form_of(weights.config, packing, experts=streamed == "none"))
         if packing is not None:
             take_out_dense(network)
             take_out_experts(network)
@@ -99,6 +108,8 @@ def from_pretrained(
         if packing is not None:
             pack_into(network, weights, packing, reading.advance, experts=streamed == "none")
             network.packing = packing
+            if functions is not None:
+                compile_into(network, functions)
         if streamed != "none":
             stream_experts(network, weights, chosen, packing, host=streamed == "cpu", budget=expert_cache)
     if beside:
@@ -150,6 +161,7 @@ def _packing(
     weights: Weights,
     dtype: torch.dtype,
     device_map: str | int | torch.device | DeviceMap | None,
+    compiler: Compiler | None,
 ) -> Packing | None:
     """The kernels that the weights are to be packed for; None leaves them as they are."""
     wanted = quantize if quantize != "none" else weights.quantization
@@ -158,7 +170,9 @@ def _packing(
     )
     if wanted in QUANTIZED and not on_cpu:
         raise ModelError("quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize")
-    return choose_packing(quantize, weights, dtype) if wanted in QUANTIZED or (pack and on_cpu) else None
+    if wanted not in QUANTIZED and not (on_cpu and (pack or compiler is not None)):
+        return None
+    return choose_packing(quantize, weights, dtype, compiled=compiler is not None)
 
 
 class Reading:

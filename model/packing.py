@@ -20,7 +20,7 @@ from .errors import ModelError
 from .experts import MatricesKernel, PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
 from .moe import ACTIVATIONS
-from .quantization import KERNELS, MatrixKernel, PackedLinear, choose
+from .quantization import KERNELS, ROWS, MatrixKernel, PackedLinear, choose
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
@@ -54,23 +54,25 @@ class Packing(NamedTuple):
         return " + ".join(names)
 
 
-def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packing | None:
+def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled: bool = False) -> Packing | None:
     """int8, int4, or none; none keeps what is stored, be it quantized, and packs floats where a kernel for them is.
 
-    None where the weights are computed with as they lie in the files.
+    None where the weights are computed with as they lie in the files. compiled: for functions of `compiled`.
     """
     if quantize not in ("none", *QUANTIZED):
         raise ValueError(f"quantize {quantize!r} is not one of none, {', '.join(QUANTIZED)}")
     if quantize == "none" and weights.quantization in QUANTIZED:
         quantize = weights.quantization
+    rows = " rows" if compiled else ""
     if quantize == "none":
-        name = str(dtype).removeprefix("torch.")
-        kernel = choose(name) if name in KERNELS else None
+        name = str(dtype).removeprefix("torch.") + rows
+        kernel = choose(name) if name in KERNELS | ROWS else None
         return Packing("none", _experts(kernel, weights.config), kernel) if kernel is not None else None
     group = None
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group
-    experts, dense = choose(quantize, group), choose("int8")
+    dense = choose("int8" + rows)
+    experts = choose(quantize, group) if quantize == "int4" else dense
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
     return Packing(quantize, _experts(experts, weights.config), dense)
 

@@ -26,7 +26,7 @@ from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
 
 torch.set_num_threads(1)
-KERNELS = [build for kernels in quantization.KERNELS.values() for build in kernels]
+KERNELS = [build for kernels in (quantization.KERNELS | quantization.ROWS).values() for build in kernels]
 EXPERTS, HIDDEN, WIDTH = 16, 40, 48
 CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15}  # error of an output, as a share of the largest
 

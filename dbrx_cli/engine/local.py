@@ -14,6 +14,7 @@ from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
+from dbrx_cli.private import cache_folder, private_folder
 from dbrx_cli.report import Report
 from model.errors import ContextError, InputError, ModelError
 from model.messages import Message
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dbrx_cli.engine.resume import Journal
+    from model.compiled import Compiler
     from model.constrain import SchemaMask
     from model.parallel import Ranks
     from model.tokenizer import Tokenizer
@@ -368,6 +370,7 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
             context=options.context,
             ranks=ranks,
             adapter=options.adapter,
+            compiler=compiler(report) if options.compile else None,
             progress=advance,
         )
     if network.expert_store is not None:
@@ -375,6 +378,14 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
         tell = report.notice if options.offload == "auto" else report.detail
         tell(f"the experts do not fit into memory and are read when they are needed; {kept}")
     return network
+
+
+def compiler(report: Report) -> Compiler:
+    """Where compiled functions are kept: in the user's cache, which nobody else may write."""
+    from model.compiled import Compiler
+
+    text = "compiling for this processor, which is done once and takes about a minute ..."
+    return Compiler(private_folder(cache_folder() / "compiled"), lambda: report.notice(text))
 
 
 def check_source(source: Path, options: ModelOptions, report: Report) -> None:

@@ -8,11 +8,11 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import floats, int4, int8
+from . import floats, int4, int8, rows
 from .kernel import MatrixKernel, Packed, Rows
 from .linear import PackedLinear
 
-__all__ = ["KERNELS", "MatrixKernel", "Packed", "PackedLinear", "Rows", "choose", "probe"]
+__all__ = ["KERNELS", "ROWS", "MatrixKernel", "Packed", "PackedLinear", "Rows", "choose", "probe"]
 
 # In order of preference; the last of each runs everywhere.
 KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
@@ -21,14 +21,20 @@ KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
     "int8": (int8.FbgemmKernel, int8.AtenKernel),
     "int4": (int4.AtenKernel, int4.PlainKernel),
 }
+# For the compiled functions of a decode step.
+ROWS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
+    "float32 rows": (partial(rows.FloatRows, torch.float32),),
+    "bfloat16 rows": (partial(rows.FloatRows, torch.bfloat16),),
+    "int8 rows": (rows.ByteRows,),
+}
 TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
 
 
 @cache
 def choose(name: str, group: int | None = None) -> MatrixKernel | None:
-    """The first kernel of a name in `KERNELS` that is right on this CPU; None if there is none. group: of int4."""
+    """The first kernel of a name that is right on this CPU; None if there is none. group: of int4."""
     settings = {} if group is None else {"group": group}
-    return next((kernel for build in KERNELS[name] if not fault(kernel := build(**settings))), None)
+    return next((kernel for build in (KERNELS | ROWS)[name] if not fault(kernel := build(**settings))), None)
 
 
 def probe() -> dict[str, str]:
@@ -42,8 +48,8 @@ def fault(kernel: MatrixKernel) -> str | None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 256, generator=generator)
     weight[0], weight[1] = 1, torch.arange(256) % 2  # all at the upper end: 255 x 127, twice, is more than 16 bits hold
-    for rows in (1, 5, 40):
-        x = torch.randn(rows, 256, generator=generator)
+    for n in (1, 5, 40):
+        x = torch.randn(n, 256, generator=generator)
         x[0] = 1
         try:
             packed, meant = _both(kernel, weight)

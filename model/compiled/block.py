@@ -1,0 +1,89 @@
+"""A network whose decode step is compiled: of a lone row, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
+
+from ..config import DbrxConfig
+from ..packing import Packing
+from ..quantization import MatrixKernel, Packed, PackedLinear
+from ..quantization.rows import ByteRows, FloatRows
+from ..transformer import DbrxBlock, DbrxForCausalLM, Step
+from .compiler import Function
+from .form import Form, Matrices
+
+if TYPE_CHECKING:
+    from ..experts import PackedExperts
+
+
+class CompiledBlock(DbrxBlock):
+    """Takes the parts of a block over. A lone row goes through compiled functions, all else as it did."""
+
+    def __init__(self, block: DbrxBlock, functions: Mapping[str, Function]) -> None:
+        nn.Module.__init__(self)
+        self.is_last = block.is_last
+        self.norm_attn_norm = block.norm_attn_norm
+        self.ffn = block.ffn
+        self.attend_in, self.attend_out = functions["attend_in"], functions["attend_out"]
+        self.experts = functions.get("experts")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+        if x.shape[:2] != (1, 1) or step.cache is None or step.want_attentions:
+            return super().forward(x, cos, sin, step)
+        half, attn = self.norm_attn_norm, self.norm_attn_norm.attn
+        q, k, v = self.attend_in([x, cos, sin, half.norm_1.weight, *_packed(attn.Wqkv)])
+        k, v = step.cache.append(attn.layer, k, v, step.plan)
+        y = step.attend(q, k, v, scale=attn.head_dim**-0.5, plan=step.plan)
+        x, normed, probabilities, weights, chosen = self.attend_out(
+            [x, y.contiguous(), *_packed(attn.out_proj), half.norm_2.weight, self.ffn.router.layer.weight]
+        )
+        if self.experts is None:
+            out = self.ffn.experts(normed.to(x.dtype), chosen, weights.to(x.dtype))
+            return x + out, probabilities, None
+        held = cast("PackedExperts", self.ffn.experts).experts
+        parts = [part for expert in chosen[0].tolist() for matrix in held[expert] for part in matrix]
+        (x,) = self.experts([x, normed, weights, *parts])
+        return x, probabilities, None
+
+
+class CompiledHead(nn.Module):
+    """The last matrix, packed; a lone row goes through a compiled function."""
+
+    def __init__(self, head: PackedLinear, function: Function) -> None:
+        super().__init__()
+        self.head = head
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return cast("Tensor", self.head(x))
+        (out,) = self.function([x.reshape(1, 1, -1), *self.head.packed])
+        return out.view(*x.shape[:-1], -1)
+
+
+def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
+    """What has to be compiled. experts: whether they are packed too, and not streamed."""
+
+    def kind(kernel: MatrixKernel) -> Matrices | None:
+        return "floats" if isinstance(kernel, FloatRows) else "bytes" if isinstance(kernel, ByteRows) else None
+
+    dense = kind(packing.dense)
+    assert dense is not None
+    dtype = str(packing.dtype).removeprefix("torch.")
+    return Form(config, dtype, dense, kind(packing.experts.matrices) if experts else None)
+
+
+def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) -> None:
+    """Let the decode steps of a packed network go through compiled functions."""
+    blocks = network.transformer.blocks
+    for i, block in enumerate(blocks):
+        blocks[i] = CompiledBlock(cast("DbrxBlock", block), functions)
+    head = cast("PackedLinear", network.lm_head)
+    network.lm_head = CompiledHead(head, functions["head"])  # type: ignore[assignment]  # as PackedLinear before it
+
+
+def _packed(linear: nn.Module) -> Packed:
+    return cast("PackedLinear", linear).packed

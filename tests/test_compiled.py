@@ -1,0 +1,127 @@
+"""Decoding through compiled functions: against the plain network, and what goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import DbrxForCausalLM, KVCache
+from model.compiled import Compiler
+from model.compiled.block import CompiledBlock
+from model.compiled.form import Form
+from model.compiled.functions import LONGEST, product
+from model.config import DbrxConfig
+from model.decode import prefill
+from model.errors import ModelError
+from tests.cli import Cli
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler here"
+)
+pytestmark = pytest.mark.timeout(400)  # a compiler's half minute, on a busy machine
+PROMPT = torch.arange(100, 120)[None]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@torch.inference_mode()
+def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits after the prompt and after each of some tokens, and these: the likeliest, or those of `follow`."""
+    cache = KVCache(network.config.n_layers)
+    rows, ids = [prefill(network, PROMPT, cache).float()], []
+    for step in range(STEPS):
+        ids.append(rows[-1].argmax(-1) if follow is None else follow[step])
+        rows.append(network(ids[-1][:, None], past_key_values=cache).logits[:, -1].float())
+    return torch.cat(rows), torch.stack(ids)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("int8", "auto"), ("int4", "auto")]
+)
+def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
+    tiny_checkpoint: Path, compiled_folder: Path, quantize: str, dtype: str
+) -> None:
+    built: list[int] = []
+    compiler = Compiler(compiled_folder, lambda: built.append(1))
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
+    assert all(isinstance(block, CompiledBlock) for block in network.transformer.blocks)
+    exact, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
+    plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
+    found, _ = decoded(network, ids)
+    assert (found - exact).norm() <= max(1e-5 * exact.norm(), 1.1 * (plain - exact).norm())
+    assert built == [1]
+    again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
+    assert torch.equal(decoded(again, ids)[0], found)
+    assert built == [1]  # what was compiled was kept
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_streamed_experts_beside_compiled_attention(tiny_checkpoint: Path, compiled_folder: Path) -> None:
+    compiler = Compiler(compiled_folder, lambda: None)
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32", offload="disk", compiler=compiler)
+    assert network.expert_store is not None
+    meant, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
+    assert (decoded(network, follow=ids)[0] - meant).norm() <= 1e-4 * meant.norm()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_command_line_compiles_once(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("generate", "-m", tiny_checkpoint, "--raw", "-t", "0", "-n", "5", "--dtype", "float32", "Hello")
+    monkeypatch.setenv("DBRX_CACHE", str(tmp_path))
+    first, second, plain = cli(*args, "--compile"), cli(*args, "--compile"), cli(*args)
+    assert first.code == second.code == 0, first.err
+    assert first.out == second.out == plain.out
+    assert "compiling for this processor" in first.err and "compiling" not in second.err
+
+
+def test_one_line_where_there_is_no_compiler(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelError) as caught:
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32", compiler=Compiler(tmp_path, lambda: None))
+    assert "install g++" in caught.value.one_line
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_compiled_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="for one CPU"):
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float16", compiler=Compiler(tmp_path, lambda: None))
+
+
+def test_a_damaged_package_is_named(tmp_path: Path) -> None:
+    form = Form(DbrxConfig(), "float32", "floats", "floats")
+    (tmp_path / form.key).mkdir()
+    (tmp_path / form.key / "head.pt2").write_bytes(b"no archive")
+    with pytest.raises(ModelError) as caught:
+        Compiler(tmp_path, lambda: None).functions(form)
+    assert f"rm -r '{tmp_path / form.key}'" in caught.value.one_line
+
+
+def test_forms_share_nothing_that_differs() -> None:
+    forms = [Form(DbrxConfig(), *rest) for rest in (("float32", "floats", None), ("float32", "bytes", None))]
+    forms.append(Form(DbrxConfig(d_model=4096), "float32", "floats", None))
+    assert len({form.key for form in forms}) == 3
+    assert Form.from_dict(forms[0].to_dict()) == forms[0]
+
+
+@pytest.mark.parametrize("shape", [(12, 48), (8, 3 * LONGEST), (7, LONGEST + 2)])
+def test_a_product_of_long_rows(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values, scale, x = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]), torch.randn(shape[1])
+    exact = (values.double() @ x.double()) * scale.double()
+    torch.testing.assert_close(product(x, (values, scale)).double(), exact, rtol=1e-5, atol=1e-2)
