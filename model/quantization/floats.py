@@ -15,18 +15,15 @@ from .kernel import Packed, Rows, paired
 ROWS = 4  # oneDNN reads memory up to a third faster for four rows than for one, in bfloat16 and in float32
 
 
-class OneDnnKernel:
-    """oneDNN's product with weights in its own blocked order (in bfloat16 with AVX-512 BF16 where there is)."""
+class Floats:
+    """What kernels of floats share: nothing is quantized, neither weights nor activations."""
 
     quantization = "none"
+    way: str  # how they are held, in a word
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.name = f"{str(dtype).removeprefix('torch.')} onednn"
-
-    def pack(self, *weights: Tensor) -> Packed:
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return (torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous(), ROWS),)
+        self.name = f"{str(dtype).removeprefix('torch.')} {self.way}"
 
     def quantize(self, weight: Tensor) -> NoReturn:
         raise ValueError("floats are not quantized")
@@ -39,6 +36,16 @@ class OneDnnKernel:
 
     def prepare(self, x: Tensor) -> Rows:
         return (x,)
+
+
+class OneDnnKernel(Floats):
+    """oneDNN's product with weights in its own blocked order (in bfloat16 with AVX-512 BF16 where there is)."""
+
+    way = "onednn"
+
+    def pack(self, *weights: Tensor) -> Packed:
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return (torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous(), ROWS),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], packed[0], None, "none", [], "")

@@ -76,16 +76,13 @@ class FbgemmKernel(QuantizedFirst):
         return outputs * (inputs + 12)
 
     def prepare(self, x: Tensor) -> Rows:
-        step = _step(x)
-        scaled = x / step
-        spread = PEAK * (x.shape[1] ** -0.5) * torch.linalg.vector_norm(scaled, dim=1)
-        return scaled, step, spread < LEVELS
+        return scale_rows(x)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         scaled, step, peaked = x
         n, second = len(scaled), peaked.nonzero()[:, 0]
         if len(second):
-            levels, rest = _split(scaled[second])
+            levels, rest = split(scaled[second])
             scaled = torch.cat((scaled.index_copy(0, second, levels), rest))
         out = _product(scaled, packed[0])
         if len(second):
@@ -94,7 +91,7 @@ class FbgemmKernel(QuantizedFirst):
 
     def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
         step = _step(x)
-        rows = torch.stack(_split(x / step), dim=1).unbind()
+        rows = torch.stack(split(x / step), dim=1).unbind()
         out = [_product(row, matrix) for row, (matrix,) in paired(rows, matrices)]
         both = torch.stack(out) if len(out) > 1 else out[0][None]
         return torch.add(both[:, 0], both[:, 1], alpha=1 / FINER).mul_(step)
@@ -105,7 +102,15 @@ def _step(x: Tensor) -> Tensor:
     return x.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(LEVELS)
 
 
-def _split(scaled: Tensor) -> tuple[Tensor, Tensor]:
+def scale_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [n, inputs] in units of their levels; the distance of these [n, 1]; which rows are peaked [n]."""
+    step = _step(x)
+    scaled = x / step
+    spread = PEAK * (x.shape[1] ** -0.5) * torch.linalg.vector_norm(scaled, dim=1)
+    return scaled, step, spread < LEVELS
+
+
+def split(scaled: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest levels, and what that takes away, in levels of its own."""
     levels = (scaled + ROUNDING).sub_(ROUNDING)
     return levels, (scaled - levels).mul_(FINER)

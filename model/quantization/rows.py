@@ -5,40 +5,23 @@ A packed matrix is its tensors in a row, as `compiled.functions` take them; of s
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..formats import QuantizedMatrix
-from .int8 import FINER, LEVELS, PEAK, ROUNDING, quantize
+from .floats import Floats
+from .int8 import FINER, quantize, scale_rows, split
 from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite
 
 
-class FloatRows(RowByRow):
+class FloatRows(Floats, RowByRow):
     """PyTorch's product with floats as they are."""
 
-    quantization = "none"
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.name = f"{str(dtype).removeprefix('torch.')} rows"
+    way = "rows"
 
     def pack(self, *weights: Tensor) -> Packed:
         return tuple(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format) for weight in weights)
-
-    def quantize(self, weight: Tensor) -> NoReturn:
-        raise ValueError("floats are not quantized")
-
-    def load(self, *stored: QuantizedMatrix) -> NoReturn:
-        raise ValueError("floats are not stored quantized")
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        return self.dtype.itemsize * outputs * inputs
-
-    def prepare(self, x: Tensor) -> Rows:
-        return (x,)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         return torch.cat([linear(x[0], weight) for weight in packed], dim=1)
@@ -66,12 +49,9 @@ class ByteRows(QuantizedFirst, RowByRow):
         return outputs * (inputs + 4)
 
     def prepare(self, x: Tensor) -> Rows:
-        step = x.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(LEVELS)
-        scaled = x / step
-        peaked = PEAK * (x.shape[1] ** -0.5) * torch.linalg.vector_norm(scaled, dim=1) < LEVELS
-        levels = (scaled + ROUNDING).sub_(ROUNDING)
-        rest = scaled.sub_(levels).mul_(FINER).round_()
-        return levels.to(torch.int8), rest.to(torch.int8), step, peaked
+        scaled, step, peaked = scale_rows(x)
+        levels, rest = split(scaled)
+        return levels.to(torch.int8), rest.round_().to(torch.int8), step, peaked
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         levels, rest, step, peaked = x
