@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import DbrxForCausalLM, KVCache
+from model import DbrxForCausalLM, KVCache, quantization
 from model.compiled import Compiler
 from model.compiled.block import CompiledBlock
 from model.compiled.form import Form
@@ -32,6 +33,15 @@ def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
+@pytest.fixture
+def bytes_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever this processor can: slow products of bytes are right too."""
+    monkeypatch.setattr(quantization.rows, "fast", lambda: request.param)
+    quantization.choose.cache_clear()
+    yield
+    quantization.choose.cache_clear()
+
+
 @torch.inference_mode()
 def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits after the prompt and after each of some tokens, and these: the likeliest, or those of `follow`."""
@@ -45,6 +55,8 @@ def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Ten
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.usefixtures("bytes_fast")
+@pytest.mark.parametrize("bytes_fast", [True], indirect=True)
 @pytest.mark.parametrize(
     ("quantize", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("int8", "auto"), ("int4", "auto")]
 )
@@ -58,11 +70,21 @@ def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     exact, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
     plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
     found, _ = decoded(network, ids)
-    assert (found - exact).norm() <= max(1e-5 * exact.norm(), 1.1 * (plain - exact).norm())
+    assert (found - exact).norm() <= max(1e-5 * exact.norm(), 1.5 * (plain - exact).norm())
     assert built == [1]
     again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert torch.equal(decoded(again, ids)[0], found)
     assert built == [1]  # what was compiled was kept
+
+
+@pytest.mark.usefixtures("bytes_fast")
+@pytest.mark.parametrize("bytes_fast", [False], indirect=True)
+def test_int8_is_not_compiled_where_its_products_are_slow(tiny_checkpoint: Path) -> None:
+    compiler = Compiler(Path("never", "made"), lambda: None)
+    for quantize in ("int8", "int4"):
+        with pytest.raises(ModelError, match="AVX-512 VNNI") as refused:
+            DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, compiler=compiler)
+        assert refused.value.hint == "leave out --compile"
 
 
 @needs_compiler

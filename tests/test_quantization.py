@@ -414,6 +414,40 @@ def test_extremes_in_a_row_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch
     assert (together - exact).square().mean() < 1e-3 * (coarse - exact).square().mean()
 
 
+def test_rows_inside_an_expert_have_a_second_one_later() -> None:
+    x = torch.ones(1, 1024)
+    x[0, 7] = 9.2  # 8.9 root mean squares
+    assert int8.scale_rows(x, int8.LEVELS, inner=False)[2].tolist() == [True]
+    assert int8.scale_rows(x, int8.LEVELS, inner=True)[2].tolist() == [False]
+
+
+def test_bytes_that_are_summed_in_16_bits() -> None:
+    """The largest sums fit, and all rows are as fine as 16 bits."""
+    kernel = int8.FbgemmKernel(int8.SUMMED)
+    if quantization.fault(kernel):
+        pytest.skip("no FBGEMM here")
+    torch.manual_seed(8)
+    weight, x = torch.randn(64, 256), torch.randn(20, 256)
+    weight[:2], x[:2] = torch.tensor([[1.0], [-1.0]]), torch.tensor([[3.0], [-3.0]])
+    exact = x @ int8.dequantize(int8.quantize(weight)).t()
+    packed = kernel.pack(weight)
+    assert share(kernel.run(kernel.prepare(x, inner=True), packed), exact) < 1e-4
+    assert share(kernel.each(x[:1], [packed]), exact[:1]) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 30])
+def test_bfloat16_is_widened_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(quantization.rows, "WIDENED", 1000)  # less than a matrix
+    kernel = quantization.rows.FloatRows(torch.bfloat16)
+    assert kernel.name == "bfloat16 rows widened"
+    torch.manual_seed(9)
+    x, weights = torch.randn(rows, 64).bfloat16(), [torch.randn(n, 64).bfloat16() for n in (48, 16)]
+    out = kernel.run(kernel.prepare(x), kernel.pack(*weights))
+    exact = x.float() @ torch.cat(weights).float().t()
+    assert out.dtype == torch.bfloat16 and share(out, exact) < 0.005
+
+
 @pytest.mark.parametrize("build", KERNELS)
 def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], MatrixKernel]) -> None:
     """A lone row times three matrices, and three rows times one each; none depends on those beside it."""

@@ -55,7 +55,7 @@ class MatricesKernel:
             x = tuple(part.index_select(0, rows) for part in x)
         gate, up = self.matrices.run(x, packed[0]).chunk(2, dim=-1)
         hidden = self.activation(gate).mul_(up)
-        return self.matrices.run(self.matrices.prepare(hidden), packed[1]).to(dtype)
+        return self.matrices.run(self.matrices.prepare(hidden, inner=True), packed[1]).to(dtype)
 
     def each(self, x: Tensor, experts: Sequence[Packed]) -> Tensor:
         gate, up = self.matrices.each(x, [first for first, _ in experts]).chunk(2, dim=-1)

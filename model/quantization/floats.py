@@ -34,7 +34,7 @@ class Floats:
     def nbytes(self, outputs: int, inputs: int) -> int:
         return self.dtype.itemsize * outputs * inputs
 
-    def prepare(self, x: Tensor) -> Rows:
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         return (x,)
 
 

@@ -104,7 +104,7 @@ class AtenKernel(QuantizedFirst, RowByRow):
         groups = -(-inputs // self.group)
         return outputs * groups * (self.group // 2 + 4)
 
-    def prepare(self, x: Tensor) -> Rows:
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         x = x.to(torch.bfloat16)
         return (pad(x, (0, -x.shape[1] % self.group)) if x.shape[1] % self.group else x,)
 
@@ -135,7 +135,7 @@ class PlainKernel(QuantizedFirst, RowByRow):
         groups = -(-inputs // self.group)
         return outputs * (inputs // 2 + 4 * groups)
 
-    def prepare(self, x: Tensor) -> Rows:
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         return (x.float(),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:

@@ -38,8 +38,8 @@ class MatrixKernel(Protocol):
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Bytes of a packed matrix."""
 
-    def prepare(self, x: Tensor) -> Rows:
-        """Activations [n, inputs], ready for any number of products."""
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        """Activations [n, inputs], ready for any number of products. inner: what an expert computes before w2."""
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         """Prepared rows times the matrix: [rows, outputs]."""

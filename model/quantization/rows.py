@@ -11,20 +11,33 @@ from torch.nn.functional import linear
 
 from ..formats import QuantizedMatrix
 from .floats import Floats
-from .int8 import FINER, quantize, scale_rows, split
+from .int8 import LEVELS, finer, nearest, quantize, scale_rows, split
 from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite
+
+FEW = 8  # rows that are multiplied with bfloat16 weights as fast as the weights are widened
+WIDENED = 2**22  # weights that are widened to float32 at once: the temporaries stay small
 
 
 class FloatRows(Floats, RowByRow):
-    """PyTorch's product with floats as they are."""
+    """PyTorch's product with floats as they are; of many rows in float32 where the processor has none for bfloat16."""
 
     way = "rows"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.widens = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.widens:
+            self.name += " widened"
 
     def pack(self, *weights: Tensor) -> Packed:
         return tuple(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format) for weight in weights)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        return torch.cat([linear(x[0], weight) for weight in packed], dim=1)
+        rows = x[0]
+        if self.widens and len(rows) >= FEW:
+            rows = rows.float()
+            return torch.cat([_widened(rows, weight) for weight in packed], dim=1).to(self.dtype)
+        return torch.cat([linear(rows, weight) for weight in packed], dim=1)
 
 
 class ByteRows(QuantizedFirst, RowByRow):
@@ -41,6 +54,8 @@ class ByteRows(QuantizedFirst, RowByRow):
         return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
+        if not fast():
+            raise NotImplementedError("no fast product of bytes on this CPU")
         if not all(bool(part.scale.isfinite().all()) for part in stored):
             raise not_finite()
         return tuple(tensor.clone() for part in stored for tensor in part[:2])
@@ -48,19 +63,34 @@ class ByteRows(QuantizedFirst, RowByRow):
     def nbytes(self, outputs: int, inputs: int) -> int:
         return outputs * (inputs + 4)
 
-    def prepare(self, x: Tensor) -> Rows:
-        scaled, step, peaked = scale_rows(x)
-        levels, rest = split(scaled)
-        return levels.to(torch.int8), rest.round_().to(torch.int8), step, peaked
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        scaled, step, peaked = scale_rows(x, LEVELS, inner)
+        rest = torch.empty_like(scaled, dtype=torch.int8)  # of peaked rows; the others' is never read
+        if len(second := peaked.nonzero()[:, 0]):
+            rest.index_copy_(0, second, split(scaled[second], LEVELS)[1].round_().to(torch.int8))
+        return nearest(scaled).to(torch.int8), rest, step, peaked
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        levels, rest, step, peaked = x
-        n, second = len(levels), peaked.nonzero()[:, 0]
-        rows = torch.cat((levels, rest.index_select(0, second))) if len(second) else levels
-        found = []
-        for values, scale in zip(packed[::2], packed[1::2], strict=True):
-            out = torch._int_mm(rows, values.t()).float()
-            if len(second):
-                out = out[:n].index_add_(0, second, out[n:], alpha=1 / FINER)
-            found.append(out.mul_(scale))
-        return torch.cat(found, dim=1).mul_(step)
+        rows, rest, step, peaked = x
+        n, second = len(rows), peaked.nonzero()[:, 0]
+        if len(second):
+            rows = torch.cat((rows, rest.index_select(0, second)))
+        values, scales = packed[::2], packed[1::2]
+        out = torch.empty(len(rows), sum(map(len, scales)))
+        parts = torch.split(out, list(map(len, scales)), dim=1)
+        for part, matrix, scale in zip(parts, values, scales, strict=True):
+            torch.mul(torch._int_mm(rows, matrix.t()), scale, out=part)
+        if len(second):
+            out = out[:n].index_add_(0, second, out[n:], alpha=1 / finer(LEVELS))
+        return out.mul_(step)
+
+
+def fast() -> bool:
+    """Whether oneDNN multiplies bytes here; PyTorch's own loop is right too, and a hundred times slower."""
+    return torch.cpu._is_vnni_supported()
+
+
+def _widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, inputs] float32 times a matrix of fewer bits."""
+    outputs = max(1, WIDENED // weight.shape[1])
+    return torch.cat([linear(x, part.float()) for part in torch.split(weight, outputs)], dim=1)
