@@ -72,12 +72,8 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group
     dense = choose("int8" + rows)
-    if dense is None:
-        raise ModelError(
-            "int8 is compiled for processors with AVX-512 VNNI, which this one has not", "leave out --compile"
-        )
     experts = choose(quantize, group) if quantize == "int4" else dense
-    assert experts is not None  # the last kernel of each kind runs everywhere
+    assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
     return Packing(quantize, _experts(experts, weights.config), dense)
 
 

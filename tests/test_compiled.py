@@ -18,6 +18,7 @@ from model.compiled.functions import LONGEST, product
 from model.config import DbrxConfig
 from model.decode import prefill
 from model.errors import ModelError
+from model.quantization import int8
 from tests.cli import Cli
 
 needs_compiler = pytest.mark.skipif(
@@ -56,9 +57,16 @@ def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Ten
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("bytes_fast")
-@pytest.mark.parametrize("bytes_fast", [True], indirect=True)
 @pytest.mark.parametrize(
-    ("quantize", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("int8", "auto"), ("int4", "auto")]
+    ("quantize", "dtype", "bytes_fast"),
+    [
+        ("none", "float32", True),
+        ("none", "bfloat16", True),
+        ("int8", "auto", True),
+        ("int8", "auto", False),
+        ("int4", "auto", False),
+    ],
+    indirect=["bytes_fast"],
 )
 def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     tiny_checkpoint: Path, compiled_folder: Path, quantize: str, dtype: str
@@ -75,16 +83,6 @@ def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert torch.equal(decoded(again, ids)[0], found)
     assert built == [1]  # what was compiled was kept
-
-
-@pytest.mark.usefixtures("bytes_fast")
-@pytest.mark.parametrize("bytes_fast", [False], indirect=True)
-def test_int8_is_not_compiled_where_its_products_are_slow(tiny_checkpoint: Path) -> None:
-    compiler = Compiler(Path("never", "made"), lambda: None)
-    for quantize in ("int8", "int4"):
-        with pytest.raises(ModelError, match="AVX-512 VNNI") as refused:
-            DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, compiler=compiler)
-        assert refused.value.hint == "leave out --compile"
 
 
 @needs_compiler
@@ -147,3 +145,14 @@ def test_a_product_of_long_rows(shape: tuple[int, int]) -> None:
     values, scale, x = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]), torch.randn(shape[1])
     exact = (values.double() @ x.double()) * scale.double()
     torch.testing.assert_close(product(x, (values, scale)).double(), exact, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(12, 48), (5, 4 * LONGEST), (7, 46)])
+def test_a_product_of_words(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(shape[1])
+    stored = int8.quantize(weight)
+    stored.values[0] = torch.where(x > 0, 127, -128)  # the largest sum, and both ends of a byte
+    exact = int8.dequantize(stored).double() @ x.double()
+    found = product(x, quantization.rows.WordRows().load(stored))
+    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()

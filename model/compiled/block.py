@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from ..config import DbrxConfig
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
-from ..quantization.rows import ByteRows, FloatRows
+from ..quantization.rows import ByteRows, FloatRows, WordRows
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
 from .form import Form, Matrices
 
 if TYPE_CHECKING:
     from ..experts import PackedExperts
+
+KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": WordRows}
 
 
 class CompiledBlock(DbrxBlock):
@@ -68,7 +70,7 @@ def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
     """What has to be compiled. experts: whether they are packed too, and not streamed."""
 
     def kind(kernel: MatrixKernel) -> Matrices | None:
-        return "floats" if isinstance(kernel, FloatRows) else "bytes" if isinstance(kernel, ByteRows) else None
+        return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
 
     dense = kind(packing.dense)
     assert dense is not None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quantization.rows import WORD
 from .form import Form, Matrices
 from .functions import AttendIn, AttendOut, Experts, Head
 
@@ -66,6 +67,8 @@ def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
 def _matrix(kind: Matrices, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Tensor, ...]:
     if kind == "floats":
         return (torch.empty(outputs, inputs, dtype=dtype),)
+    if kind == "words":
+        return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
     return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..config import DbrxConfig
 
-Matrices = Literal["floats", "bytes"]
+Matrices = Literal["floats", "bytes", "words"]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, pad
 
 from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
+from ..quantization.rows import WORD
 from ..rope import rotate
 from ..transformer import EPS
 
@@ -19,6 +20,8 @@ Matrix = tuple[Tensor, ...]
 
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
+OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
+MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
 STREAMS = 4  # runs of rows that a loop reads side by side where they are long
 
 
@@ -26,13 +29,25 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     """x [inputs] float32 -> [outputs] float32."""
     values, *scale = matrix
     outputs, inputs = values.shape
-    if inputs <= LONGEST:
+    if inputs < len(x):
+        out = _of_words(x, values)
+    elif inputs <= LONGEST:
         out = (values.float() * x).sum(-1)
     else:
         pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
         runs = values.chunk(STREAMS) if outputs % STREAMS == 0 else (values,)
         out = torch.cat([(rows.float() * x).view(len(rows), pieces, -1).sum(-1).sum(-1) for rows in runs])
     return out * scale[0] if scale else out
+
+
+def _of_words(x: Tensor, words: Tensor) -> Tensor:
+    """As `product`, of `WordRows`: a byte is a float that is exact where it stands in its word, shifted afterwards."""
+    numbers = words.view(torch.int32) ^ OFFSET
+    runs = pad(x, (0, -len(x) % WORD)).view(WORD, -1)
+    out = -128 * runs[:-1].sum()
+    for k, (mask, run) in enumerate(zip(MASKS, runs, strict=True)):
+        out = out + ((numbers & mask).float() * run).sum(-1) * 2.0 ** (-8 * k)
+    return out
 
 
 def normalize(x: Tensor, weight: Tensor) -> Tensor:

@@ -39,16 +39,34 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     return matrix.values.float() * matrix.scale[:, None]
 
 
-def _stack(parts: tuple[QuantizedMatrix, ...]) -> QuantizedMatrix:
-    """One below the other; `ModelError` if a scale is not finite."""
+def check(parts: Sequence[QuantizedMatrix]) -> None:
+    """`ModelError` if a scale is not finite."""
     if not all(bool(part.scale.isfinite().all()) for part in parts):
         raise not_finite()
+
+
+def _stack(parts: tuple[QuantizedMatrix, ...]) -> QuantizedMatrix:
+    """One below the other, checked."""
+    check(parts)
     if len(parts) == 1:
         return parts[0]
     return QuantizedMatrix(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))
 
 
-class FbgemmKernel(QuantizedFirst):
+class Int8(QuantizedFirst):
+    """What kernels of bytes share."""
+
+    quantization = "int8"
+    dtype = torch.float32
+
+    def quantize(self, weight: Tensor) -> QuantizedMatrix:
+        return quantize(weight)
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        return outputs * (inputs + 4)
+
+
+class FbgemmKernel(Int8):
     """FBGEMM's product of bytes (AVX-512 VNNI where there is), which PyTorch carries on x86.
 
     It knows one range for all rows, so each row is scaled to fill its levels before, and back after: a row's result
@@ -59,15 +77,9 @@ class FbgemmKernel(QuantizedFirst):
     are not too many, but too few for any row: each has a second one there.
     """
 
-    quantization = "int8"
-    dtype = torch.float32
-
     def __init__(self, levels: int = LEVELS) -> None:
         self.levels = levels
         self.name = "int8 fbgemm" if levels == LEVELS else "int8 fbgemm 7-bit"
-
-    def quantize(self, weight: Tensor) -> QuantizedMatrix:
-        return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)
@@ -140,22 +152,14 @@ def split(scaled: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return rounded, (scaled - rounded).mul_(finer(levels))
 
 
-class AtenKernel(QuantizedFirst, RowByRow):
+class AtenKernel(Int8, RowByRow):
     """Bytes for the weights only; runs everywhere."""
 
     name = "int8 aten"
-    quantization = "int8"
-    dtype = torch.float32
-
-    def quantize(self, weight: Tensor) -> QuantizedMatrix:
-        return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         values, scale, _ = _stack(stored)
         return values.clone() if len(stored) == 1 else values, scale.clone() if len(stored) == 1 else scale
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        return outputs * (inputs + 4)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         return (x,)

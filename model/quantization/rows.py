@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from ..formats import QuantizedMatrix
 from .floats import Floats
-from .int8 import LEVELS, finer, nearest, quantize, scale_rows, split
-from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite
+from .int8 import LEVELS, Int8, check, finer, nearest, scale_rows, split
+from .kernel import Packed, RowByRow, Rows
 
 FEW = 8  # rows that are multiplied with bfloat16 weights as fast as the weights are widened
+WORD = 4  # bytes
 WIDENED = 2**22  # weights that are widened to float32 at once: the temporaries stay small
 
 
@@ -40,28 +41,19 @@ class FloatRows(Floats, RowByRow):
         return torch.cat([linear(rows, weight) for weight in packed], dim=1)
 
 
-class ByteRows(QuantizedFirst, RowByRow):
+class ByteRows(Int8, RowByRow):
     """Bytes times bytes, summed in integers, by oneDNN (AVX-512 VNNI where there is).
 
     A row whose extreme stands far out has a second one with what rounding took away, as in `FbgemmKernel`.
     """
 
     name = "int8 rows"
-    quantization = "int8"
-    dtype = torch.float32
-
-    def quantize(self, weight: Tensor) -> QuantizedMatrix:
-        return quantize(weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         if not fast():
             raise NotImplementedError("no fast product of bytes on this CPU")
-        if not all(bool(part.scale.isfinite().all()) for part in stored):
-            raise not_finite()
+        check(stored)
         return tuple(tensor.clone() for part in stored for tensor in part[:2])
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        return outputs * (inputs + 4)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         scaled, step, peaked = scale_rows(x, LEVELS, inner)
@@ -83,6 +75,34 @@ class ByteRows(QuantizedFirst, RowByRow):
         if len(second):
             out = out[:n].index_add_(0, second, out[n:], alpha=1 / finer(LEVELS))
         return out.mul_(step)
+
+
+class WordRows(Int8, RowByRow):
+    """Bytes for the weights only, in words of four; several rows are multiplied in float32. Runs everywhere.
+
+    Byte k of a row's word j is its input k * inputs / 4 + j: so compiled loops take inputs that lie one behind the
+    other, and turn words into floats, where the processor has no fast way from bytes to floats.
+    """
+
+    name = "int8 words"
+
+    def load(self, *stored: QuantizedMatrix) -> Packed:
+        check(stored)
+        found: list[Tensor] = []
+        for values, scale, _ in stored:
+            padded = pad(values, (0, -values.shape[1] % WORD))
+            # Floats by name only: PyTorch's compiler loads these at once with AVX2, and other words through memory.
+            words = padded.view(len(values), WORD, -1).transpose(1, 2).contiguous().flatten(1).view(torch.float32)
+            found += words, scale.clone()
+        return tuple(found)
+
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        padded = pad(x, (0, -x.shape[1] % WORD))
+        return (padded.view(len(x), WORD, -1).transpose(1, 2).flatten(1),)
+
+    def run(self, x: Rows, packed: Packed) -> Tensor:
+        pairs = zip(packed[::2], packed[1::2], strict=True)
+        return torch.cat([_widened(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
 
 
 def fast() -> bool:
