@@ -17,11 +17,14 @@ from model import DbrxForCausalLM, KVCache, quantization
 from model.decode import prefill
 from model.errors import DbrxError, InputError, ModelError, ResourceError
 from model.experts import MatricesKernel, PackedExperts, ResidentExperts
+from model.experts.kernel import Kernel
+from model.experts.resident import FloatKernel
+from model.experts.stored_int8 import StoredInt8Kernel
 from model.formats import FloatExpert, open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.packing import at_once, read_expert
-from model.quantization import MatrixKernel, int4, int8
+from model.quantization import MatrixKernel, int4, int8, widened
 from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
 
@@ -437,8 +440,8 @@ def test_bytes_that_are_summed_in_16_bits() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 30])
 def test_bfloat16_is_widened_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(quantization.rows, "WIDENED", 1000)  # less than a matrix
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(widened, "PIECE", 1000)  # less than a matrix
     kernel = quantization.rows.FloatRows(torch.bfloat16)
     assert kernel.name == "bfloat16 rows widened"
     torch.manual_seed(9)
@@ -446,6 +449,23 @@ def test_bfloat16_is_widened_where_the_processor_has_none(monkeypatch: pytest.Mo
     out = kernel.run(kernel.prepare(x), kernel.pack(*weights))
     exact = x.float() @ torch.cat(weights).float().t()
     assert out.dtype == torch.bfloat16 and share(out, exact) < 0.005
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
+def test_experts_as_they_are_stored_are_widened_too(
+    monkeypatch: pytest.MonkeyPatch, rows: int, kind: torch.dtype
+) -> None:
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(widened, "PIECE", 1000)
+    torch.manual_seed(10)
+    expert = FloatExpert(*(torch.randn(HIDDEN, WIDTH).bfloat16() for _ in range(3)))
+    x = torch.randn(rows, WIDTH).bfloat16()
+    kernel: Kernel = FloatKernel(silu) if kind == torch.bfloat16 else StoredInt8Kernel(silu)
+    w1, v1, w2 = (matrix.float() for matrix in expert)
+    exact = (silu(x.float() @ w1.t()) * (x.float() @ v1.t())) @ w2
+    out = kernel.run(kernel.prepare(x), None, kernel.pack(expert))
+    assert out.dtype == torch.bfloat16 and share(out, exact) < CLOSE["none" if kind == torch.bfloat16 else "int8"]
 
 
 @pytest.mark.parametrize("build", KERNELS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..quantization.widened import FEW, widened_linear, widened_matmul, widens
 from .kernel import OneByOne, Packed, mix
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FloatKernel(OneByOne):
-    """Plain products in the weights' own type, on any device."""
+    """Plain products in the weights' own type, on any device; in float32 where the processor has none for that type."""
 
     name = "float"
     quantization = "none"
@@ -42,9 +43,11 @@ class FloatKernel(OneByOne):
     def run(self, prepared: Tensor, rows: Tensor | None, packed: Packed) -> Tensor:
         w1, v1, w2 = packed
         x = prepared if rows is None else prepared[rows]
-        hidden: Tensor = self.activation(linear(x, w1)) * linear(x, v1)
-        out: Tensor = hidden @ w2
-        return out
+        if widens(x.dtype, x.device):
+            times = widened_linear if len(x) >= FEW else linear
+            return widened_matmul(self.activation(times(x, w1)) * times(x, v1), w2)
+        hidden = self.activation(linear(x, w1)) * linear(x, v1)
+        return torch.matmul(hidden, w2)
 
 
 class ExpertWeights(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from ..quantization import int8
 from ..quantization.expert import quantize_expert
 from ..quantization.kernel import not_finite
+from ..quantization.widened import widened_linear, widens
 from .kernel import OneByOne, Packed
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def _product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     # For several rows this product expects bytes that are aligned, and ends the process where they are not.
     if len(x) == 1 and values.shape[1] % LANES == 0:
         out = torch._weight_int8pack_mm(x, values, torch.ones(len(values), dtype=x.dtype))
+    elif widens(x.dtype, x.device):
+        out = widened_linear(x, values)
     else:
         out = torch.cat([linear(x, part.bfloat16()) for part in torch.split(values, PIECE)], dim=1)
     return out.float() * scale

@@ -13,10 +13,9 @@ from ..formats import QuantizedMatrix
 from .floats import Floats
 from .int8 import LEVELS, Int8, check, finer, nearest, scale_rows, split
 from .kernel import Packed, RowByRow, Rows
+from .widened import FEW, widened_linear, widens
 
-FEW = 8  # rows that are multiplied with bfloat16 weights as fast as the weights are widened
 WORD = 4  # bytes
-WIDENED = 2**22  # weights that are widened to float32 at once: the temporaries stay small
 
 
 class FloatRows(Floats, RowByRow):
@@ -26,7 +25,7 @@ class FloatRows(Floats, RowByRow):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.widens = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.widens = widens(dtype, torch.device("cpu"))
         if self.widens:
             self.name += " widened"
 
@@ -34,11 +33,8 @@ class FloatRows(Floats, RowByRow):
         return tuple(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format) for weight in weights)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        rows = x[0]
-        if self.widens and len(rows) >= FEW:
-            rows = rows.float()
-            return torch.cat([_widened(rows, weight) for weight in packed], dim=1).to(self.dtype)
-        return torch.cat([linear(rows, weight) for weight in packed], dim=1)
+        times = widened_linear if self.widens and len(x[0]) >= FEW else linear
+        return torch.cat([times(x[0], weight) for weight in packed], dim=1)
 
 
 class ByteRows(Int8, RowByRow):
@@ -102,15 +98,9 @@ class WordRows(Int8, RowByRow):
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
-        return torch.cat([_widened(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
+        return torch.cat([widened_linear(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
 
 
 def fast() -> bool:
     """Whether oneDNN multiplies bytes here; PyTorch's own loop is right too, and a hundred times slower."""
     return torch.cpu._is_vnni_supported()
-
-
-def _widened(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, inputs] float32 times a matrix of fewer bits."""
-    outputs = max(1, WIDENED // weight.shape[1])
-    return torch.cat([linear(x, part.float()) for part in torch.split(weight, outputs)], dim=1)
