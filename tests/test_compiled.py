@@ -36,8 +36,10 @@ def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bytes_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever this processor can: slow products of bytes are right too."""
-    monkeypatch.setattr(quantization.rows, "fast", lambda: request.param)
+    """As on a processor that multiplies bytes, or on one that does not."""
+    if request.param and not quantization.rows.multiplies_bytes():
+        pytest.skip("not on this CPU")
+    monkeypatch.setattr(quantization.rows, "multiplies_bytes", lambda: request.param)
     quantization.choose.cache_clear()
     yield
     quantization.choose.cache_clear()
@@ -58,18 +60,19 @@ def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Ten
 @pytest.mark.slow
 @pytest.mark.usefixtures("bytes_fast")
 @pytest.mark.parametrize(
-    ("quantize", "dtype", "bytes_fast"),
+    ("quantize", "dtype", "bytes_fast", "within"),
     [
-        ("none", "float32", True),
-        ("none", "bfloat16", True),
-        ("int8", "auto", True),
-        ("int8", "auto", False),
-        ("int4", "auto", False),
+        ("none", "float32", False, 1.1),
+        ("none", "bfloat16", False, 1.1),
+        ("int8", "auto", True, 1.1),
+        ("int4", "auto", True, 1.1),
+        ("int8", "auto", False, 1.5),  # words err otherwise than the bytes of plain steps
+        ("int4", "auto", False, 1.5),
     ],
     indirect=["bytes_fast"],
 )
 def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
-    tiny_checkpoint: Path, compiled_folder: Path, quantize: str, dtype: str
+    tiny_checkpoint: Path, compiled_folder: Path, quantize: str, dtype: str, within: float
 ) -> None:
     built: list[int] = []
     compiler = Compiler(compiled_folder, lambda: built.append(1))
@@ -78,7 +81,7 @@ def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     exact, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
     plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
     found, _ = decoded(network, ids)
-    assert (found - exact).norm() <= max(1e-5 * exact.norm(), 1.5 * (plain - exact).norm())
+    assert (found - exact).norm() <= max(1e-5 * exact.norm(), within * (plain - exact).norm())
     assert built == [1]
     again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert torch.equal(decoded(again, ids)[0], found)

@@ -56,5 +56,5 @@ def test_greedy_tokens(name: str, backend: str) -> None:
 def test_bfloat16_is_within_its_rounding(name: str, backend: str) -> None:
     """Not further from the float32 reference than the reference's own bfloat16, but for chance."""
     figures = fidelity.bfloat16(name, backend)
-    assert figures["mean"] < 1.5 * figures["their mean"]
+    assert figures["mean"] < 1.25 * figures["their mean"]
     assert figures["max"] < 2 * figures["their max"]

@@ -29,7 +29,7 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     """x [inputs] float32 -> [outputs] float32."""
     values, *scale = matrix
     outputs, inputs = values.shape
-    if inputs < len(x):
+    if scale and values.dtype == torch.float32:  # by name only: see `WordRows`
         out = _of_words(x, values)
     elif inputs <= LONGEST:
         out = (values.float() * x).sum(-1)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ..quantization.widened import FEW, widened_linear, widened_matmul, widens
+from ..quantization.widened import linear, matmul
 from .kernel import OneByOne, Packed, mix
 
 if TYPE_CHECKING:
@@ -43,11 +42,7 @@ class FloatKernel(OneByOne):
     def run(self, prepared: Tensor, rows: Tensor | None, packed: Packed) -> Tensor:
         w1, v1, w2 = packed
         x = prepared if rows is None else prepared[rows]
-        if widens(x.dtype, x.device):
-            times = widened_linear if len(x) >= FEW else linear
-            return widened_matmul(self.activation(times(x, w1)) * times(x, v1), w2)
-        hidden = self.activation(linear(x, w1)) * linear(x, v1)
-        return torch.matmul(hidden, w2)
+        return matmul(self.activation(linear(x, w1)) * linear(x, v1), w2)
 
 
 class ExpertWeights(nn.Module):

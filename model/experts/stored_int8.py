@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..quantization import int8
 from ..quantization.expert import quantize_expert
-from ..quantization.kernel import not_finite
-from ..quantization.widened import widened_linear, widens
+from ..quantization.kernel import check_scales
+from ..quantization.widened import linear
 from .kernel import OneByOne, Packed
 
 if TYPE_CHECKING:
     from ..formats import FloatExpert, QuantizedExpert
 
 LANES = 32  # inputs that PyTorch's product of a row with bytes takes at a time; it does not look whether they divide
-PIECE = 256  # outputs that are floats at a time: they stay in the processor's cache
 
 
 class StoredInt8Kernel(OneByOne):
@@ -42,8 +40,7 @@ class StoredInt8Kernel(OneByOne):
         return quantize_expert(expert, int8.quantize)
 
     def load(self, stored: QuantizedExpert) -> Packed:
-        if not all(bool(matrix.scale.isfinite().all()) for matrix in stored):
-            raise not_finite()
+        check_scales(stored)
         return tuple(matrix[:2] for matrix in stored)
 
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
@@ -64,8 +61,6 @@ def _product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     # For several rows this product expects bytes that are aligned, and ends the process where they are not.
     if len(x) == 1 and values.shape[1] % LANES == 0:
         out = torch._weight_int8pack_mm(x, values, torch.ones(len(values), dtype=x.dtype))
-    elif widens(x.dtype, x.device):
-        out = widened_linear(x, values)
     else:
-        out = torch.cat([linear(x, part.bfloat16()) for part in torch.split(values, PIECE)], dim=1)
+        out = linear(x, values)
     return out.float() * scale

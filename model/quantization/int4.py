@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite
+from .kernel import Packed, QuantizedFirst, RowByRow, Rows, check_scales, not_finite
 
 LEVELS = 15
 GROUP = 32  # inputs that share scale and zero point; 128 takes 0.09 GB where 32 take 0.1, and errs more
@@ -91,8 +91,7 @@ class AtenKernel(QuantizedFirst, RowByRow):
     def load(self, *stored: QuantizedMatrix) -> Packed:
         levels = torch.cat([unpack(part.values) for part in stored]).int()
         levels = pad(levels, (0, -levels.shape[1] % self.group))
-        if not all(bool(part.scale.isfinite().all()) for part in stored):
-            raise not_finite()
+        check_scales(stored)
         matrix = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
         scale = torch.cat([part.scale for part in stored]).float()
         zero = torch.cat([part.zero for part in stored if part.zero is not None]).float()
@@ -127,8 +126,7 @@ class PlainKernel(QuantizedFirst, RowByRow):
         return quantize(weight, self.group)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
-        if not all(bool(part.scale.isfinite().all()) for part in stored):
-            raise not_finite()
+        check_scales(stored)
         return tuple(QuantizedMatrix(*(part.clone() for part in matrix if part is not None)) for matrix in stored)
 
     def nbytes(self, outputs: int, inputs: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import QuantizedMatrix
-from .kernel import Packed, QuantizedFirst, RowByRow, Rows, not_finite, paired
+from .kernel import Packed, QuantizedFirst, RowByRow, Rows, check_scales, paired
 
 LEVELS = 127  # -127 .. 127: symmetric, so that no zero point is needed
 SUMMED = 63  # levels of activations where sums of two products have 16 bits: 127 x 127, twice, still fits
@@ -39,15 +39,9 @@ def dequantize(matrix: QuantizedMatrix) -> Tensor:
     return matrix.values.float() * matrix.scale[:, None]
 
 
-def check(parts: Sequence[QuantizedMatrix]) -> None:
-    """`ModelError` if a scale is not finite."""
-    if not all(bool(part.scale.isfinite().all()) for part in parts):
-        raise not_finite()
-
-
 def _stack(parts: tuple[QuantizedMatrix, ...]) -> QuantizedMatrix:
     """One below the other, checked."""
-    check(parts)
+    check_scales(parts)
     if len(parts) == 1:
         return parts[0]
     return QuantizedMatrix(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]))

@@ -71,6 +71,12 @@ def paired(rows: Sequence[T], matrices: Sequence[Packed]) -> Iterable[tuple[T, P
     return zip(repeat(rows[0], len(matrices)) if len(rows) == 1 else rows, matrices, strict=True)
 
 
+def check_scales(parts: Iterable[QuantizedMatrix]) -> None:
+    """`ModelError` if a scale is not finite."""
+    if not all(bool(part.scale.isfinite().all()) for part in parts):
+        raise not_finite()
+
+
 def not_finite() -> ModelError:
     """What a matrix with NaN or infinity in it is refused with: products of bytes would hide them."""
     return ModelError(

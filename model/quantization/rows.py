@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from ..formats import QuantizedMatrix
 from .floats import Floats
-from .int8 import LEVELS, Int8, check, finer, nearest, scale_rows, split
-from .kernel import Packed, RowByRow, Rows
-from .widened import FEW, widened_linear, widens
+from .int8 import LEVELS, Int8, finer, nearest, scale_rows, split
+from .kernel import Packed, RowByRow, Rows, check_scales
+from .widened import linear, widens
 
 WORD = 4  # bytes
 
@@ -25,16 +25,14 @@ class FloatRows(Floats, RowByRow):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.widens = widens(dtype, torch.device("cpu"))
-        if self.widens:
+        if widens(dtype, torch.device("cpu")):
             self.name += " widened"
 
     def pack(self, *weights: Tensor) -> Packed:
         return tuple(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format) for weight in weights)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        times = widened_linear if self.widens and len(x[0]) >= FEW else linear
-        return torch.cat([times(x[0], weight) for weight in packed], dim=1)
+        return torch.cat([linear(x[0], weight) for weight in packed], dim=1)
 
 
 class ByteRows(Int8, RowByRow):
@@ -46,9 +44,9 @@ class ByteRows(Int8, RowByRow):
     name = "int8 rows"
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
-        if not fast():
+        if not multiplies_bytes():
             raise NotImplementedError("no fast product of bytes on this CPU")
-        check(stored)
+        check_scales(stored)
         return tuple(tensor.clone() for part in stored for tensor in part[:2])
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
@@ -83,7 +81,7 @@ class WordRows(Int8, RowByRow):
     name = "int8 words"
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
-        check(stored)
+        check_scales(stored)
         found: list[Tensor] = []
         for values, scale, _ in stored:
             padded = pad(values, (0, -values.shape[1] % WORD))
@@ -98,9 +96,9 @@ class WordRows(Int8, RowByRow):
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
-        return torch.cat([widened_linear(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
+        return torch.cat([linear(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
 
 
-def fast() -> bool:
+def multiplies_bytes() -> bool:
     """Whether oneDNN multiplies bytes here; PyTorch's own loop is right too, and a hundred times slower."""
     return torch.cpu._is_vnni_supported()

@@ -1,4 +1,4 @@
-"""Products in float32 with weights of fewer bits, on processors that multiply these slowly or not at all."""
+"""Products of any weights: made wider a piece at a time, where the processor multiplies them slowly or not at all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 FEW = 8  # rows that PyTorch's own product of bfloat16 weights row by row takes as long for as to widen them
-PIECE = 2**20  # weights that are widened at once: they stay in the processor's cache
+PIECE = 2**20  # weights that are made wider at once: they stay in the processor's cache
 
 
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
@@ -23,14 +23,19 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widened_linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [n, inputs], weight [outputs, inputs] of any type -> [n, outputs] in the dtype of x."""
-    rows, pieces = x.float(), torch.split(weight, max(1, PIECE // weight.shape[1]))
-    return torch.cat([linear(rows, piece.float()) for piece in pieces], dim=1).to(x.dtype)
+    wide = torch.float32 if widens(x.dtype, x.device) else x.dtype
+    if weight.dtype == x.dtype and (wide == x.dtype or len(x) < FEW):
+        return functional.linear(x, weight)
+    rows, pieces = x.to(wide), torch.split(weight, max(1, PIECE // weight.shape[1]))
+    return torch.cat([functional.linear(rows, piece.to(wide)) for piece in pieces], dim=1).to(x.dtype)
 
 
-def widened_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, inputs], weight [inputs, outputs] of any type -> [n, outputs] in the dtype of x."""
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, inputs], weight [inputs, outputs] in the same dtype -> [n, outputs] in it too."""
+    if not widens(x.dtype, x.device):
+        return torch.matmul(x, weight)
     inputs = max(1, PIECE // weight.shape[1])
     out = torch.zeros(len(x), weight.shape[1], device=x.device)
     for part, piece in zip(torch.split(x, inputs, dim=1), torch.split(weight, inputs), strict=True):
