@@ -60,6 +60,17 @@ class KVCache:
                 values[row, start:stop] = v[row, : stop - start]
         return keys[:, :end], values[:, :end]
 
+    def room(
+        self, layer: int, like: Tensor, kv_heads: int, head_dim: int, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's buffers [kv_heads, capacity, head_dim] for whoever appends one token to the only row itself.
+
+        like: of the device and dtype of what is appended.
+        """
+        buffers = self._buffers(layer, like.new_empty(1, 1, kv_heads, head_dim), plan.kv_len)
+        keys, values = (buffer[0].transpose(0, 1) for buffer in buffers)
+        return keys, values
+
     def advance(self, plan: AttentionPlan) -> None:
         """Make the step that was appended to every layer count."""
         self.lengths = list(plan.lengths)

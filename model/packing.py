@@ -72,7 +72,7 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group
     dense = choose("int8" + rows)
-    experts = choose(quantize, group) if quantize == "int4" else dense
+    experts = choose("int4" + rows, group) if quantize == "int4" else dense
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
     return Packing(quantize, _experts(experts, weights.config), dense)
 

@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from model import DbrxForCausalLM, KVCache, quantization
 from model.compiled import Compiler
 from model.compiled.block import CompiledBlock
 from model.compiled.form import Form
-from model.compiled.functions import LONGEST, product
+from model.compiled.functions import attend
+from model.compiled.products import LONGEST, ByteProduct, NibbleProduct, Product, WordProduct
 from model.config import DbrxConfig
 from model.decode import prefill
 from model.errors import ModelError
-from model.quantization import int8
+from model.formats import QuantizedMatrix
+from model.quantization import MatrixKernel, int4, int8
+from model.quantization.widened import multiplies_bfloat16
+from model.quantization.words import NibbleRows, WordRows
 from tests.cli import Cli
 
 needs_compiler = pytest.mark.skipif(
@@ -27,6 +32,7 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = pytest.mark.timeout(400)  # a compiler's half minute, on a busy machine
 PROMPT = torch.arange(100, 120)[None]
 STEPS = 6
+CAPACITY = 11  # twice that is full in the middle of the steps, and grows
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def bytes_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @torch.inference_mode()
 def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits after the prompt and after each of some tokens, and these: the likeliest, or those of `follow`."""
-    cache = KVCache(network.config.n_layers)
+    cache = KVCache(network.config.n_layers, capacity=CAPACITY)
     rows, ids = [prefill(network, PROMPT, cache).float()], []
     for step in range(STEPS):
         ids.append(rows[-1].argmax(-1) if follow is None else follow[step])
@@ -147,7 +153,7 @@ def test_a_product_of_long_rows(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     values, scale, x = torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[0]), torch.randn(shape[1])
     exact = (values.double() @ x.double()) * scale.double()
-    torch.testing.assert_close(product(x, (values, scale)).double(), exact, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(times(ByteProduct(), x, (values, scale)).double(), exact, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(12, 48), (5, 4 * LONGEST), (7, 46)])
@@ -156,6 +162,39 @@ def test_a_product_of_words(shape: tuple[int, int]) -> None:
     weight, x = torch.randn(shape), torch.randn(shape[1])
     stored = int8.quantize(weight)
     stored.values[0] = torch.where(x > 0, 127, -128)  # the largest sum, and both ends of a byte
-    exact = int8.dequantize(stored).double() @ x.double()
-    found = product(x, quantization.rows.WordRows().load(stored))
-    assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+    check(WordRows(), WordProduct(), x, stored, int8.dequantize(stored))
+
+
+@pytest.mark.parametrize("shape", [(12, 64), (5, 4096), (7, 46), (3, 160)])
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_product_of_nibbles(shape: tuple[int, int], group: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(shape[1])
+    stored = int4.quantize(weight, group)
+    stored.values[0] = torch.where(x[0::2] > 0, 0xFF, 0x00)
+    stored.values[1] = 0x0F
+    check(NibbleRows(group), NibbleProduct(group), x, stored, int4.dequantize(stored, group))
+
+
+def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMatrix, meant: Tensor) -> None:
+    """A kernel's matrix, by a compiled product and by its own, of several rows."""
+    exact = meant.double() @ x.double()
+    packed = kernel.load(stored)
+    example = product.example(*meant.shape, torch.float32)
+    assert [(part.shape, part.dtype) for part in packed] == [(part.shape, part.dtype) for part in example]
+    assert (times(product, x, packed) - exact).abs().max() < 1e-5 * exact.abs().max()
+    rows = kernel.run(kernel.prepare(torch.stack((x, -x, 2 * x))), packed)
+    near = 0.01 if multiplies_bfloat16() else 1e-5
+    assert (rows - torch.stack((exact, -exact, 2 * exact))).abs().max() < near * exact.abs().max()
+
+
+def times(product: Product, x: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
+    return product.times(product.ready(x), matrix)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+def test_attention_of_a_lone_token(tokens: int) -> None:
+    torch.manual_seed(0)
+    q, (keys, values) = 3 * torch.randn(6, 8), torch.randn(2, 2, tokens, 8)
+    exact = scaled_dot_product_attention(q.view(2, 3, 8).double(), keys.double(), values.double())
+    torch.testing.assert_close(attend(q, keys, values).double(), exact.view(6, 8), rtol=1e-5, atol=1e-5)

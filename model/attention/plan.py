@@ -45,12 +45,16 @@ class AttentionPlan:
             return starts + torch.arange(self.seq, device=self.device)
         return (starts + self.valid.cumsum(1) - 1).clamp(min=0)
 
+    @cached_property
+    def keys(self) -> Tensor:
+        """[kv_len] index of each key."""
+        return torch.arange(self.kv_len, device=self.device)
+
     def mask(self, device: torch.device) -> Tensor:
         """[batch, 1, seq, kv_len] bool, True where a query sees a key."""
         if device not in self._masks:
             last = self.positions[:1] if self.uniform else self.positions
-            keys = torch.arange(self.kv_len, device=self.device)
-            self._masks[device] = (keys <= last[..., None])[:, None].to(device)
+            self._masks[device] = (self.keys <= last[..., None])[:, None].to(device)
         return self._masks[device]
 
     def compact(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..config import DbrxConfig
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
-from ..quantization.rows import ByteRows, FloatRows, WordRows
+from ..quantization.rows import ByteRows, FloatRows
+from ..quantization.words import NibbleRows, WordRows
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
 from .form import Form, Matrices
@@ -18,7 +19,7 @@ from .form import Form, Matrices
 if TYPE_CHECKING:
     from ..experts import PackedExperts
 
-KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": WordRows}
+KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": WordRows, "nibbles": NibbleRows}
 
 
 class CompiledBlock(DbrxBlock):
@@ -29,18 +30,18 @@ class CompiledBlock(DbrxBlock):
         self.is_last = block.is_last
         self.norm_attn_norm = block.norm_attn_norm
         self.ffn = block.ffn
-        self.attend_in, self.attend_out = functions["attend_in"], functions["attend_out"]
-        self.experts = functions.get("experts")
+        self.attend, self.experts = functions["attend"], functions.get("experts")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         if x.shape[:2] != (1, 1) or step.cache is None or step.want_attentions:
             return super().forward(x, cos, sin, step)
         half, attn = self.norm_attn_norm, self.norm_attn_norm.attn
-        q, k, v = self.attend_in([x, cos, sin, half.norm_1.weight, *_packed(attn.Wqkv)])
-        k, v = step.cache.append(attn.layer, k, v, step.plan)
-        y = step.attend(q, k, v, scale=attn.head_dim**-0.5, plan=step.plan)
-        x, normed, probabilities, weights, chosen = self.attend_out(
-            [x, y.contiguous(), *_packed(attn.out_proj), half.norm_2.weight, self.ffn.router.layer.weight]
+        keys, values = step.cache.room(attn.layer, x, attn.heads[-1], attn.head_dim, step.plan)
+        x, normed, probabilities, weights, chosen = self.attend(
+            [
+                *(x, cos, sin, keys, values, step.plan.keys, half.norm_1.weight),
+                *(*_packed(attn.Wqkv), *_packed(attn.out_proj), half.norm_2.weight, self.ffn.router.layer.weight),
+            ]
         )
         if self.experts is None:
             out = self.ffn.experts(normed.to(x.dtype), chosen, weights.to(x.dtype))
@@ -72,10 +73,11 @@ def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
     def kind(kernel: MatrixKernel) -> Matrices | None:
         return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
 
-    dense = kind(packing.dense)
-    assert dense is not None
-    dtype = str(packing.dtype).removeprefix("torch.")
-    return Form(config, dtype, dense, kind(packing.experts.matrices) if experts else None)
+    dense, sparse = packing.dense, packing.experts.matrices
+    found = kind(dense)
+    assert found is not None
+    group = sparse.group if isinstance(sparse, NibbleRows) else 0
+    return Form(config, str(packing.dtype).removeprefix("torch."), found, kind(sparse) if experts else None, group)
 
 
 def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) -> None:

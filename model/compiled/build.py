@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.export import Dim
 
-from ..quantization.rows import WORD
-from .form import Form, Matrices
-from .functions import AttendIn, AttendOut, Experts, Head
+from .form import Form
+from .functions import Attend, Experts, Head
+from .products import product
+
+TOKENS = 512  # that are cached, for an example
 
 
 def main() -> None:
@@ -26,50 +29,43 @@ def main() -> None:
     folder = Path(sys.argv[1])
     form = Form.from_dict(json.load(sys.stdin))
     config.cpp.dynamic_threads = True  # as many as are set when it runs
-    for name, (function, example) in functions(form).items():
+    config.cpp.enable_floating_point_contract_flag = "fast"  # multiply and add at once
+    for name, (function, example, sizes) in functions(form).items():
         with torch.no_grad():
-            exported = torch.export.export(function.eval(), example)
+            exported = torch.export.export(function.eval(), example, dynamic_shapes=sizes)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / f"{name}.pt2"))
 
 
-def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
-    """Each function with arguments of the right types and shapes; their numbers are never read."""
+def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]]:
+    """Each function, arguments of the right types and shapes, whose numbers are never read, and which sizes vary."""
     config, ffn, dtype = form.config, form.config.ffn_config, getattr(torch, form.dtype)
-    d, width = config.d_model, config.head_dim
-    norm = torch.empty(d, dtype=dtype)
+    d, width, kv_heads = config.d_model, config.head_dim, config.attn_config.kv_n_heads
     x = torch.empty(1, 1, d, dtype=dtype)
-    angles = torch.empty(1, 1, 1, width)
-    qkv = (config.n_heads + 2 * config.attn_config.kv_n_heads) * width
-    found: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
-        "attend_in": (AttendIn(config), (x, angles, angles.clone(), norm, _matrix(form.dense, dtype, qkv, d))),
-        "attend_out": (
-            AttendOut(config),
-            (
-                x,
-                torch.empty(1, 1, config.n_heads, width, dtype=dtype),
-                _matrix(form.dense, dtype, d, d),
-                norm,
-                torch.empty(ffn.moe_num_experts, d, dtype=dtype),
-            ),
+    # No tensor serves as two arguments: they would be taken for one.
+    cos, sin = torch.empty(2, 1, 1, 1, width).unbind()
+    keys, values = (torch.empty(kv_heads, 2 * TOKENS, width, dtype=dtype) for _ in range(2))
+    norm_1, norm_2 = (torch.empty(d, dtype=dtype) for _ in range(2))
+    router = torch.empty(ffn.moe_num_experts, d, dtype=dtype)
+    dense = product(form.dense, form.group)
+    Wqkv = dense.example((config.n_heads + 2 * kv_heads) * width, d, dtype)
+    out_proj = dense.example(d, d, dtype)
+    capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 1), ("tokens", 0)))
+    fixed = (None,) * len(Wqkv)
+    found: dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]] = {
+        "attend": (
+            Attend(config, dense),
+            (x, cos, sin, keys, values, torch.arange(TOKENS), norm_1, Wqkv, out_proj, norm_2, router),
+            (None, None, None, capacity, capacity, tokens, None, fixed, fixed, None, None),
         ),
-        "head": (Head(), (x, _matrix(form.dense, dtype, config.vocab_size, d))),
+        "head": (Head(dense), (x, dense.example(config.vocab_size, d, dtype)), None),
     }
     if form.experts is not None:
-        hidden = ffn.ffn_hidden_size
-        experts = [
-            tuple(_matrix(form.experts, dtype, *shape) for shape in ((hidden, d), (hidden, d), (d, hidden)))
-            for _ in range(ffn.moe_top_k)
-        ]
-        found["experts"] = Experts(config), (x, torch.empty(1, d), torch.empty(1, ffn.moe_top_k), experts)
+        sparse = product(form.experts, form.group)
+        shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)
+        experts = [tuple(sparse.example(*shape, dtype) for shape in shapes) for _ in range(ffn.moe_top_k)]
+        weights = torch.empty(1, ffn.moe_top_k)
+        found["experts"] = Experts(config, sparse), (x, torch.empty(1, d), weights, experts), None
     return found
-
-
-def _matrix(kind: Matrices, dtype: torch.dtype, outputs: int, inputs: int) -> tuple[Tensor, ...]:
-    if kind == "floats":
-        return (torch.empty(outputs, inputs, dtype=dtype),)
-    if kind == "words":
-        return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
-    return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
 
 
 if __name__ == "__main__":

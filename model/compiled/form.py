@@ -13,17 +13,21 @@ import torch
 
 from ..config import DbrxConfig
 
-Matrices = Literal["floats", "bytes", "words"]
+Matrices = Literal["floats", "bytes", "words", "nibbles"]
 
 
 @dataclass(frozen=True)
 class Form:
-    """A network's shapes and types. dtype: of activations and float weights; experts: None where others compute."""
+    """A network's shapes and types. dtype: of activations and float weights; experts: None where others compute.
+
+    group: of nibbles.
+    """
 
     config: DbrxConfig
     dtype: str
     dense: Matrices
     experts: Matrices | None
+    group: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Form:
@@ -37,7 +41,7 @@ class Form:
         """A name for what is compiled from this form here: by this version of PyTorch, for this processor."""
         facts = json.dumps([self.to_dict(), torch.__version__, _processor()])
         here = Path(__file__).parent
-        sources = [(here / name).read_bytes() for name in ("functions.py", "build.py")]
+        sources = [(here / name).read_bytes() for name in ("products.py", "functions.py", "build.py")]
         return hashlib.sha256(b"\0".join((facts.encode(), *sources))).hexdigest()[:32]
 
 

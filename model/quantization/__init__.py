@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import floats, int4, int8, rows
+from . import floats, int4, int8, rows, words
 from .kernel import MatrixKernel, Packed, Rows
 from .linear import PackedLinear
 
@@ -25,7 +25,8 @@ KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
 ROWS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
     "float32 rows": (partial(rows.FloatRows, torch.float32),),
     "bfloat16 rows": (partial(rows.FloatRows, torch.bfloat16),),
-    "int8 rows": (rows.ByteRows, rows.WordRows),
+    "int8 rows": (rows.ByteRows, words.WordRows),
+    "int4 rows": (words.NibbleRows, int4.AtenKernel, int4.PlainKernel),
 }
 TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
 
@@ -67,6 +68,6 @@ def _both(kernel: MatrixKernel, weight: Tensor) -> tuple[Packed, Tensor]:
     if kernel.quantization == "none":
         return kernel.pack(weight), weight
     stored = kernel.quantize(weight)
-    if isinstance(kernel, int4.AtenKernel | int4.PlainKernel):
+    if isinstance(kernel, int4.Int4):
         return kernel.load(stored), int4.dequantize(stored, kernel.group)
     return kernel.load(stored), int8.dequantize(stored)

@@ -75,18 +75,27 @@ def _fit(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale[..., 0], zero[..., 0]
 
 
-class AtenKernel(QuantizedFirst, RowByRow):
-    """PyTorch's own product with 4-bit weights, in bfloat16."""
+class Int4(QuantizedFirst):
+    """What kernels for such matrices share. group: inputs that share scale and zero point."""
 
-    name = "int4 aten"
     quantization = "int4"
-    dtype = torch.bfloat16
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         return quantize(weight, self.group)
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        groups = -(-inputs // self.group)
+        return outputs * groups * (self.group // 2 + 4)
+
+
+class AtenKernel(Int4, RowByRow):
+    """PyTorch's own product with 4-bit weights, in bfloat16."""
+
+    name = "int4 aten"
+    dtype = torch.bfloat16
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         levels = torch.cat([unpack(part.values) for part in stored]).int()
@@ -99,10 +108,6 @@ class AtenKernel(QuantizedFirst, RowByRow):
         ranges = torch.stack((scale, (8 - zero) * scale), dim=-1)
         return matrix, ranges.transpose(0, 1).to(torch.bfloat16).contiguous()
 
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        groups = -(-inputs // self.group)
-        return outputs * groups * (self.group // 2 + 4)
-
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         x = x.to(torch.bfloat16)
         return (pad(x, (0, -x.shape[1] % self.group)) if x.shape[1] % self.group else x,)
@@ -112,18 +117,11 @@ class AtenKernel(QuantizedFirst, RowByRow):
         return out
 
 
-class PlainKernel(QuantizedFirst, RowByRow):
+class PlainKernel(Int4, RowByRow):
     """Floats again at each product: slow, for shapes and processors that nothing else is made for."""
 
     name = "int4 plain"
-    quantization = "int4"
     dtype = torch.float32
-
-    def __init__(self, group: int = GROUP) -> None:
-        self.group = group
-
-    def quantize(self, weight: Tensor) -> QuantizedMatrix:
-        return quantize(weight, self.group)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         check_scales(stored)

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..formats import QuantizedMatrix
 from .floats import Floats
 from .int8 import LEVELS, Int8, finer, nearest, scale_rows, split
 from .kernel import Packed, RowByRow, Rows, check_scales
 from .widened import linear, widens
-
-WORD = 4  # bytes
 
 
 class FloatRows(Floats, RowByRow):
@@ -69,34 +66,6 @@ class ByteRows(Int8, RowByRow):
         if len(second):
             out = out[:n].index_add_(0, second, out[n:], alpha=1 / finer(LEVELS))
         return out.mul_(step)
-
-
-class WordRows(Int8, RowByRow):
-    """Bytes for the weights only, in words of four; several rows are multiplied in float32. Runs everywhere.
-
-    Byte k of a row's word j is its input k * inputs / 4 + j: so compiled loops take inputs that lie one behind the
-    other, and turn words into floats, where the processor has no fast way from bytes to floats.
-    """
-
-    name = "int8 words"
-
-    def load(self, *stored: QuantizedMatrix) -> Packed:
-        check_scales(stored)
-        found: list[Tensor] = []
-        for values, scale, _ in stored:
-            padded = pad(values, (0, -values.shape[1] % WORD))
-            # Floats by name only: PyTorch's compiler loads these at once with AVX2, and other words through memory.
-            words = padded.view(len(values), WORD, -1).transpose(1, 2).contiguous().flatten(1).view(torch.float32)
-            found += words, scale.clone()
-        return tuple(found)
-
-    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        padded = pad(x, (0, -x.shape[1] % WORD))
-        return (padded.view(len(x), WORD, -1).transpose(1, 2).flatten(1),)
-
-    def run(self, x: Rows, packed: Packed) -> Tensor:
-        pairs = zip(packed[::2], packed[1::2], strict=True)
-        return torch.cat([linear(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
 
 
 def multiplies_bytes() -> bool:

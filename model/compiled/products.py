@@ -1,0 +1,141 @@
+"""How a compiled function multiplies a row with a matrix: a choice, by how the matrix is held.
+
+`ready` makes of a row [inputs] in float32 what its products share, `times` is a product, [outputs] in float32. It
+reads the weights once, row by row, in the order in which they lie in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..quantization.words import BLOCK, NIBBLES, WORD, nibble_mask
+from .form import Matrices
+
+Matrix = tuple[Tensor, ...]
+
+LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
+STREAMS = 4  # runs of rows that a loop reads side by side where they are long
+OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
+MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
+CHAIN = 4  # products that are added one after the other: of more, each waits too long for the one before
+
+
+class Product(Protocol):
+    """Stateless: one object serves all matrices that are held in its way."""
+
+    def ready(self, x: Tensor) -> Any:
+        """What products of the row x share."""
+
+    def times(self, row: Any, matrix: Matrix) -> Tensor:
+        """A row that is ready times the matrix."""
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        """A matrix with the right types and shapes, to compile for. dtype: of float weights."""
+
+
+class FloatProduct:
+    """(values [outputs, inputs],)"""
+
+    def ready(self, x: Tensor) -> Tensor:
+        return x
+
+    def times(self, row: Tensor, matrix: Matrix) -> Tensor:
+        (values,) = matrix
+        outputs, inputs = values.shape
+        if inputs <= LONGEST:
+            return (values.float() * row).sum(-1)
+        pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
+        runs = values.chunk(STREAMS) if outputs % STREAMS == 0 else (values,)
+        return torch.cat([(rows.float() * row).view(len(rows), pieces, -1).sum(-1).sum(-1) for rows in runs])
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        return (torch.empty(outputs, inputs, dtype=dtype),)
+
+
+class ByteProduct(FloatProduct):
+    """(values [outputs, inputs], scale [outputs])"""
+
+    def times(self, row: Tensor, matrix: Matrix) -> Tensor:
+        return super().times(row, matrix[:1]) * matrix[1]
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
+
+
+class WordProduct:
+    """(words [outputs, inputs / 4], scale [outputs]): see `WordRows`.
+
+    A byte is masked, and a float that is exact where it stands in its word; the inputs make up for where that is.
+    """
+
+    def ready(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        runs = pad(x, (0, -len(x) % WORD)).view(WORD, -1)
+        places = torch.tensor([256.0**-k for k in range(WORD)])
+        return kept(runs * places[:, None]), -128 * runs[:-1].sum()
+
+    def times(self, row: tuple[Tensor, Tensor], matrix: Matrix) -> Tensor:
+        runs, offset = row
+        words, scale = matrix
+        numbers = words.view(torch.int32) ^ OFFSET
+        parts = [(numbers & mask).float() * run for mask, run in zip(MASKS, runs, strict=True)]
+        return (_tree(parts).sum(-1) + offset) * scale
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
+
+
+class NibbleProduct:
+    """(words [outputs, blocks, 4, groups], ranges [outputs, groups]): see `NibbleRows`.
+
+    As `WordProduct`. A lane adds what belongs to one group before the group's scale and zero point meet it.
+    """
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = pad(x, (0, -len(x) % self.group)).view(-1, self.group // BLOCK, BLOCK // NIBBLES, NIBBLES)
+        places = torch.tensor([16.0**-j for j in range(NIBBLES)])
+        sums, signed = blocks.sum((2, 3)).t(), 8 * blocks[..., -1].sum(2).t()
+        return kept((blocks * places).permute(1, 2, 3, 0)), kept(sums), kept(signed)
+
+    def times(self, row: tuple[Tensor, Tensor, Tensor], matrix: Matrix) -> Tensor:
+        runs, sums, signed = row
+        words, ranges = (part.view(torch.int32) for part in matrix)
+        places = [(r, j) for r in range(BLOCK // NIBBLES) for j in range(NIBBLES)]
+        found = _tree([(words[:, :, r] & nibble_mask(j)).float() * runs[:, r, j] for r, j in places])
+        scale, zero = ((bits[:, None] & -0x10000).view(torch.float32) for bits in (ranges, ranges << 16))
+        return ((found + signed - zero * sums) * scale).sum(-1).sum(-1)
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        groups = -(-inputs // self.group)
+        words = torch.empty(outputs, self.group // BLOCK, BLOCK // NIBBLES, groups)
+        return words, torch.empty(outputs, groups)
+
+
+def _tree(parts: list[Tensor]) -> Tensor:
+    """Their sum, with few that wait for each other."""
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + CHAIN], parts[i]) for i in range(0, len(parts), CHAIN)]
+    return parts[0]
+
+
+def kept(x: Tensor) -> Tensor:
+    """Computed once, into memory, and not again in each loop that reads it, which PyTorch's compiler would do."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
+def product(matrices: Matrices, group: int) -> Product:
+    """That of matrices which are held in this way."""
+    products: dict[Matrices, Product] = {
+        "floats": FloatProduct(),
+        "bytes": ByteProduct(),
+        "words": WordProduct(),
+        "nibbles": NibbleProduct(group),
+    }
+    return products[matrices]
