@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,11 @@ CAPACITY = 11  # twice that is full in the middle of the steps, and grows
 
 @pytest.fixture(scope="module")
 def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
+    """One for all workers: parts that networks share are compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -134,11 +139,12 @@ def test_what_cannot_be_compiled_is_refused(tiny_checkpoint: Path, tmp_path: Pat
 
 def test_a_damaged_package_is_named(tmp_path: Path) -> None:
     form = Form(DbrxConfig(), "float32", "floats", "floats")
-    (tmp_path / form.key).mkdir()
-    (tmp_path / form.key / "head.pt2").write_bytes(b"no archive")
+    for part in form.parts():
+        (tmp_path / part.key).mkdir()
+    (tmp_path / part.key / "experts.pt2").write_bytes(b"no archive")
     with pytest.raises(ModelError) as caught:
         Compiler(tmp_path, lambda: None).functions(form)
-    assert f"rm -r '{tmp_path / form.key}'" in caught.value.one_line
+    assert f"rm -r '{tmp_path / part.key}'" in caught.value.one_line
 
 
 def test_forms_share_nothing_that_differs() -> None:
@@ -146,6 +152,14 @@ def test_forms_share_nothing_that_differs() -> None:
     forms.append(Form(DbrxConfig(d_model=4096), "float32", "floats", None))
     assert len({form.key for form in forms}) == 3
     assert Form.from_dict(forms[0].to_dict()) == forms[0]
+
+
+def test_forms_share_the_part_that_does_not_differ() -> None:
+    words, nibbles = (Form(DbrxConfig(), "float32", "words", *rest) for rest in (("words",), ("nibbles", 32)))
+    streamed = Form(DbrxConfig(), "float32", "words", None)
+    (dense, experts), others = words.parts(), nibbles.parts()
+    assert [dense] == streamed.parts() == others[:1]
+    assert experts.key != others[1].key
 
 
 @pytest.mark.parametrize("shape", [(12, 48), (8, 3 * LONGEST), (7, LONGEST + 2)])

@@ -73,11 +73,14 @@ def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
     def kind(kernel: MatrixKernel) -> Matrices | None:
         return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
 
-    dense, sparse = packing.dense, packing.experts.matrices
-    found = kind(dense)
-    assert found is not None
-    group = sparse.group if isinstance(sparse, NibbleRows) else 0
-    return Form(config, str(packing.dtype).removeprefix("torch."), found, kind(sparse) if experts else None, group)
+    sparse = packing.experts.matrices
+    return Form(
+        config,
+        dtype=str(packing.dtype).removeprefix("torch."),
+        dense=kind(packing.dense),
+        experts=kind(sparse) if experts else None,
+        group=sparse.group if isinstance(sparse, NibbleRows) else 0,
+    )
 
 
 def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) -> None:

@@ -41,24 +41,24 @@ def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...], tuple[A
     config, ffn, dtype = form.config, form.config.ffn_config, getattr(torch, form.dtype)
     d, width, kv_heads = config.d_model, config.head_dim, config.attn_config.kv_n_heads
     x = torch.empty(1, 1, d, dtype=dtype)
+    found: dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]] = {}
     # No tensor serves as two arguments: they would be taken for one.
-    cos, sin = torch.empty(2, 1, 1, 1, width).unbind()
-    keys, values = (torch.empty(kv_heads, 2 * TOKENS, width, dtype=dtype) for _ in range(2))
-    norm_1, norm_2 = (torch.empty(d, dtype=dtype) for _ in range(2))
-    router = torch.empty(ffn.moe_num_experts, d, dtype=dtype)
-    dense = product(form.dense, form.group)
-    Wqkv = dense.example((config.n_heads + 2 * kv_heads) * width, d, dtype)
-    out_proj = dense.example(d, d, dtype)
-    capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 1), ("tokens", 0)))
-    fixed = (None,) * len(Wqkv)
-    found: dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]] = {
-        "attend": (
+    if form.dense is not None:
+        dense = product(form.dense, form.group)
+        cos, sin = torch.empty(2, 1, 1, 1, width).unbind()
+        keys, values = (torch.empty(kv_heads, 2 * TOKENS, width, dtype=dtype) for _ in range(2))
+        norm_1, norm_2 = (torch.empty(d, dtype=dtype) for _ in range(2))
+        router = torch.empty(ffn.moe_num_experts, d, dtype=dtype)
+        Wqkv = dense.example((config.n_heads + 2 * kv_heads) * width, d, dtype)
+        out_proj = dense.example(d, d, dtype)
+        capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 1), ("tokens", 0)))
+        fixed = (None,) * len(Wqkv)
+        found["attend"] = (
             Attend(config, dense),
             (x, cos, sin, keys, values, torch.arange(TOKENS), norm_1, Wqkv, out_proj, norm_2, router),
             (None, None, None, capacity, capacity, tokens, None, fixed, fixed, None, None),
-        ),
-        "head": (Head(dense), (x, dense.example(config.vocab_size, d, dtype)), None),
-    }
+        )
+        found["head"] = Head(dense), (x, dense.example(config.vocab_size, d, dtype)), None
     if form.experts is not None:
         sparse = product(form.experts, form.group)
         shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)

@@ -36,17 +36,13 @@ class Compiler:
 
     def functions(self, form: Form) -> Mapping[str, Function]:
         """Those of a form, by name; `ModelError` where they cannot be made."""
-        found = self.folder / form.key
-        if not found.is_dir():
+        folders = [(part, self.folder / part.key) for part in form.parts()]
+        missing = [(part, found) for part, found in folders if not found.is_dir()]
+        if missing:
             self.building()
-            self._build(form, found)
-        try:
-            return {path.stem: _load(path) for path in found.glob("*.pt2")}
-        except RuntimeError as error:
-            raise ModelError(
-                f"{found}: compiled functions cannot be loaded: {str(error).strip().splitlines()[0]}",
-                f"rm -r '{found}'",
-            ) from None
+        for part, found in missing:
+            self._build(part, found)
+        return {path.stem: _load(path) for _, found in folders for path in found.glob("*.pt2")}
 
     def _build(self, form: Form, found: Path) -> None:
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -71,5 +67,11 @@ class Compiler:
 
 def _load(path: Path) -> Function:
     """Without `torch._inductor.aoti_load_package`, which imports PyTorch's compiler: a second."""
-    package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    try:
+        package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path.parent}: compiled functions cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"rm -r '{path.parent}'",
+        ) from None
     return cast("Function", package.run)

@@ -1,11 +1,11 @@
-"""What compiled functions depend on: networks of the same form share them."""
+"""What compiled functions depend on: networks of the same form share them, and of those that differ, a part."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,14 @@ Matrices = Literal["floats", "bytes", "words", "nibbles"]
 
 @dataclass(frozen=True)
 class Form:
-    """A network's shapes and types. dtype: of activations and float weights; experts: None where others compute.
+    """Shapes and types. dtype: of activations and float weights; group: of nibbles.
 
-    group: of nibbles.
+    dense: how the matrices of attention and head are held; experts: how those of the experts. None leaves them out.
     """
 
     config: DbrxConfig
     dtype: str
-    dense: Matrices
+    dense: Matrices | None
     experts: Matrices | None
     group: int = 0
 
@@ -35,6 +35,11 @@ class Form:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"config": self.config.to_dict()}
+
+    def parts(self) -> list[Form]:
+        """Attention and head, and the experts: networks that share only one of them share what is compiled for it."""
+        dense, experts = replace(self, experts=None, group=0), replace(self, dense=None)
+        return [part for part in (dense, experts) if part.dense or part.experts]
 
     @property
     def key(self) -> str:
