@@ -67,9 +67,10 @@ class KVCache:
 
         like: of the device and dtype of what is appended.
         """
-        buffers = self._buffers(layer, like.new_empty(1, 1, kv_heads, head_dim), plan.kv_len)
-        keys, values = (buffer[0].transpose(0, 1) for buffer in buffers)
-        return keys, values
+        held = self._layers[layer]
+        if held is None or held[0].shape[1] < plan.kv_len:
+            held = self._layers[layer] = self._grown(layer, like.new_empty(1, 1, kv_heads, head_dim), plan.kv_len)
+        return held[0][0].transpose(0, 1), held[1][0].transpose(0, 1)
 
     def advance(self, plan: AttentionPlan) -> None:
         """Make the step that was appended to every layer count."""

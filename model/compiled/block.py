@@ -23,32 +23,32 @@ KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": 
 
 
 class CompiledBlock(DbrxBlock):
-    """Takes the parts of a block over. A lone row goes through compiled functions, all else as it did."""
+    """Takes the parts of a packed block over. A lone row goes through compiled functions, all else as it did."""
 
     def __init__(self, block: DbrxBlock, functions: Mapping[str, Function]) -> None:
         nn.Module.__init__(self)
         self.is_last = block.is_last
-        self.norm_attn_norm = block.norm_attn_norm
+        self.norm_attn_norm = half = block.norm_attn_norm
         self.ffn = block.ffn
         self.attend, self.experts = functions["attend"], functions.get("experts")
+        # Found once: a step of a small model would wait for it as long as for a matrix.
+        self.matrices = _packed(half.attn.Wqkv) + _packed(half.attn.out_proj)
+        if self.experts is not None:
+            held = cast("PackedExperts", block.ffn.experts).experts
+            self.expert_parts = [[part for matrix in expert for part in matrix] for expert in held]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         if x.shape[:2] != (1, 1) or step.cache is None or step.want_attentions:
             return super().forward(x, cos, sin, step)
-        half, attn = self.norm_attn_norm, self.norm_attn_norm.attn
-        keys, values = step.cache.room(attn.layer, x, attn.heads[-1], attn.head_dim, step.plan)
-        x, normed, probabilities, weights, chosen = self.attend(
-            [
-                *(x, cos, sin, keys, values, step.plan.keys, half.norm_1.weight),
-                *(*_packed(attn.Wqkv), *_packed(attn.out_proj), half.norm_2.weight, self.ffn.router.layer.weight),
-            ]
-        )
+        half, attn, router = self.norm_attn_norm, self.norm_attn_norm.attn, self.ffn.router.layer
+        room = step.cache.room(attn.layer, x, attn.heads[-1], attn.head_dim, step.plan)
+        weights = half.norm_1.weight, *self.matrices, half.norm_2.weight, router.weight
+        x, normed, probabilities, shares, chosen = self.attend([x, cos, sin, *room, step.plan.keys, *weights])
         if self.experts is None:
-            out = self.ffn.experts(normed.to(x.dtype), chosen, weights.to(x.dtype))
+            out = self.ffn.experts(normed.to(x.dtype), chosen, shares.to(x.dtype))
             return x + out, probabilities, None
-        held = cast("PackedExperts", self.ffn.experts).experts
-        parts = [part for expert in chosen[0].tolist() for matrix in held[expert] for part in matrix]
-        (x,) = self.experts([x, normed, weights, *parts])
+        parts = [part for expert in chosen[0].tolist() for part in self.expert_parts[expert]]
+        (x,) = self.experts([x, normed, shares, *parts])
         return x, probabilities, None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..quantization.words import BLOCK, NIBBLES, WORD, nibble_mask
+from ..quantization.words import BLOCK, HIGH, NIBBLES, WORD, nibble_mask
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
@@ -108,7 +108,7 @@ class NibbleProduct:
         words, ranges = (part.view(torch.int32) for part in matrix)
         places = [(r, j) for r in range(BLOCK // NIBBLES) for j in range(NIBBLES)]
         found = _tree([(words[:, :, r] & nibble_mask(j)).float() * runs[:, r, j] for r, j in places])
-        scale, zero = ((bits[:, None] & -0x10000).view(torch.float32) for bits in (ranges, ranges << 16))
+        scale, zero = ((bits[:, None] & HIGH).view(torch.float32) for bits in (ranges, ranges << 16))
         return ((found + signed - zero * sums) * scale).sum(-1).sum(-1)
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:

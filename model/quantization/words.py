@@ -16,11 +16,13 @@ from ..formats import QuantizedMatrix
 from .int4 import Int4, unpack
 from .int8 import Int8
 from .kernel import Packed, RowByRow, Rows, check_scales
-from .widened import PIECE, linear, multiplies_bfloat16
+from .widened import linear, multiplies_bfloat16
 
+PIECE = 2**18  # weights that become floats at once
 WORD = 4  # bytes
 NIBBLES = 8  # in a word
 BLOCK = 32  # inputs that lie in the words of one lane
+HIGH = -0x10000  # the upper half of a word: what a bfloat16 is of a float32
 
 
 class WordRows(Int8, RowByRow):
@@ -76,27 +78,34 @@ class NibbleRows(Int4, RowByRow):
         return tuple(found)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        """The rows in the order of the words, each input as small as its nibble stands high; sums by group, of all
+        inputs and, eightfold, of those that meet the highest nibbles.
+        """
         padded = functional.pad(x, (0, -x.shape[1] % self.group))
-        rows = padded.view(len(x), -1, self.group).transpose(1, 2).flatten(1)
-        return (rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32),)
+        groups = padded.view(len(x), -1, self.group // NIBBLES, NIBBLES)
+        rows = (groups * torch.tensor([16.0**-j for j in range(NIBBLES)])).permute(0, 2, 3, 1).flatten(1)
+        dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        return rows.to(dtype), groups.sum((2, 3)), 8 * groups[..., -1].sum(2)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        (rows,) = x
-        outputs = max(1, PIECE // rows.shape[1])
         pairs = zip(packed[::2], packed[1::2], strict=True)
-        pieces = [piece for pair in pairs for piece in zip(*(part.split(outputs) for part in pair), strict=True)]
-        parts = [functional.linear(rows, _floats(*piece).to(rows.dtype)) for piece in pieces]
-        return torch.cat(parts, dim=1).float()
+        return torch.cat([_product(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs], dim=1)
 
 
-def _floats(words: Tensor, ranges: Tensor) -> Tensor:
-    """A piece of a matrix [outputs, inputs] in float32, in the order in which its words hold it."""
-    masks = torch.tensor([nibble_mask(j) for j in range(NIBBLES)], dtype=torch.int32)
-    place = torch.tensor([16.0**-j for j in range(NIBBLES)])
-    signed = torch.tensor([0.0] * (NIBBLES - 1) + [8.0])
-    zero, scale = ranges[..., None].view(torch.bfloat16).float()[:, None, None, None].unbind(-1)
-    levels = (words.view(torch.int32)[:, :, :, None] & masks[:, None]).float()
-    return torch.addcmul((signed[:, None] - zero) * scale, levels, place[:, None] * scale).flatten(1)
+def _product(rows: Tensor, sums: Tensor, signed: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
+    """Rows as `NibbleRows` prepares them times one matrix, a piece at a time: [rows, outputs] in float32."""
+    scale, zero = ((bits & HIGH).view(torch.float32) for bits in (ranges, ranges << 16))
+    out = functional.linear(signed, scale) - functional.linear(sums, zero * scale)
+    masks = torch.tensor([nibble_mask(j) for j in range(NIBBLES)], dtype=torch.int32)[:, None]
+    outputs = min(len(words), max(1, PIECE // rows.shape[1]))
+    shape = (outputs, *words.shape[1:3], NIBBLES, words.shape[3])
+    nibbles, floats = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
+    pieces = (torch.split(whole, outputs) for whole in (words, scale, out.t()))
+    for part, scales, columns in zip(*pieces, strict=True):
+        levels = floats[: len(part)].copy_(torch.bitwise_and(part[:, :, :, None], masks, out=nibbles[: len(part)]))
+        weights = levels.mul_(scales[:, None, None, None]).flatten(1)
+        columns += functional.linear(rows, weights.to(rows.dtype)).t()
+    return out
 
 
 def nibble_mask(j: int) -> int:
