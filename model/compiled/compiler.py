@@ -22,6 +22,7 @@ from .form import Form
 
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # what the arguments hold, one tensor after the other
 LAST_LINES = 3  # of what a compiler says
+FORM, PACKAGES, SAID = "form.json", "packages", "said"  # in the folder of a process that compiles
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,45 @@ class Compiler:
         missing = [(part, found) for part, found in folders if not found.is_dir()]
         if missing:
             self.building()
-        for part, found in missing:
-            self._build(part, found)
+            self._build(missing)
         return {path.stem: _load(path) for _, found in folders for path in found.glob("*.pt2")}
 
-    def _build(self, form: Form, found: Path) -> None:
+    def _build(self, missing: Sequence[tuple[Form, Path]]) -> None:
+        """Compile parts side by side: much of it is done on one core."""
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise ModelError("--compile needs a C++ compiler, and there is none", "install g++, or leave out --compile")
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=".building-") as scratch:
-            packages = Path(scratch) / "packages"
-            packages.mkdir()
-            here = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
-            made = subprocess.run(
-                [sys.executable, "-P", "-m", "model.compiled.build", str(packages)],
-                input=json.dumps(form.to_dict()),
-                env={**os.environ, "PYTHONPATH": here, "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "inductor")},
-                capture_output=True,
-                text=True,
-            )
-            if made.returncode:
-                said = "; ".join(made.stderr.strip().splitlines()[-LAST_LINES:])
-                raise ModelError(f"the decode step cannot be compiled: {said}", "leave out --compile")
-            with contextlib.suppress(OSError):  # another process was quicker
-                packages.rename(found)
+            builds = [(_start(part, Path(scratch, found.name)), found) for part, found in missing]
+            try:
+                for process, found in builds:
+                    if process.wait():
+                        said = Path(scratch, found.name, SAID).read_text("utf-8", "replace").strip().splitlines()
+                        raise ModelError(
+                            f"the decode step cannot be compiled: {'; '.join(said[-LAST_LINES:])}",
+                            "leave out --compile",
+                        )
+            finally:
+                for process, _ in builds:
+                    process.kill()
+                    process.wait()
+            for _, found in builds:
+                with contextlib.suppress(OSError):  # another process was quicker
+                    Path(scratch, found.name, PACKAGES).rename(found)
+
+
+def _start(part: Form, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that compiles a part, in a folder of its own."""
+    (folder / PACKAGES).mkdir(parents=True)
+    (folder / FORM).write_text(json.dumps(part.to_dict()), "utf-8")
+    here = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
+    with (folder / FORM).open("rb") as form, (folder / SAID).open("wb") as said:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "model.compiled.build", str(folder / PACKAGES)],
+            stdin=form,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "PYTHONPATH": here, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
+        )
 
 
 def _load(path: Path) -> Function:
