@@ -179,15 +179,21 @@ def test_a_product_of_words(shape: tuple[int, int]) -> None:
     check(WordRows(), WordProduct(), x, stored, int8.dequantize(stored))
 
 
-@pytest.mark.parametrize("shape", [(12, 64), (5, 4096), (7, 46), (3, 160)])
+@pytest.mark.parametrize("shape", [(12, 64), (6, 4096), (8, 46), (4, 160)])
 @pytest.mark.parametrize("group", [32, 128])
 def test_a_product_of_nibbles(shape: tuple[int, int], group: int) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(shape), torch.randn(shape[1])
+    weight, x = torch.randn(shape), torch.randint(-126, 127, (shape[1],)).float() / 8
+    x[::32] = 127 / 8  # the range of a block: no number of it is rounded
+    x[32:64] = -127 / 8
     stored = int4.quantize(weight, group)
-    stored.values[0] = torch.where(x[0::2] > 0, 0xFF, 0x00)
+    stored.values[0] = torch.where(x[0::2] > 0, 0xFF, 0x00)  # the largest sums, of both halves of the words
+    stored.values[shape[0] // 2] = 0xFF
     stored.values[1] = 0x0F
     check(NibbleRows(group), NibbleProduct(group), x, stored, int4.dequantize(stored, group))
+    stored, x = int4.quantize(weight, group), torch.randn(shape[1])
+    exact, packed = int4.dequantize(stored, group) @ x, NibbleRows(group).load(stored)
+    assert (times(NibbleProduct(group), x, packed) - exact).abs().max() < 0.01 * exact.abs().max()
 
 
 def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMatrix, meant: Tensor) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..quantization.words import BLOCK, HIGH, NIBBLES, WORD, nibble_mask
+from ..quantization.int8 import LEVELS
+from ..quantization.words import BLOCK, HIGH, NIBBLES, ROWS, WORD
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
@@ -21,6 +22,8 @@ LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compile
 STREAMS = 4  # runs of rows that a loop reads side by side where they are long
 OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
 MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
+PAIR = 0x000F000F  # a nibble of each half of a word
+SUMMED = 4  # rows of words whose products are added in 16 bits: 4 x 4 x 15 x 127 still fits
 CHAIN = 4  # products that are added one after the other: of more, each waits too long for the one before
 
 
@@ -89,32 +92,40 @@ class WordProduct:
 
 
 class NibbleProduct:
-    """(words [outputs, blocks, 4, groups], ranges [outputs, groups]): see `NibbleRows`.
+    """(words [outputs / 2, blocks, 8, groups], ranges [outputs, groups]): see `NibbleRows`.
 
-    As `WordProduct`. A lane adds what belongs to one group before the group's scale and zero point meet it.
+    In integers: a row has 8 bits, with a range for each block. Both halves of a word are multiplied at once; their sums
+    are taken apart before one could reach into the other.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
 
     def ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = pad(x, (0, -len(x) % self.group)).view(-1, self.group // BLOCK, BLOCK // NIBBLES, NIBBLES)
-        places = torch.tensor([16.0**-j for j in range(NIBBLES)])
-        sums, signed = blocks.sum((2, 3)).t(), 8 * blocks[..., -1].sum(2).t()
-        return kept((blocks * places).permute(1, 2, 3, 0)), kept(sums), kept(signed)
+        blocks = kept(pad(x, (0, -len(x) % self.group))).view(-1, self.group // BLOCK, ROWS, NIBBLES)
+        step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
+        levels = (blocks / step[..., None, None]).round().to(torch.int32)
+        runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
+        return runs, kept(step.t()), kept(levels.sum((2, 3)).float().t())
 
     def times(self, row: tuple[Tensor, Tensor, Tensor], matrix: Matrix) -> Tensor:
-        runs, sums, signed = row
+        runs, step, sums = row[0].view(torch.int32), *row[1:]
         words, ranges = (part.view(torch.int32) for part in matrix)
-        places = [(r, j) for r in range(BLOCK // NIBBLES) for j in range(NIBBLES)]
-        found = _tree([(words[:, :, r] & nibble_mask(j)).float() * runs[:, r, j] for r, j in places])
-        scale, zero = ((bits[:, None] & HIGH).view(torch.float32) for bits in (ranges, ranges << 16))
-        return ((found + signed - zero * sums) * scale).sum(-1).sum(-1)
+        low, high = [], []
+        for start in range(0, ROWS, SUMMED):
+            places = [(r, j) for r in range(start, start + SUMMED) for j in range(NIBBLES)]
+            both = _tree([((words[:, :, r] >> 4 * j) & PAIR) * runs[:, r, j] for r, j in places])
+            low.append(both << 16 >> 16)
+            high.append((both + 0x8000) >> 16)
+        found = []
+        for sum_of, bits in zip((low, high), ranges[:, None].chunk(2), strict=True):
+            scale, zero = ((part & HIGH).view(torch.float32) for part in (bits, bits << 16))
+            found.append(((_tree(sum_of).float() - zero * sums) * (scale * step)).sum(-1).sum(-1))
+        return torch.cat(found)
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         groups = -(-inputs // self.group)
-        words = torch.empty(outputs, self.group // BLOCK, BLOCK // NIBBLES, groups)
-        return words, torch.empty(outputs, groups)
+        return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
 
 
 def _tree(parts: list[Tensor]) -> Tensor:

@@ -20,8 +20,9 @@ from .widened import linear, multiplies_bfloat16
 
 PIECE = 2**18  # weights that become floats at once
 WORD = 4  # bytes
-NIBBLES = 8  # in a word
-BLOCK = 32  # inputs that lie in the words of one lane
+NIBBLES = 4  # in half a word
+ROWS = 8  # of words in a block
+BLOCK = ROWS * NIBBLES  # inputs whose weights lie in the words of one lane
 HIGH = -0x10000  # the upper half of a word: what a bfloat16 is of a float32
 
 
@@ -52,11 +53,11 @@ class WordRows(Int8, RowByRow):
 
 
 class NibbleRows(Int4, RowByRow):
-    """4 bits for the weights only: (words [outputs, blocks, 4, groups], ranges [outputs, groups]) for each matrix.
+    """4 bits for the weights: (words [outputs / 2, blocks, 8, groups], ranges [outputs, groups]) for each matrix.
 
-    Nibble j of word (n, b, r, g) is the weight of output n for input g * group + 32 b + 8 r + j: a lane of a loop over
-    g stays in one group, whose scale and zero point meet its sum. A range is a word too, the scale above the zero
-    point, in bfloat16 both. The highest nibble is signed: 8 less.
+    Nibble j of word (n, b, r, g) is the weight of output n for input g * group + 32 b + 4 r + j, nibble 4 + j that of
+    output n + outputs / 2: one integer product makes both. A lane of a loop over g stays in one group, whose scale and
+    zero point meet its sum. A range is a word too, the scale above the zero point, in bfloat16 both.
     """
 
     name = "int4 words"
@@ -69,46 +70,37 @@ class NibbleRows(Int4, RowByRow):
         found: list[Tensor] = []
         for values, scale, zero in stored:
             assert zero is not None
-            levels = functional.pad(unpack(values), (0, -2 * values.shape[1] % self.group)).view(-1, NIBBLES)
-            levels[:, -1] ^= 8
-            nibbles = (levels[:, 0::2] | levels[:, 1::2] << 4).view(torch.float32)
-            words = nibbles.view(len(values), -1, self.group // BLOCK, BLOCK // NIBBLES).permute(0, 2, 3, 1)
+            levels = functional.pad(unpack(values), (0, -2 * values.shape[1] % self.group)).view(-1, 2)
+            pairs = (levels[:, 0] | levels[:, 1] << 4).view(2, len(values) // 2, -1, self.group // BLOCK, ROWS, 2)
+            words = pairs.permute(1, 3, 4, 2, 0, 5).flatten(4).contiguous().view(torch.float32)[..., 0]
             ranges = torch.stack((zero, scale), dim=-1).to(torch.bfloat16)  # the lower half of a word comes first
-            found += words.contiguous(), ranges.view(torch.float32)[..., 0].clone()
+            found += words, ranges.view(torch.float32)[..., 0].clone()
         return tuple(found)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        """The rows in the order of the words, each input as small as its nibble stands high; sums by group, of all
-        inputs and, eightfold, of those that meet the highest nibbles.
-        """
+        """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
         padded = functional.pad(x, (0, -x.shape[1] % self.group))
         groups = padded.view(len(x), -1, self.group // NIBBLES, NIBBLES)
         rows = (groups * torch.tensor([16.0**-j for j in range(NIBBLES)])).permute(0, 2, 3, 1).flatten(1)
-        dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-        return rows.to(dtype), groups.sum((2, 3)), 8 * groups[..., -1].sum(2)
+        return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((2, 3))
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
         return torch.cat([_product(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs], dim=1)
 
 
-def _product(rows: Tensor, sums: Tensor, signed: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
+def _product(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
     """Rows as `NibbleRows` prepares them times one matrix, a piece at a time: [rows, outputs] in float32."""
     scale, zero = ((bits & HIGH).view(torch.float32) for bits in (ranges, ranges << 16))
-    out = functional.linear(signed, scale) - functional.linear(sums, zero * scale)
-    masks = torch.tensor([nibble_mask(j) for j in range(NIBBLES)], dtype=torch.int32)[:, None]
+    out = -functional.linear(sums, zero * scale)
+    masks = torch.tensor([0xF << 4 * j for j in range(NIBBLES)], dtype=torch.int32)[:, None]
     outputs = min(len(words), max(1, PIECE // rows.shape[1]))
     shape = (outputs, *words.shape[1:3], NIBBLES, words.shape[3])
     nibbles, floats = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
-    pieces = (torch.split(whole, outputs) for whole in (words, scale, out.t()))
-    for part, scales, columns in zip(*pieces, strict=True):
-        levels = floats[: len(part)].copy_(torch.bitwise_and(part[:, :, :, None], masks, out=nibbles[: len(part)]))
-        weights = levels.mul_(scales[:, None, None, None]).flatten(1)
-        columns += functional.linear(rows, weights.to(rows.dtype)).t()
+    for half, scales, columns in zip((words, words >> 16), scale.chunk(2), out.t().chunk(2), strict=True):
+        pieces = (torch.split(whole, outputs) for whole in (half, scales, columns))
+        for part, factors, found in zip(*pieces, strict=True):
+            levels = floats[: len(part)].copy_(torch.bitwise_and(part[:, :, :, None], masks, out=nibbles[: len(part)]))
+            weights = levels.mul_(factors[:, None, None, None]).flatten(1)
+            found += functional.linear(rows, weights.to(rows.dtype)).t()
     return out
-
-
-def nibble_mask(j: int) -> int:
-    """Of the j-th nibble of a word, as a signed number of 32 bits."""
-    mask = 0xF << 4 * j
-    return mask - (mask >> 31 << 32)
