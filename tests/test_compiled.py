@@ -193,7 +193,7 @@ def test_a_product_of_nibbles(shape: tuple[int, int], group: int) -> None:
     check(NibbleRows(group), NibbleProduct(group), x, stored, int4.dequantize(stored, group))
     stored, x = int4.quantize(weight, group), torch.randn(shape[1])
     exact, packed = int4.dequantize(stored, group) @ x, NibbleRows(group).load(stored)
-    assert (times(NibbleProduct(group), x, packed) - exact).abs().max() < 0.01 * exact.abs().max()
+    assert (times(NibbleProduct(group), x, packed) - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMatrix, meant: Tensor) -> None:

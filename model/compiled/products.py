@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..quantization.int8 import LEVELS
-from ..quantization.words import BLOCK, HIGH, NIBBLES, ROWS, WORD
+from ..quantization.words import BLOCK, HIGH, LANES, NIBBLES, ROWS, WORD
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
@@ -102,7 +102,7 @@ class NibbleProduct:
         self.group = group
 
     def ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = kept(pad(x, (0, -len(x) % self.group))).view(-1, self.group // BLOCK, ROWS, NIBBLES)
+        blocks = kept(pad(x, (0, -len(x) % (LANES * self.group)))).view(-1, self.group // BLOCK, ROWS, NIBBLES)
         step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
         levels = (blocks / step[..., None, None]).round().to(torch.int32)
         runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
@@ -124,7 +124,7 @@ class NibbleProduct:
         return torch.cat(found)
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
-        groups = -(-inputs // self.group)
+        groups = LANES * -(-inputs // (LANES * self.group))
         return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
 
 

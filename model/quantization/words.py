@@ -22,6 +22,7 @@ PIECE = 2**18  # weights that become floats at once
 WORD = 4  # bytes
 NIBBLES = 4  # in half a word
 ROWS = 8  # of words in a block
+LANES = 8  # groups that a loop takes at once, with AVX2
 BLOCK = ROWS * NIBBLES  # inputs whose weights lie in the words of one lane
 HIGH = -0x10000  # the upper half of a word: what a bfloat16 is of a float32
 
@@ -57,7 +58,8 @@ class NibbleRows(Int4, RowByRow):
 
     Nibble j of word (n, b, r, g) is the weight of output n for input g * group + 32 b + 4 r + j, nibble 4 + j that of
     output n + outputs / 2: one integer product makes both. A lane of a loop over g stays in one group, whose scale and
-    zero point meet its sum. A range is a word too, the scale above the zero point, in bfloat16 both.
+    zero point meet its sum; there are as many groups as lanes, or a multiple: loops are slow with what is left over.
+    A range is a word too, the scale above the zero point, in bfloat16 both.
     """
 
     name = "int4 words"
@@ -70,23 +72,31 @@ class NibbleRows(Int4, RowByRow):
         found: list[Tensor] = []
         for values, scale, zero in stored:
             assert zero is not None
-            levels = functional.pad(unpack(values), (0, -2 * values.shape[1] % self.group)).view(-1, 2)
+            levels = _padded(unpack(values), self.group).view(-1, 2)
             pairs = (levels[:, 0] | levels[:, 1] << 4).view(2, len(values) // 2, -1, self.group // BLOCK, ROWS, 2)
             words = pairs.permute(1, 3, 4, 2, 0, 5).flatten(4).contiguous().view(torch.float32)[..., 0]
             ranges = torch.stack((zero, scale), dim=-1).to(torch.bfloat16)  # the lower half of a word comes first
-            found += words, ranges.view(torch.float32)[..., 0].clone()
+            found += words, _padded(ranges.view(torch.float32)[..., 0], 1).clone()
         return tuple(found)
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        groups = -(-inputs // self.group)
+        return super().nbytes(outputs, (groups + -groups % LANES) * self.group)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
-        padded = functional.pad(x, (0, -x.shape[1] % self.group))
-        groups = padded.view(len(x), -1, self.group // NIBBLES, NIBBLES)
+        groups = _padded(x, self.group).view(len(x), -1, self.group // NIBBLES, NIBBLES)
         rows = (groups * torch.tensor([16.0**-j for j in range(NIBBLES)])).permute(0, 2, 3, 1).flatten(1)
         return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((2, 3))
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
         return torch.cat([_product(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs], dim=1)
+
+
+def _padded(x: Tensor, group: int) -> Tensor:
+    """With zeros up to a multiple of the lanes, of as many columns each."""
+    return functional.pad(x, (0, -x.shape[1] % (LANES * group)))
 
 
 def _product(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
