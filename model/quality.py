@@ -29,18 +29,18 @@ class Quality:
 
 
 @torch.inference_mode()
-def log_probabilities(network: DbrxForCausalLM, ids: Sequence[int]) -> Tensor:
-    """Of every token after each position: [len(ids), vocab] float32."""
+def log_probabilities(network: DbrxForCausalLM, ids: Sequence[int], chunk: int = CHUNK) -> Tensor:
+    """Of every token after each position: [len(ids), vocab] float32. Read so many at a time; one as decoding does."""
     cache = KVCache(network.config.n_layers)
-    parts = torch.split(torch.tensor([list(ids)], device=network.device), CHUNK, dim=1)
+    parts = torch.split(torch.tensor([list(ids)], device=network.device), chunk, dim=1)
     logits = (network(part, past_key_values=cache).logits[0] for part in parts)
     return torch.cat([part.float().log_softmax(-1).cpu() for part in logits])
 
 
 @torch.inference_mode()
-def compare(network: DbrxForCausalLM, reference: Tensor, ids: Sequence[int]) -> Quality:
+def compare(network: DbrxForCausalLM, reference: Tensor, ids: Sequence[int], chunk: int = CHUNK) -> Quality:
     """A network against what `log_probabilities` gave for the whole one on the same ids."""
-    ours = log_probabilities(network, ids)
+    ours = log_probabilities(network, ids, chunk)
     following = torch.tensor(ids)[1:, None]
     losses = [-table[:-1].gather(1, following).mean() for table in (ours, reference)]
     divergence = [(theirs.exp() * (theirs - our)).sum(-1) for our, theirs in zip(ours, reference, strict=True)]
