@@ -63,7 +63,7 @@ class KVCache:
     def room(
         self, layer: int, like: Tensor, kv_heads: int, head_dim: int, plan: AttentionPlan
     ) -> tuple[Tensor, Tensor]:
-        """A layer's buffers [kv_heads, capacity, head_dim] for whoever appends one token to the only row itself.
+        """A layer's buffers [kv_heads, capacity, head_dim] for whoever appends a real token to the only row.
 
         like: of the device and dtype of what is appended.
         """

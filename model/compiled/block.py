@@ -38,7 +38,7 @@ class CompiledBlock(DbrxBlock):
             self.expert_parts = [[part for matrix in expert for part in matrix] for expert in held]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-        if x.shape[:2] != (1, 1) or step.cache is None or step.want_attentions:
+        if x.shape[:2] != (1, 1) or step.cache is None or not step.plan.uniform or step.want_attentions:
             return super().forward(x, cos, sin, step)
         half, attn, router = self.norm_attn_norm, self.norm_attn_norm.attn, self.ffn.router.layer
         room = step.cache.room(attn.layer, x, attn.heads[-1], attn.head_dim, step.plan)

@@ -1,6 +1,6 @@
 """What a decode step computes, as functions of activations and weights that PyTorch's compiler turns into few loops.
 
-Matrices are held, and multiplied, as `products` says; all is computed in float32.
+Matrices are held, and multiplied, as `products` says; all else is computed in float32.
 """
 
 from __future__ import annotations

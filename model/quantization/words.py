@@ -1,9 +1,8 @@
 """Weights of few bits as compiled loops read them fastest where bytes do not become floats at once: in words.
 
-A word is 32 bits. Masked, one of its weights is a number that is exact as a float where it stands: compiled loops need
-no shift, and load words at once. Loops want neighbouring words to meet neighbouring inputs, so a word's own weights
-belong to inputs far apart, and where many rows are multiplied these are put in the same order. Words are float32 by
-name only: PyTorch's compiler loads other words through memory with AVX2.
+A word is 32 bits, and masks or shifts take its weights apart. Loops want neighbouring words to meet neighbouring
+inputs, so a word's own weights belong to others; where many rows are multiplied, their inputs are put in the same order.
+Words are float32 by name only: PyTorch's compiler loads other words through memory with AVX2.
 """
 
 from __future__ import annotations
