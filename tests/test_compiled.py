@@ -111,7 +111,8 @@ def test_streamed_experts_beside_compiled_attention(tiny_checkpoint: Path, compi
     cache = KVCache(network.config.n_layers)  # a step of padding alone leaves what was read as it is
     prefill(network, PROMPT, cache)
     before = [part[:, : len(cache)].clone() for parts in cache.layers() for part in parts]
-    network(PROMPT[:, :1], torch.zeros(1, 1), past_key_values=cache)
+    with torch.inference_mode():
+        network(PROMPT[:, :1], torch.zeros(1, 1), past_key_values=cache)
     assert len(cache) == PROMPT.shape[1]
     after = [part[:, : len(cache)] for parts in cache.layers() for part in parts]
     assert all(map(torch.equal, before, after))

@@ -1,7 +1,7 @@
 """Weights of few bits as compiled loops read them fastest where bytes do not become floats at once: in words.
 
 A word is 32 bits, and masks or shifts take its weights apart. Loops want neighbouring words to meet neighbouring
-inputs, so a word's own weights belong to others; where many rows are multiplied, their inputs are put in the same order.
+inputs, so a word's own weights belong to others; of many rows, the inputs are put in the same order.
 Words are float32 by name only: PyTorch's compiler loads other words through memory with AVX2.
 """
 
