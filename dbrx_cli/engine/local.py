@@ -384,7 +384,7 @@ def compiler(report: Report) -> Compiler:
     """Where compiled functions are kept: in the user's cache, which nobody else may write."""
     from model.compiled import Compiler
 
-    text = "compiling for this processor, which is done once and takes about a minute ..."
+    text = "compiling for this processor, which is done once and takes a minute or two ..."
     return Compiler(private_folder(cache_folder() / "compiled"), lambda: report.notice(text))
 
 

@@ -29,7 +29,7 @@ FORM, PACKAGES, SAID = "form.json", "packages", "said"  # in the folder of a pro
 class Compiler:
     """A folder of compiled functions, which are machine code: nobody else may write there.
 
-    building: called before something is compiled, which takes about a minute on two cores.
+    building: called before something is compiled, which takes a minute or two on two cores.
     """
 
     folder: Path
