@@ -60,17 +60,13 @@ class KVCache:
                 values[row, start:stop] = v[row, : stop - start]
         return keys[:, :end], values[:, :end]
 
-    def room(
-        self, layer: int, like: Tensor, kv_heads: int, head_dim: int, plan: AttentionPlan
-    ) -> tuple[Tensor, Tensor]:
+    def room(self, layer: int, like: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """A layer's buffers [kv_heads, capacity, head_dim] for whoever appends a real token to the only row.
 
-        like: of the device and dtype of what is appended.
+        like [1, 1, kv_heads, head_dim]: of the device and dtype of what is appended.
         """
-        held = self._layers[layer]
-        if held is None or held[0].shape[1] < plan.kv_len:
-            held = self._layers[layer] = self._grown(layer, like.new_empty(1, 1, kv_heads, head_dim), plan.kv_len)
-        return held[0][0].transpose(0, 1), held[1][0].transpose(0, 1)
+        keys, values = self._buffers(layer, like, plan.kv_len)
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
     def advance(self, plan: AttentionPlan) -> None:
         """Make the step that was appended to every layer count."""

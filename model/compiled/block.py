@@ -33,6 +33,7 @@ class CompiledBlock(DbrxBlock):
         self.attend, self.experts = functions["attend"], functions.get("experts")
         # Found once: a step of a small model would wait for it as long as for a matrix.
         self.matrices = _packed(half.attn.Wqkv) + _packed(half.attn.out_proj)
+        self.key = half.norm_1.weight.new_empty(1, 1, half.attn.heads[-1], half.attn.head_dim)  # as one is cached
         if self.experts is not None:
             held = cast("PackedExperts", block.ffn.experts).experts
             self.expert_parts = [[part for matrix in expert for part in matrix] for expert in held]
@@ -40,8 +41,8 @@ class CompiledBlock(DbrxBlock):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         if x.shape[:2] != (1, 1) or step.cache is None or not step.plan.uniform or step.want_attentions:
             return super().forward(x, cos, sin, step)
-        half, attn, router = self.norm_attn_norm, self.norm_attn_norm.attn, self.ffn.router.layer
-        room = step.cache.room(attn.layer, x, attn.heads[-1], attn.head_dim, step.plan)
+        half, router = self.norm_attn_norm, self.ffn.router.layer
+        room = step.cache.room(half.attn.layer, self.key, step.plan)
         weights = half.norm_1.weight, *self.matrices, half.norm_2.weight, router.weight
         x, normed, probabilities, shares, chosen = self.attend([x, cos, sin, *room, step.plan.keys, *weights])
         if self.experts is None:

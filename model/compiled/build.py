@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,14 @@ from .functions import Attend, Experts, Head
 from .products import product
 
 TOKENS = 512  # that are cached, for an example
+
+
+class Example(NamedTuple):
+    """A function, arguments of the right types and shapes, whose numbers are never read, and which sizes vary."""
+
+    function: nn.Module
+    arguments: tuple[Any, ...]
+    sizes: tuple[Any, ...] | None = None
 
 
 def main() -> None:
@@ -36,12 +44,12 @@ def main() -> None:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / f"{name}.pt2"))
 
 
-def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]]:
-    """Each function, arguments of the right types and shapes, whose numbers are never read, and which sizes vary."""
+def functions(form: Form) -> dict[str, Example]:
+    """All of a form, by name."""
     config, ffn, dtype = form.config, form.config.ffn_config, getattr(torch, form.dtype)
     d, width, kv_heads = config.d_model, config.head_dim, config.attn_config.kv_n_heads
     x = torch.empty(1, 1, d, dtype=dtype)
-    found: dict[str, tuple[nn.Module, tuple[Any, ...], tuple[Any, ...] | None]] = {}
+    found: dict[str, Example] = {}
     # No tensor serves as two arguments: they would be taken for one.
     if form.dense is not None:
         dense = product(form.dense, form.group)
@@ -53,18 +61,18 @@ def functions(form: Form) -> dict[str, tuple[nn.Module, tuple[Any, ...], tuple[A
         out_proj = dense.example(d, d, dtype)
         capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 1), ("tokens", 0)))
         fixed = (None,) * len(Wqkv)
-        found["attend"] = (
+        found["attend"] = Example(
             Attend(config, dense),
             (x, cos, sin, keys, values, torch.arange(TOKENS), norm_1, Wqkv, out_proj, norm_2, router),
             (None, None, None, capacity, capacity, tokens, None, fixed, fixed, None, None),
         )
-        found["head"] = Head(dense), (x, dense.example(config.vocab_size, d, dtype)), None
+        found["head"] = Example(Head(dense), (x, dense.example(config.vocab_size, d, dtype)))
     if form.experts is not None:
         sparse = product(form.experts, form.group)
         shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)
         experts = [tuple(sparse.example(*shape, dtype) for shape in shapes) for _ in range(ffn.moe_top_k)]
         weights = torch.empty(1, ffn.moe_top_k)
-        found["experts"] = Experts(config, sparse), (x, torch.empty(1, d), weights, experts), None
+        found["experts"] = Example(Experts(config, sparse), (x, torch.empty(1, d), weights, experts))
     return found
 
 

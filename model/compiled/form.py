@@ -13,6 +13,11 @@ import torch
 
 from ..config import DbrxConfig
 
+# Of what is compiled, layouts and constants included: changed, they are compiled again.
+SOURCES = (
+    *("build.py", "functions.py", "products.py"),
+    *("../quantization/int8.py", "../quantization/words.py", "../moe.py", "../rope.py"),
+)
 Matrices = Literal["floats", "bytes", "words", "nibbles"]
 
 
@@ -45,8 +50,7 @@ class Form:
     def key(self) -> str:
         """A name for what is compiled from this form here: by this version of PyTorch, for this processor."""
         facts = json.dumps([self.to_dict(), torch.__version__, _processor()])
-        here = Path(__file__).parent
-        sources = [(here / name).read_bytes() for name in ("products.py", "functions.py", "build.py")]
+        sources = [(Path(__file__).parent / name).read_bytes() for name in SOURCES]
         return hashlib.sha256(b"\0".join((facts.encode(), *sources))).hexdigest()[:32]
 
 

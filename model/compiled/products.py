@@ -10,10 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..quantization.int8 import LEVELS
-from ..quantization.words import BLOCK, HIGH, LANES, NIBBLES, ROWS, WORD
+from ..quantization.words import BLOCK, LANES, NIBBLES, ROWS, WORD, groups_of, padded, scale_and_zero
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
@@ -76,7 +75,7 @@ class WordProduct:
     """
 
     def ready(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        runs = pad(x, (0, -len(x) % WORD)).view(WORD, -1)
+        runs = padded(x, WORD).view(WORD, -1)
         places = torch.tensor([256.0**-k for k in range(WORD)])
         return kept(runs * places[:, None]), -128 * runs[:-1].sum()
 
@@ -102,7 +101,7 @@ class NibbleProduct:
         self.group = group
 
     def ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = kept(pad(x, (0, -len(x) % (LANES * self.group)))).view(-1, self.group // BLOCK, ROWS, NIBBLES)
+        blocks = kept(padded(x, LANES * self.group)).view(-1, self.group // BLOCK, ROWS, NIBBLES)
         step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
         levels = (blocks / step[..., None, None]).round().to(torch.int32)
         runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
@@ -119,12 +118,12 @@ class NibbleProduct:
             high.append((both + 0x8000) >> 16)
         found = []
         for sum_of, bits in zip((low, high), ranges[:, None].chunk(2), strict=True):
-            scale, zero = ((part & HIGH).view(torch.float32) for part in (bits, bits << 16))
+            scale, zero = scale_and_zero(bits)
             found.append(((_tree(sum_of).float() - zero * sums) * (scale * step)).sum(-1).sum(-1))
         return torch.cat(found)
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
-        groups = LANES * -(-inputs // (LANES * self.group))
+        groups = groups_of(inputs, self.group)
         return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
 
 

@@ -38,14 +38,12 @@ class WordRows(Int8, RowByRow):
         check_scales(stored)
         found: list[Tensor] = []
         for values, scale, _ in stored:
-            padded = functional.pad(values, (0, -values.shape[1] % WORD))
-            words = padded.view(len(values), WORD, -1).transpose(1, 2).contiguous().flatten(1)
+            words = padded(values, WORD).view(len(values), WORD, -1).transpose(1, 2).contiguous().flatten(1)
             found += words.view(torch.float32), scale.clone()
         return tuple(found)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        padded = functional.pad(x, (0, -x.shape[1] % WORD))
-        return (padded.view(len(x), WORD, -1).transpose(1, 2).flatten(1),)
+        return (padded(x, WORD).view(len(x), WORD, -1).transpose(1, 2).flatten(1),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
@@ -71,20 +69,19 @@ class NibbleRows(Int4, RowByRow):
         found: list[Tensor] = []
         for values, scale, zero in stored:
             assert zero is not None
-            levels = _padded(unpack(values), self.group).view(-1, 2)
+            levels = padded(unpack(values), LANES * self.group).view(-1, 2)
             pairs = (levels[:, 0] | levels[:, 1] << 4).view(2, len(values) // 2, -1, self.group // BLOCK, ROWS, 2)
             words = pairs.permute(1, 3, 4, 2, 0, 5).flatten(4).contiguous().view(torch.float32)[..., 0]
             ranges = torch.stack((zero, scale), dim=-1).to(torch.bfloat16)  # the lower half of a word comes first
-            found += words, _padded(ranges.view(torch.float32)[..., 0], 1).clone()
+            found += words, padded(ranges.view(torch.float32)[..., 0], LANES).clone()
         return tuple(found)
 
     def nbytes(self, outputs: int, inputs: int) -> int:
-        groups = -(-inputs // self.group)
-        return super().nbytes(outputs, (groups + -groups % LANES) * self.group)
+        return super().nbytes(outputs, groups_of(inputs, self.group) * self.group)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
-        groups = _padded(x, self.group).view(len(x), -1, self.group // NIBBLES, NIBBLES)
+        groups = padded(x, LANES * self.group).view(len(x), -1, self.group // NIBBLES, NIBBLES)
         rows = (groups * torch.tensor([16.0**-j for j in range(NIBBLES)])).permute(0, 2, 3, 1).flatten(1)
         return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((2, 3))
 
@@ -93,14 +90,24 @@ class NibbleRows(Int4, RowByRow):
         return torch.cat([_product(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs], dim=1)
 
 
-def _padded(x: Tensor, group: int) -> Tensor:
-    """With zeros up to a multiple of the lanes, of as many columns each."""
-    return functional.pad(x, (0, -x.shape[1] % (LANES * group)))
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """With zeros up to a multiple of so many columns."""
+    return functional.pad(x, (0, -x.shape[-1] % multiple))
+
+
+def groups_of(inputs: int, group: int) -> int:
+    """How many a row of `NibbleRows` has, with those that only fill the lanes."""
+    return LANES * -(-inputs // (LANES * group))
+
+
+def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """What words of ranges, int32, hold: in float32."""
+    return (ranges & HIGH).view(torch.float32), (ranges << 16 & HIGH).view(torch.float32)
 
 
 def _product(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
     """Rows as `NibbleRows` prepares them times one matrix, a piece at a time: [rows, outputs] in float32."""
-    scale, zero = ((bits & HIGH).view(torch.float32) for bits in (ranges, ranges << 16))
+    scale, zero = scale_and_zero(ranges)
     out = -functional.linear(sums, zero * scale)
     masks = torch.tensor([0xF << 4 * j for j in range(NIBBLES)], dtype=torch.int32)[:, None]
     outputs = min(len(words), max(1, PIECE // rows.shape[1]))
