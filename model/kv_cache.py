@@ -45,7 +45,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         """Write one step's k, v [rows, seq, kv_heads, head_dim] of a layer; return all of its keys and values."""
         end = plan.kv_len
-        keys, values = self._buffers(layer, k, end)
+        keys, values = self.room(layer, k, end)
         if plan.uniform:
             start = end - plan.seq
             keys[:, start:end] = k
@@ -60,13 +60,18 @@ class KVCache:
                 values[row, start:stop] = v[row, : stop - start]
         return keys[:, :end], values[:, :end]
 
-    def room(self, layer: int, like: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """A layer's buffers [kv_heads, capacity, head_dim] for whoever appends a real token to the only row.
+    def room(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [rows, capacity, kv_heads, head_dim], with room for `needed` tokens a row.
 
-        like [1, 1, kv_heads, head_dim]: of the device and dtype of what is appended.
+        like [rows, seq, kv_heads, head_dim]: of the device and dtype of what is appended.
         """
-        keys, values = self._buffers(layer, like, plan.kv_len)
-        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        found = self._layers[layer]
+        if found is None or found[0].shape[1] < needed or found[0].shape[0] < self.rows:
+            found = self._layers[layer] = self._grown(layer, like, needed)
+        keys, values = found
+        if keys.shape[0] == self.rows:
+            return found
+        return keys[: self.rows], values[: self.rows]
 
     def advance(self, plan: AttentionPlan) -> None:
         """Make the step that was appended to every layer count."""
@@ -89,7 +94,7 @@ class KVCache:
             raise ValueError(f"row {source_row} has {source.lengths[source_row]} tokens; cannot copy {length}")
         for layer, theirs in enumerate(source._layers):
             if theirs is not None and length:
-                for mine, other in zip(self._buffers(layer, theirs[0], length), theirs, strict=True):
+                for mine, other in zip(self.room(layer, theirs[0], length), theirs, strict=True):
                     mine[row, :length] = other[source_row, :length]
         self.lengths[row] = length
 
@@ -99,13 +104,6 @@ class KVCache:
         if row != last:
             self.copy(row, self, last, self.lengths[last])
         del self.lengths[last]
-
-    def _buffers(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values [rows, capacity, kv_heads, head_dim], with room for `needed` tokens a row."""
-        old = self._layers[layer]
-        if old is None or old[0].shape[1] < needed or old[0].shape[0] < self.rows:
-            old = self._layers[layer] = self._grown(layer, like, needed)
-        return old[0][: self.rows], old[1][: self.rows]
 
     def _grown(self, layer: int, like: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         while self.capacity < needed:

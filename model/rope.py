@@ -1,7 +1,11 @@
 """Rotary positions (RoFormer, arXiv 2104.09864), rotate-half layout, angles in float32."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+WINDOW = 256  # positions whose angles are kept, for those who ask for one after the other
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -13,6 +17,22 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     angles = positions[..., None, None].float() * (1.0 / theta**exponents)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotary_row(position: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table of a lone position: [1, 1, 1, head_dim] each.
+
+    A dozen small operations a token, when all that was in the caches is a model's weights, were 1 % of its time.
+    """
+    start = position - position % WINDOW
+    cos, sin = _window(start, head_dim, theta, device)
+    return cos.narrow(1, position - start, 1), sin.narrow(1, position - start, 1)
+
+
+@lru_cache(maxsize=4)
+def _window(start: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():  # for every later caller
+        return rotary_table(torch.arange(start, start + WINDOW, device=device)[None], head_dim, theta)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

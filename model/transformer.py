@@ -20,7 +20,7 @@ from .config import DbrxConfig
 from .kv_cache import KVCache
 from .moe import DbrxFFN, load_balancing_loss
 from .outputs import BaseOutput, CausalLMOutput
-from .rope import rotary_table, rotate
+from .rope import rotary_row, rotary_table, rotate
 
 if TYPE_CHECKING:
     from .generation_config import GenerationConfig
@@ -165,8 +165,12 @@ class DbrxModel(nn.Module):
             raise ValueError(f"past_key_values has {cache.rows} rows, the input {batch}")
         valid = None if attention_mask is None else attention_mask[:, -seq:].bool().to(x.device)
         plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
-        positions = plan.positions if position_ids is None else position_ids.to(x.device)
-        cos, sin = rotary_table(positions, self.config.head_dim, self.config.attn_config.rope_theta)
+        head_dim, theta = self.config.head_dim, self.config.attn_config.rope_theta
+        if plan.lone and position_ids is None:
+            cos, sin = rotary_row(plan.starts[0], head_dim, theta, x.device)
+        else:
+            positions = plan.positions if position_ids is None else position_ids.to(x.device)
+            cos, sin = rotary_table(positions, head_dim, theta)
         step = Step(plan, self._attend, cache, output_attentions, last_only)
 
         hidden, routers, attentions = [], [], []

@@ -218,7 +218,8 @@ def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMa
 
 
 def times(product: Product, x: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-    return product.times(product.ready(x), matrix)
+    (row,) = product.ready(x[None])
+    return product.times(row, matrix)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

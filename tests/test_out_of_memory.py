@@ -58,7 +58,7 @@ def tensor_bytes() -> int:
     return sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
 
-@pytest.mark.parametrize("where", [(torch.nn.functional, "linear"), (KVCache, "_buffers")], ids=["product", "cache"])
+@pytest.mark.parametrize("where", [(torch.nn.functional, "linear"), (KVCache, "room")], ids=["product", "cache"])
 def test_at_every_call(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]) -> None:
     """Each product, or each look for room in the cache, fails once: in prefill, in decode, with another turn kept."""
     engine = LocalEngine.load(ModelOptions(model=str(tiny_checkpoint)), Report(OutputOptions(quiet=True)))

@@ -16,7 +16,8 @@ class AttentionPlan:
     the step's n-th real token of a row sees that row's first `start + n + 1` keys.
 
     `seq` columns are computed; `starts` and `lengths` are the rows' keys before and after the step; `uniform` says
-    that all rows are equally long and none has padding, so that no mask is needed beyond causality.
+    that all rows are equally long and none has padding, so that no mask is needed beyond causality; `lone` that there
+    is one token in all.
     """
 
     def __init__(self, starts: Sequence[int], seq: int, valid: Tensor | None, device: torch.device) -> None:
@@ -30,6 +31,7 @@ class AttentionPlan:
         counts = [seq] * len(self.starts) if valid is None else [int(n) for n in valid.sum(1)]
         self.lengths = [start + count for start, count in zip(self.starts, counts, strict=True)]
         self.uniform = valid is None and len(set(self.starts)) == 1
+        self.lone = valid is None and seq == len(self.starts) == 1
         self._masks: dict[torch.device, Tensor] = {}
 
     @property

@@ -31,24 +31,25 @@ class CompiledBlock(DbrxBlock):
         self.norm_attn_norm = half = block.norm_attn_norm
         self.ffn = block.ffn
         self.attend, self.experts = functions["attend"], functions.get("experts")
-        # Found once: a step of a small model would wait for it as long as for a matrix.
-        self.matrices = _packed(half.attn.Wqkv) + _packed(half.attn.out_proj)
+        # Found once: what a model's weights have driven out of the caches takes as long to find as a matrix to read.
+        self.layer = half.attn.layer
         self.key = half.norm_1.weight.new_empty(1, 1, half.attn.heads[-1], half.attn.head_dim)  # as one is cached
+        matrices = *_packed(half.attn.Wqkv), *_packed(half.attn.out_proj)
+        self.weights = half.norm_1.weight, *matrices, half.norm_2.weight, self.ffn.router.layer.weight
         if self.experts is not None:
             held = cast("PackedExperts", block.ffn.experts).experts
             self.expert_parts = [[part for matrix in expert for part in matrix] for expert in held]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-        if x.shape[:2] != (1, 1) or step.cache is None or not step.plan.uniform or step.want_attentions:
+        plan, cache = step.plan, step.cache
+        if not plan.lone or cache is None or step.want_attentions:
             return super().forward(x, cos, sin, step)
-        half, router = self.norm_attn_norm, self.ffn.router.layer
-        room = step.cache.room(half.attn.layer, self.key, step.plan)
-        weights = half.norm_1.weight, *self.matrices, half.norm_2.weight, router.weight
-        x, normed, probabilities, shares, chosen = self.attend([x, cos, sin, *room, step.plan.keys, *weights])
+        room = (part.transpose(1, 2) for part in cache.room(self.layer, self.key, plan.kv_len))
+        x, normed, probabilities, shares, chosen = self.attend([x, cos, sin, *room, plan.keys, *self.weights])
         if self.experts is None:
             out = self.ffn.experts(normed.to(x.dtype), chosen, shares.to(x.dtype))
             return x + out, probabilities, None
-        parts = [part for expert in chosen[0].tolist() for part in self.expert_parts[expert]]
+        parts = [part for expert in chosen.tolist()[0] for part in self.expert_parts[expert]]
         (x,) = self.experts([x, normed, shares, *parts])
         return x, probabilities, None
 

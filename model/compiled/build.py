@@ -54,12 +54,12 @@ def functions(form: Form) -> dict[str, Example]:
     if form.dense is not None:
         dense = product(form.dense, form.group)
         cos, sin = torch.empty(2, 1, 1, 1, width).unbind()
-        keys, values = (torch.empty(kv_heads, 2 * TOKENS, width, dtype=dtype) for _ in range(2))
+        keys, values = (torch.empty(1, kv_heads, 2 * TOKENS, width, dtype=dtype) for _ in range(2))
         norm_1, norm_2 = (torch.empty(d, dtype=dtype) for _ in range(2))
         router = torch.empty(ffn.moe_num_experts, d, dtype=dtype)
         Wqkv = dense.example((config.n_heads + 2 * kv_heads) * width, d, dtype)
         out_proj = dense.example(d, d, dtype)
-        capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 1), ("tokens", 0)))
+        capacity, tokens = ({axis: Dim(name, max=2**31)} for name, axis in (("capacity", 2), ("tokens", 0)))
         fixed = (None,) * len(Wqkv)
         found["attend"] = Example(
             Attend(config, dense),

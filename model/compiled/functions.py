@@ -46,8 +46,8 @@ class Attend(nn.Module):
         """x [1, 1, d_model] -> the residual stream like x, its norm [1, d_model] float32, probabilities [1, experts]
         like x; weights float32 and ids of the chosen, [1, top_k] each.
 
-        keys, values [kv_heads, capacity, head_dim]: this token's are written at the last position of `seen` [tokens],
-        which counts from 0.
+        keys, values [1, kv_heads, capacity, head_dim]: this token's are written at the last position of `seen`
+        [tokens], which counts from 0.
         """
         attn, heads, width = self.config.attn_config, self.config.n_heads, self.config.head_dim
         qkv = _times(self.product, normalize(x, norm_1), Wqkv).view(1, 1, -1, width)
@@ -56,13 +56,13 @@ class Attend(nn.Module):
         q, k, v = torch.split(qkv, [heads, attn.kv_n_heads, attn.kv_n_heads], dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         for buffer, part in ((keys, k), (values, v)):
-            buffer.index_copy_(1, seen[-1:], part[0].transpose(0, 1).to(buffer.dtype))
+            buffer.index_copy_(2, seen[-1:], part.transpose(1, 2).to(buffer.dtype))
         # Not sliced: a slice would ask whether so many tokens are there.
         shape = attn.kv_n_heads, seen.shape[0], width
-        y = attend(q[0, 0], *(buffer.as_strided(shape, buffer.stride()) for buffer in (keys, values)))
+        y = attend(q[0, 0], *(buffer.as_strided(shape, buffer.stride()[1:]) for buffer in (keys, values)))
         x = (x.flatten().float() + _times(self.product, y.flatten(), out_proj)).to(x.dtype)
         normed = normalize(x, norm_2)
-        probabilities = FloatProduct().times(normed, (router,)).softmax(-1)
+        probabilities = _times(FloatProduct(), normed, (router,)).softmax(-1)
         weights, chosen = probabilities.topk(self.config.ffn_config.moe_top_k)
         if (p := self.config.ffn_config.moe_normalize_expert_weights) is not None:
             weights = weights / weights.norm(p=p)
@@ -92,10 +92,13 @@ class Experts(nn.Module):
         self, x: Tensor, normed: Tensor, weights: Tensor, experts: list[tuple[Matrix, Matrix, Matrix]]
     ) -> Tensor:
         """x [1, 1, d_model], normed [1, d_model], weights [1, top_k], as many w1, v1, w2 -> x with what they add."""
-        row, out = self.product.ready(normed[0]), x.flatten().float()
-        for i, (w1, v1, w2) in enumerate(experts):
-            hidden = self.activation(self.product.times(row, w1)) * self.product.times(row, v1)
-            out = out + _times(self.product, hidden * weights[0, i], w2)
+        times, (row,) = self.product.times, self.product.ready(normed)
+        # All of them in one loop.
+        hidden = [self.activation(times(row, w1, streams=1)) * times(row, v1, streams=1) for w1, v1, _ in experts]
+        out = x.flatten().float()
+        rows = self.product.ready(torch.stack(hidden) * weights.t())
+        for one, (_, _, w2) in zip(rows, experts, strict=True):
+            out = out + times(one, w2)
         return out.to(x.dtype).view_as(x)
 
 
@@ -112,4 +115,5 @@ class Head(nn.Module):
 
 
 def _times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
-    return product.times(product.ready(x), matrix)
+    (row,) = product.ready(x[None])
+    return product.times(row, matrix)

@@ -1,7 +1,8 @@
 """How a compiled function multiplies a row with a matrix: a choice, by how the matrix is held.
 
-`ready` makes of a row [inputs] in float32 what its products share, `times` is a product, [outputs] in float32. It
-reads the weights once, row by row, in the order in which they lie in memory.
+`ready` makes of rows in float32 what the products of each share, `times` is a product of one of them. It reads the
+weights once, in the order in which they lie in memory, but in a few places at a time: a core alone has so many more
+bytes under way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .form import Matrices
 Matrix = tuple[Tensor, ...]
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
-STREAMS = 4  # runs of rows that a loop reads side by side where they are long
+STREAMS = 4  # places of a matrix that a loop reads side by side: a fifth faster than one; eight are slower
 OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
 MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
 PAIR = 0x000F000F  # a nibble of each half of a word
@@ -29,11 +30,14 @@ CHAIN = 4  # products that are added one after the other: of more, each waits to
 class Product(Protocol):
     """Stateless: one object serves all matrices that are held in its way."""
 
-    def ready(self, x: Tensor) -> Any:
-        """What products of the row x share."""
+    def ready(self, x: Tensor) -> list[Any]:
+        """What products of each row of x [rows, inputs] share."""
 
-    def times(self, row: Any, matrix: Matrix) -> Tensor:
-        """A row that is ready times the matrix."""
+    def times(self, row: Any, matrix: Matrix, streams: int = STREAMS) -> Tensor:
+        """A row that is ready times the matrix: [outputs].
+
+        streams: places of the matrix to read side by side; 1 where other matrices are read in the same loop.
+        """
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         """A matrix with the right types and shapes, to compile for. dtype: of float weights."""
@@ -42,17 +46,18 @@ class Product(Protocol):
 class FloatProduct:
     """(values [outputs, inputs],)"""
 
-    def ready(self, x: Tensor) -> Tensor:
-        return x
+    def ready(self, x: Tensor) -> list[Tensor]:
+        return list(x)
 
-    def times(self, row: Tensor, matrix: Matrix) -> Tensor:
-        (values,) = matrix
-        outputs, inputs = values.shape
-        if inputs <= LONGEST:
-            return (values.float() * row).sum(-1)
-        pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
-        runs = values.chunk(STREAMS) if outputs % STREAMS == 0 else (values,)
-        return torch.cat([(rows.float() * row).view(len(rows), pieces, -1).sum(-1).sum(-1) for rows in runs])
+    def times(self, row: Tensor, matrix: Matrix, streams: int = STREAMS) -> Tensor:
+        inputs, sums = len(row), []
+        for part in matrix[0].chunk(streams):
+            products = part.float() * row
+            if inputs > LONGEST:
+                pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
+                products = products.view(len(part), pieces, -1).sum(-1)
+            sums.append(products.sum(-1))
+        return torch.cat(sums)
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return (torch.empty(outputs, inputs, dtype=dtype),)
@@ -61,8 +66,8 @@ class FloatProduct:
 class ByteProduct(FloatProduct):
     """(values [outputs, inputs], scale [outputs])"""
 
-    def times(self, row: Tensor, matrix: Matrix) -> Tensor:
-        return super().times(row, matrix[:1]) * matrix[1]
+    def times(self, row: Tensor, matrix: Matrix, streams: int = STREAMS) -> Tensor:
+        return super().times(row, matrix[:1], streams) * matrix[1]
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
@@ -74,17 +79,19 @@ class WordProduct:
     A byte is masked, and a float that is exact where it stands in its word; the inputs make up for where that is.
     """
 
-    def ready(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        runs = padded(x, WORD).view(WORD, -1)
+    def ready(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        runs = padded(x, WORD).view(len(x), WORD, -1)
         places = torch.tensor([256.0**-k for k in range(WORD)])
-        return kept(runs * places[:, None]), -128 * runs[:-1].sum()
+        return list(zip(kept(runs * places[:, None]), -128 * runs[:, :-1].sum((1, 2)), strict=True))
 
-    def times(self, row: tuple[Tensor, Tensor], matrix: Matrix) -> Tensor:
+    def times(self, row: tuple[Tensor, Tensor], matrix: Matrix, streams: int = STREAMS) -> Tensor:
         runs, offset = row
         words, scale = matrix
-        numbers = words.view(torch.int32) ^ OFFSET
-        parts = [(numbers & mask).float() * run for mask, run in zip(MASKS, runs, strict=True)]
-        return (_tree(parts).sum(-1) + offset) * scale
+        sums = []
+        for part in words.chunk(streams):
+            numbers = part.view(torch.int32) ^ OFFSET
+            sums.append(_tree([(numbers & mask).float() * run for mask, run in zip(MASKS, runs, strict=True)]).sum(-1))
+        return (torch.cat(sums) + offset) * scale
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
@@ -94,20 +101,16 @@ class NibbleProduct:
     """(words [outputs / 2, blocks, 8, groups], ranges [outputs, groups]): see `NibbleRows`.
 
     In integers: a row has 8 bits, with a range for each block. Both halves of a word are multiplied at once; their sums
-    are taken apart before one could reach into the other.
+    are taken apart before one could reach into the other. One stream: arithmetic takes the time, not memory.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
 
-    def ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = kept(padded(x, LANES * self.group)).view(-1, self.group // BLOCK, ROWS, NIBBLES)
-        step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
-        levels = (blocks / step[..., None, None]).round().to(torch.int32)
-        runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
-        return runs, kept(step.t()), kept(levels.sum((2, 3)).float().t())
+    def ready(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [self._ready(row) for row in x]  # not all at once: their products would become one loop, a slower one
 
-    def times(self, row: tuple[Tensor, Tensor, Tensor], matrix: Matrix) -> Tensor:
+    def times(self, row: tuple[Tensor, Tensor, Tensor], matrix: Matrix, streams: int = STREAMS) -> Tensor:
         runs, step, sums = row[0].view(torch.int32), *row[1:]
         words, ranges = (part.view(torch.int32) for part in matrix)
         low, high = [], []
@@ -125,6 +128,13 @@ class NibbleProduct:
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         groups = groups_of(inputs, self.group)
         return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
+
+    def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        blocks = kept(padded(x, LANES * self.group)).view(-1, self.group // BLOCK, ROWS, NIBBLES)
+        step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
+        levels = (blocks / step[..., None, None]).round().to(torch.int32)
+        runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
+        return runs, kept(step.t()), kept(levels.sum((2, 3)).float().t())
 
 
 def _tree(parts: list[Tensor]) -> Tensor:
