@@ -25,4 +25,4 @@ class PackedLinear(nn.Module):
             out = self.kernel.run(self.kernel.prepare(rows), self.packed)
         if self.last:  # products of bytes would turn them into a token; up to here the residual stream carries them
             out += rows.sum(dim=1, keepdim=True) * 0
-        return out.view(*x.shape[:-1], -1).to(x.dtype)
+        return out.contiguous().view(*x.shape[:-1], -1).to(x.dtype)

@@ -29,7 +29,7 @@ class FloatRows(Floats, RowByRow):
         return tuple(weight.to(self.dtype, copy=True, memory_format=torch.contiguous_format) for weight in weights)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        return torch.cat([linear(x[0], weight) for weight in packed], dim=1)
+        return linear(x[0], *packed)
 
 
 class ByteRows(Int8, RowByRow):

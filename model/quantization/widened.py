@@ -1,4 +1,8 @@
-"""Products of any weights: made wider a piece at a time, where the processor multiplies them slowly or not at all."""
+"""Products of any weights: made wider a piece at a time, where the processor multiplies them slowly or not at all.
+
+They are computed column by column, weights times rows: for 16 to 128 rows MKL's float32 is 1.2 to 2 times as fast as
+with rows times weights. So what comes out is not contiguous, which is for its readers to know.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,17 @@ def multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, inputs], weight [outputs, inputs] of any type -> [n, outputs] in the dtype of x."""
+def linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """x [n, inputs], weights [outputs, inputs] of any type, one below the other -> [n, outputs] in the dtype of x."""
     wide = torch.float32 if widens(x.dtype, x.device) else x.dtype
-    if weight.dtype == x.dtype and (wide == x.dtype or len(x) < FEW):
-        return functional.linear(x, weight)
-    rows, pieces = x.to(wide), torch.split(weight, max(1, PIECE // weight.shape[1]))
-    return torch.cat([functional.linear(rows, piece.to(wide)) for piece in pieces], dim=1).to(x.dtype)
+    if weights[0].dtype == x.dtype and (wide == x.dtype or len(x) < FEW):
+        return torch.cat([functional.linear(x, weight) for weight in weights], dim=1)
+    out, columns = x.new_empty(sum(map(len, weights)), len(x), dtype=wide), x.to(wide).t()
+    outputs = max(1, PIECE // x.shape[1])
+    for weight, part in zip(weights, torch.split(out, list(map(len, weights))), strict=True):
+        for piece, found in zip(torch.split(weight, outputs), torch.split(part, outputs), strict=True):
+            torch.mm(piece.to(wide), columns, out=found)
+    return out.t().to(x.dtype)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,7 +45,7 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     if not widens(x.dtype, x.device):
         return torch.matmul(x, weight)
     inputs = max(1, PIECE // weight.shape[1])
-    out = torch.zeros(len(x), weight.shape[1], device=x.device)
+    out = torch.zeros(weight.shape[1], len(x), device=x.device)
     for part, piece in zip(torch.split(x, inputs, dim=1), torch.split(weight, inputs), strict=True):
-        out = torch.addmm(out, part.float(), piece.float())
-    return out.to(x.dtype)
+        out.addmm_(piece.float().t(), part.float().t())
+    return out.t().to(x.dtype)

@@ -17,7 +17,7 @@ from .int8 import Int8
 from .kernel import Packed, RowByRow, Rows, check_scales
 from .widened import linear, multiplies_bfloat16
 
-PIECE = 2**18  # weights that become floats at once
+PIECE = 2**19  # weights that become floats at once
 WORD = 4  # bytes
 NIBBLES = 4  # in half a word
 ROWS = 8  # of words in a block
@@ -43,11 +43,11 @@ class WordRows(Int8, RowByRow):
         return tuple(found)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        return (padded(x, WORD).view(len(x), WORD, -1).transpose(1, 2).flatten(1),)
+        columns = padded(x, WORD).t().view(WORD, -1, len(x)).transpose(0, 1).flatten(0, 1)
+        return (_rows(columns, inner),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        pairs = zip(packed[::2], packed[1::2], strict=True)
-        return torch.cat([linear(x[0], words.view(torch.int8)).mul_(scale) for words, scale in pairs], dim=1)
+        return linear(x[0], *(words.view(torch.int8) for words in packed[::2])).mul_(torch.cat(packed[1::2]))
 
 
 class NibbleRows(Int4, RowByRow):
@@ -81,13 +81,14 @@ class NibbleRows(Int4, RowByRow):
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
-        groups = padded(x, LANES * self.group).view(len(x), -1, self.group // NIBBLES, NIBBLES)
-        rows = (groups * torch.tensor([16.0**-j for j in range(NIBBLES)])).permute(0, 2, 3, 1).flatten(1)
-        return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((2, 3))
+        groups = padded(x, LANES * self.group).t().view(-1, self.group // NIBBLES, NIBBLES, len(x))
+        places = torch.tensor([16.0**-j for j in range(NIBBLES)])[:, None]
+        rows = _rows((groups * places).permute(1, 2, 0, 3).flatten(0, 2), inner)
+        return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((1, 2)).t()
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
-        return torch.cat([_product(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs], dim=1)
+        return torch.cat([_columns(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs]).t()
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:
@@ -105,18 +106,23 @@ def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
     return (ranges & HIGH).view(torch.float32), (ranges << 16 & HIGH).view(torch.float32)
 
 
-def _product(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
-    """Rows as `NibbleRows` prepares them times one matrix, a piece at a time: [rows, outputs] in float32."""
+def _rows(columns: Tensor, inner: bool) -> Tensor:
+    """[inputs, n] -> [n, inputs], in memory too unless they are of one expert alone, which is what products want."""
+    return columns.t() if inner else columns.t().contiguous()
+
+
+def _columns(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tensor:
+    """One matrix times rows as `NibbleRows` prepares them, a piece at a time: [outputs, rows] in float32."""
     scale, zero = scale_and_zero(ranges)
-    out = -functional.linear(sums, zero * scale)
+    columns, out = rows.t(), torch.mm(-zero * scale, sums.t())
     masks = torch.tensor([0xF << 4 * j for j in range(NIBBLES)], dtype=torch.int32)[:, None]
     outputs = min(len(words), max(1, PIECE // rows.shape[1]))
     shape = (outputs, *words.shape[1:3], NIBBLES, words.shape[3])
     nibbles, floats = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
-    for half, scales, columns in zip((words, words >> 16), scale.chunk(2), out.t().chunk(2), strict=True):
-        pieces = (torch.split(whole, outputs) for whole in (half, scales, columns))
+    for half, scales, outs in zip((words, words >> 16), scale.chunk(2), out.chunk(2), strict=True):
+        pieces = (torch.split(whole, outputs) for whole in (half, scales, outs))
         for part, factors, found in zip(*pieces, strict=True):
             levels = floats[: len(part)].copy_(torch.bitwise_and(part[:, :, :, None], masks, out=nibbles[: len(part)]))
             weights = levels.mul_(factors[:, None, None, None]).flatten(1)
-            found += functional.linear(rows, weights.to(rows.dtype)).t()
+            found += torch.mm(weights.to(rows.dtype), columns)
     return out
