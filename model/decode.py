@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
@@ -228,7 +229,7 @@ class Row:
 
 def _finite(logits: Tensor) -> Tensor:
     """Refuse numbers that no sound network makes; -inf is a mask's."""
-    if bool(logits.isnan().any()) or bool(logits.max().isinf()):
+    if not math.isfinite(float(logits.max())):  # NaN is the largest
         raise ModelError(
             "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",
             "check the files with `dbrx download MODEL --verify`, or try --dtype float32",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.sampling import SamplingParams, filter_logits, penalize, sample
+from model.sampling import SamplingParams, candidates, penalize, sample
 
 torch.set_num_threads(1)
 
@@ -30,6 +30,13 @@ def case_name(case: dict[str, Any]) -> str:
     return "-".join([case["logits"], *(f"{name}={value}" for name, value in case["params"].items())])
 
 
+def filtered_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+    """As transformers gives them: all, with -inf where a token may not come."""
+    ids, kept = candidates(logits, params)
+    assert bool((ids.diff() > 0).all())
+    return torch.full(logits.shape, -math.inf).index_copy(0, ids, kept)
+
+
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case_name(case) for case in CASES])
 def test_agrees_with_transformers(golden: dict[str, Tensor], index: int) -> None:
     case = CASES[index]
@@ -40,7 +47,7 @@ def test_agrees_with_transformers(golden: dict[str, Tensor], index: int) -> None
     penalized = penalize(logits, seen, torch.zeros(len(logits), dtype=torch.long), params)
     torch.testing.assert_close(penalized, golden.get(f"penalized.{index}", logits))
 
-    filtered, expected = filter_logits(penalized, params), golden[f"filtered.{index}"]
+    filtered, expected = filtered_logits(penalized, params), golden[f"filtered.{index}"]
     if case["top_p_cuts_a_tie"]:  # which of the equal tokens stays is an accident of sorting
         filtered, expected = filtered.sort().values, expected.sort().values
     torch.testing.assert_close(filtered, expected)
@@ -55,8 +62,21 @@ def test_the_golden_data_reaches_every_edge() -> None:
 def test_top_p_keeps_the_token_that_crosses() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, kept in ((1e-300, 1), (0.4, 1), (0.6, 2), (0.85, 3), (0.97, 4)):
-        filtered = filter_logits(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}))
+        filtered = filtered_logits(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}))
         assert filtered.isfinite().tolist() == [i < kept for i in range(4)]
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 0.3, 0.95, 0.999, 1 - 2**-20])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
+def test_top_p_sorts_few_and_keeps_what_sorting_all_keeps(top_p: float, spread: float) -> None:
+    """With a real vocabulary, flat (all tokens tie) to peaked."""
+    logits = spread * torch.randn(100_352, generator=torch.Generator().manual_seed(2))
+    ids, kept = candidates(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}))
+    ordered, order = logits.double().sort(descending=True, stable=True)
+    mass = ordered.softmax(-1).cumsum(-1)
+    count = int((mass - ordered.softmax(-1) < top_p).sum())
+    assert abs(mass[len(ids) - 1] - mass[max(count, 1) - 1]) < 1e-5  # probabilities of float32
+    assert torch.equal(ids, order[: len(ids)].sort().values) and torch.equal(kept, logits[ids])
 
 
 def test_filters_leave_the_given_logits_alone() -> None:
@@ -65,7 +85,7 @@ def test_filters_leave_the_given_logits_alone() -> None:
     params = SamplingParams(
         top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.5, frequency_penalty=1, presence_penalty=1
     )
-    filter_logits(penalize(logits, logits > 0, torch.ones(50), params), params)
+    candidates(penalize(logits, logits > 0, torch.ones(50), params), params)
     assert torch.equal(logits, before)
 
 
