@@ -468,6 +468,20 @@ def test_experts_as_they_are_stored_are_widened_too(
     assert out.dtype == torch.bfloat16 and share(out, exact) < CLOSE["none" if kind == torch.bfloat16 else "int8"]
 
 
+def test_gradients_reach_widened_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(widened, "PIECE", 1000)
+    torch.manual_seed(11)
+    expert = [torch.randn(HIDDEN, WIDTH).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [part.detach().float().requires_grad_() for part in expert]
+    x, kernel = torch.randn(30, WIDTH).bfloat16(), FloatKernel(silu)
+    for rows, parts in ((x, expert), (x.float(), exact)):
+        kernel.run(kernel.prepare(rows), None, kernel.pack(FloatExpert(*parts))).square().sum().backward()
+    for part, meant in zip(expert, exact, strict=True):
+        assert part.grad is not None and meant.grad is not None
+        assert share(part.grad, meant.grad) < 0.02
+
+
 @pytest.mark.parametrize("build", KERNELS)
 def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], MatrixKernel]) -> None:
     """A lone row times three matrices, and three rows times one each; none depends on those beside it."""

@@ -31,13 +31,11 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """x [n, inputs], weights [outputs, inputs] of any type, one below the other -> [n, outputs] in the dtype of x."""
     wide = torch.float32 if widens(x.dtype, x.device) else x.dtype
     if weights[0].dtype == x.dtype and (wide == x.dtype or len(x) < FEW):
-        return torch.cat([functional.linear(x, weight) for weight in weights], dim=1)
-    out, columns = x.new_empty(sum(map(len, weights)), len(x), dtype=wide), x.to(wide).t()
-    outputs = max(1, PIECE // x.shape[1])
-    for weight, part in zip(weights, torch.split(out, list(map(len, weights))), strict=True):
-        for piece, found in zip(torch.split(weight, outputs), torch.split(part, outputs), strict=True):
-            torch.mm(piece.to(wide), columns, out=found)
-    return out.t().to(x.dtype)
+        products = [functional.linear(x, weight) for weight in weights]
+        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+    columns, outputs = x.to(wide).t(), max(1, PIECE // x.shape[1])
+    pieces = (piece for weight in weights for piece in torch.split(weight, outputs))
+    return torch.cat([torch.mm(piece.to(wide), columns) for piece in pieces]).t().to(x.dtype)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
