@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,9 +67,20 @@ def server() -> Iterator[FakeHub]:
         yield running
 
 
+# Scaled from 30 seconds to about 2.
+IMPATIENT = {
+    "STALL_SECONDS": 1.2,
+    "CRAWL_SECONDS": 0.4,
+    "OVERDUE_SECONDS": 0.5,
+    "FIRST_PAUSE": 0.02,
+    "LONGEST_PAUSE": 0.3,
+}
+USUAL = {name: getattr(patience, name) for name in IMPATIENT}
+
+
 @pytest.fixture
 def inside(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The Hub of this process, with patience scaled from 30 seconds to about 2."""
+    """The Hub of this process, with little patience."""
     assert patience.STALL_SECONDS + patience.OVERDUE_SECONDS < 30
     template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
@@ -77,21 +88,26 @@ def inside(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_OFFLINE": False, "HF_HUB_DOWNLOAD_TIMEOUT": 0.4,
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
-    scaled = {
-        "STALL_SECONDS": 1.2,
-        "CRAWL_SECONDS": 0.4,
-        "OVERDUE_SECONDS": 0.5,
-        "FIRST_PAUSE": 0.02,
-        "LONGEST_PAUSE": 0.3,
-    }
-    for name, value in scaled.items():
+    for name, value in IMPATIENT.items():
         monkeypatch.setattr(patience, name, value)
     yield server
     huggingface_hub.close_session()
 
 
-def try_fault(server: FakeHub, fault: Fault, name: str, times: int) -> DbrxError | None:
-    """Download under a fault; whatever comes of it, nothing bad has its final name and the next attempt succeeds."""
+def try_faults(server: FakeHub, cases: Sequence[tuple[Fault, int]], workers: int) -> list[DbrxError | None]:
+    """Download under each fault, so many times; whatever comes of it, the next attempt, a usual one, succeeds."""
+    names = [f"acme/fault-{i}" for i in range(len(cases))]
+    with ThreadPoolExecutor(workers) as pool:
+        told = list(pool.map(lambda name, case: try_fault(server, name, *case), names, cases))
+    with pytest.MonkeyPatch.context() as usual, ThreadPoolExecutor(workers) as pool:
+        for name, value in USUAL.items():
+            usual.setattr(patience, name, value)
+        list(pool.map(lambda name: heal(server, name), names))
+    return told
+
+
+def try_fault(server: FakeHub, name: str, fault: Fault, times: int) -> DbrxError | None:
+    """What a download under a fault ends with: soon, and nothing bad has its final name."""
     content = checkpoint(shard_bytes=SIZE)
     server.add(name, content)
     faults = [Fault(fault.kind, fault.target, fault.at, times, fault.path, fault.headers)]
@@ -108,20 +124,22 @@ def try_fault(server: FakeHub, fault: Fault, name: str, times: int) -> DbrxError
         assert "\n" not in error.message and len(error.message) < 300
         with pytest.raises(ModelError):
             models.resolve(name, download=False)
-    server.repos[name].faults = []
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     for path in cache.glob("snapshots/*/*"):
         assert path.read_bytes() == content[path.name], path.name
+    return error
+
+
+def heal(server: FakeHub, name: str) -> None:
+    """Without the fault, the same command completes the download."""
+    server.repos[name].faults = []
     folder = models.download(name)
     assert models.missing_files(folder) == [] and models.verify_cached(folder) == []
-    return error
 
 
 def test_passing_faults_are_survived(inside: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "STALL_SECONDS", 3.0)  # two silences take 0.9, and a busy machine takes its own time
-    with ThreadPoolExecutor(12) as pool:
-        runs = [pool.submit(try_fault, inside, fault, f"acme/passing-{i}", 2) for i, fault in enumerate(FAULTS)]
-        told = {fault_id(fault): run.result() for fault, run in zip(FAULTS, runs, strict=True)}
+    told = dict(zip(map(fault_id, FAULTS), try_faults(inside, [(fault, 2) for fault in FAULTS], 12), strict=True))
     # A server that sends its headers byte by byte is waited for until patience ends: no read of the socket times out.
     assert {name for name, error in told.items() if error is not None} <= {
         f"header_drip-{target}-0-0" for target in ("revision", "tree", "file", "bytes")
@@ -129,9 +147,7 @@ def test_passing_faults_are_survived(inside: FakeHub, monkeypatch: pytest.Monkey
 
 
 def test_lasting_faults_end_in_one_clear_line(inside: FakeHub) -> None:
-    with ThreadPoolExecutor(24) as pool:
-        runs = [pool.submit(try_fault, inside, fault, f"acme/lasting-{i}", ALWAYS) for i, fault in enumerate(FAULTS)]
-        told = {fault_id(fault): run.result() for fault, run in zip(FAULTS, runs, strict=True)}
+    told = dict(zip(map(fault_id, FAULTS), try_faults(inside, [(fault, ALWAYS) for fault in FAULTS], 12), strict=True))
     for name, error in told.items():
         if name.startswith("no_range"):  # costs bytes, but arrives
             continue
@@ -144,12 +160,7 @@ def test_lasting_faults_end_in_one_clear_line(inside: FakeHub) -> None:
 def test_faults_at_all_offsets(inside: FakeHub) -> None:
     offsets = [0, 1, 4095, 16_384, 33_333, 65_536, 77_777, SIZE - 4096, SIZE - 2, SIZE - 1]
     cases = [(Fault(kind, at=at, path=SHARD), times) for kind in BODY for at in offsets for times in (2, ALWAYS)]
-    with ThreadPoolExecutor(8) as pool:
-        runs = [
-            pool.submit(try_fault, inside, fault, f"acme/offset-{i}", times) for i, (fault, times) in enumerate(cases)
-        ]
-        for run in runs:
-            run.result()
+    try_faults(inside, cases, 8)
 
 
 def test_a_server_that_asks_for_too_long_a_pause(inside: FakeHub) -> None:
