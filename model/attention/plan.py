@@ -31,7 +31,7 @@ class AttentionPlan:
         counts = [seq] * len(self.starts) if valid is None else [int(n) for n in valid.sum(1)]
         self.lengths = [start + count for start, count in zip(self.starts, counts, strict=True)]
         self.uniform = valid is None and len(set(self.starts)) == 1
-        self.lone = valid is None and seq == len(self.starts) == 1
+        self.lone = self.uniform and seq == len(self.starts) == 1
         self._masks: dict[torch.device, Tensor] = {}
 
     @property
