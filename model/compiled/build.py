@@ -15,10 +15,12 @@ from torch import nn
 from torch.export import Dim
 
 from .form import Form
-from .functions import Attend, Experts, Head
+from .functions import Attend, Expert, Experts, Head, Linear
 from .products import product
+from .tiles import LOOPS, OUTPUTS, ROWS, pays
 
 TOKENS = 512  # that are cached, for an example
+MANY = {"linear", "expert"}  # the functions of many rows
 
 
 class Example(NamedTuple):
@@ -32,13 +34,17 @@ class Example(NamedTuple):
 def main() -> None:
     """Write a package for each function into the folder that is the only argument."""
     import torch._inductor
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
     folder = Path(sys.argv[1])
     form = Form.from_dict(json.load(sys.stdin))
     config.cpp.dynamic_threads = True  # as many as are set when it runs
     config.cpp.enable_floating_point_contract_flag = "fast"  # multiply and add at once
-    for name, (function, example, sizes) in functions(form).items():
+    config.aot_inductor.precompile_headers = False  # 150 MB each, in a folder that is not ours, and no faster
+    found = functions(form)
+    if found.keys() & MANY and cpp_builder.is_gcc():  # to others PyTorch does not forbid it
+        config.cpp.march = LOOPS  # the others are as fast with it
+    for name, (function, example, sizes) in found.items():
         with torch.no_grad():
             exported = torch.export.export(function.eval(), example, dynamic_shapes=sizes)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / f"{name}.pt2"))
@@ -48,7 +54,8 @@ def functions(form: Form) -> dict[str, Example]:
     """All of a form, by name."""
     config, ffn, dtype = form.config, form.config.ffn_config, getattr(torch, form.dtype)
     d, width, kv_heads = config.d_model, config.head_dim, config.attn_config.kv_n_heads
-    x = torch.empty(1, 1, d, dtype=dtype)
+    x, rows = torch.empty(1, 1, d, dtype=dtype), torch.empty(2 * ROWS, d, dtype=dtype)
+    many = {0: ROWS * Dim("tiles", max=2**27)}
     found: dict[str, Example] = {}
     # No tensor serves as two arguments: they would be taken for one.
     if form.dense is not None:
@@ -67,12 +74,20 @@ def functions(form: Form) -> dict[str, Example]:
             (None, None, None, capacity, capacity, tokens, None, fixed, fixed, None, None),
         )
         found["head"] = Example(Head(dense), (x, dense.example(config.vocab_size, d, dtype)))
+        if pays(form.dense, dtype):
+            example = dense.example(2 * OUTPUTS, d, dtype)
+            outputs = ({0: OUTPUTS * Dim("pairs", max=2**30)},) * len(example)
+            found["linear"] = Example(Linear(dense), (rows, example), (many, outputs))
     if form.experts is not None:
         sparse = product(form.experts, form.group)
         shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)
         experts = [tuple(sparse.example(*shape, dtype) for shape in shapes) for _ in range(ffn.moe_top_k)]
         weights = torch.empty(1, ffn.moe_top_k)
         found["experts"] = Example(Experts(config, sparse), (x, torch.empty(1, d), weights, experts))
+        if pays(form.experts, dtype) and ffn.ffn_hidden_size % OUTPUTS == 0:
+            one = experts[0]
+            sizes = many, *((None,) * len(matrix) for matrix in one)
+            found["expert"] = Example(Expert(config, sparse), (rows, *one), sizes)
     return found
 
 

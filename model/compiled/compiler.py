@@ -78,7 +78,9 @@ def _start(part: Form, folder: Path) -> subprocess.Popen[bytes]:
             stdin=form,
             stdout=said,
             stderr=said,
-            env={**os.environ, "PYTHONPATH": here, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
+            env=os.environ
+            | {"PYTHONPATH": here, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+            | {"AOT_INDUCTOR_ENABLE_LINE_TABLES": "0"},  # three quarters of a package
         )
 
 

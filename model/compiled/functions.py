@@ -1,5 +1,6 @@
-"""What a decode step computes, as functions of activations and weights that PyTorch's compiler turns into few loops.
+"""What is computed, as functions of activations and weights that PyTorch's compiler turns into few loops.
 
+A decode step is `Attend`, `Experts` and `Head`; of many rows, `Linear` and `Expert` are the products.
 Matrices are held, and multiplied, as `products` says; all else is computed in float32.
 """
 
@@ -13,7 +14,8 @@ from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
 from ..rope import rotate
 from ..transformer import EPS
-from .products import FloatProduct, Matrix, Product, kept
+from .products import FloatProduct, Matrix, Product, integers, kept
+from .tiles import multiply
 
 
 def normalize(x: Tensor, weight: Tensor) -> Tensor:
@@ -112,6 +114,36 @@ class Head(nn.Module):
     def forward(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [1, 1, d_model] -> logits [1, 1, vocab] like x."""
         return _times(self.product, x.flatten().float(), matrix).to(x.dtype)[None, None]
+
+
+class Linear(nn.Module):
+    """A matrix times many rows, a multiple of `tiles.ROWS`."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [n, inputs] -> [n, outputs] like x."""
+        return _multiply(self.product, x.float(), matrix).to(x.dtype)
+
+
+class Expert(nn.Module):
+    """An expert's output for many rows, a multiple of `tiles.ROWS`."""
+
+    def __init__(self, config: DbrxConfig, product: Product) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[str(config.ffn_config.activation)]
+        self.product = product
+
+    def forward(self, x: Tensor, w1: Matrix, v1: Matrix, w2: Matrix) -> Tensor:
+        """x [n, d_model] -> the same shape and type."""
+        gate, up = (_multiply(self.product, x.float(), matrix) for matrix in (w1, v1))
+        return _multiply(self.product, kept(self.activation(gate) * up), w2).to(x.dtype)
+
+
+def _multiply(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
+    return multiply(integers(product.ordered(x)), product.weights(matrix))
 
 
 def _times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:

@@ -1,8 +1,8 @@
-"""How a compiled function multiplies a row with a matrix: a choice, by how the matrix is held.
+"""How a compiled function multiplies rows with a matrix: a choice, by how the matrix is held.
 
-`ready` makes of rows in float32 what the products of each share, `times` is a product of one of them. It reads the
-weights once, in the order in which they lie in memory, but in a few places at a time: a core alone has so many more
-bytes under way.
+Of a lone row, `ready` makes of rows in float32 what the products of each share, and `times` is a product of one of
+them. It reads the weights once, in the order in which they lie in memory, but in a few places at a time: a core alone
+has so many more bytes under way. Of many rows, `ordered` and `weights` make what `tiles.multiply` takes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..quantization.words import BLOCK, LANES, NIBBLES, ROWS, WORD, groups_of, p
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
+Integers = tuple[Tensor, Tensor]  # rows [n, inputs] of int16 or int8, and the step of each [n]: they are multiples
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
 STREAMS = 4  # places of a matrix that a loop reads side by side: a fifth faster than one; eight are slower
@@ -24,6 +25,9 @@ OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is 
 MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
 PAIR = 0x000F000F  # a nibble of each half of a word
 SUMMED = 4  # rows of words whose products are added in 16 bits: 4 x 4 x 15 x 127 still fits
+NORM = 32000.0  # of a row of integers: no sum of the products of two leaves 32 bits (Cauchy and Schwarz)
+HIGHEST = 15  # level of a nibble
+TINY = 1e-30  # for what is divided by
 CHAIN = 4  # products that are added one after the other: of more, each waits too long for the one before
 
 
@@ -38,6 +42,12 @@ class Product(Protocol):
 
         streams: places of the matrix to read side by side; 1 where other matrices are read in the same loop.
         """
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """Rows [n, inputs] in the order of the weights."""
+
+    def weights(self, matrix: Matrix) -> Integers:
+        """The matrix: [outputs, inputs]."""
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         """A matrix with the right types and shapes, to compile for. dtype: of float weights."""
@@ -59,6 +69,12 @@ class FloatProduct:
             sums.append(products.sum(-1))
         return torch.cat(sums)
 
+    def ordered(self, x: Tensor) -> Tensor:
+        return x
+
+    def weights(self, matrix: Matrix) -> Integers:
+        return integers(matrix[0].float())
+
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return (torch.empty(outputs, inputs, dtype=dtype),)
 
@@ -68,6 +84,9 @@ class ByteProduct(FloatProduct):
 
     def times(self, row: Tensor, matrix: Matrix, streams: int = STREAMS) -> Tensor:
         return super().times(row, matrix[:1], streams) * matrix[1]
+
+    def weights(self, matrix: Matrix) -> Integers:
+        return matrix[0], matrix[1]
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
@@ -92,6 +111,13 @@ class WordProduct:
             numbers = part.view(torch.int32) ^ OFFSET
             sums.append(_tree([(numbers & mask).float() * run for mask, run in zip(MASKS, runs, strict=True)]).sum(-1))
         return (torch.cat(sums) + offset) * scale
+
+    def ordered(self, x: Tensor) -> Tensor:
+        x = padded(x, WORD)
+        return x.view(-1, WORD, x.shape[1] // WORD).transpose(1, 2).flatten(1)
+
+    def weights(self, matrix: Matrix) -> Integers:
+        return matrix[0].view(torch.int8), matrix[1]
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
@@ -125,16 +151,41 @@ class NibbleProduct:
             found.append(((_tree(sum_of).float() - zero * sums) * (scale * step)).sum(-1).sum(-1))
         return torch.cat(found)
 
+    def ordered(self, x: Tensor) -> Tensor:
+        groups = groups_of(x.shape[1], self.group)
+        x = padded(x, LANES * self.group).view(-1, groups, self.group // NIBBLES, NIBBLES)
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+    def weights(self, matrix: Matrix) -> Integers:
+        words, ranges = (part.view(torch.int32) for part in matrix)
+        scale, zero = map(kept, scale_and_zero(ranges))
+        most = scale * torch.maximum(zero, HIGHEST - zero)  # that a weight can be: its norm need not be known
+        step = kept(torch.linalg.vector_norm(most, dim=1) * self.group**0.5 / NORM)
+        factors = kept(scale / step[:, None].clamp(min=TINY))
+        places, found = 4 * torch.arange(NIBBLES, dtype=torch.int32)[:, None], []
+        for half, *ranges_of in zip((words, words >> 16), factors.chunk(2), zero.chunk(2), strict=True):
+            factor, middle = (part[:, None, None, None] for part in ranges_of)
+            levels = (half[:, :, :, None] >> places & HIGHEST).float()
+            found.append(((levels - middle) * factor).round().to(torch.int16))
+        return torch.cat(found).flatten(1), step
+
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         groups = groups_of(inputs, self.group)
         return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks = kept(padded(x, LANES * self.group)).view(-1, self.group // BLOCK, ROWS, NIBBLES)
-        step = kept(blocks.abs().amax((2, 3)).clamp(min=1e-30) / LEVELS)
+        step = kept(blocks.abs().amax((2, 3)).clamp(min=TINY) / LEVELS)
         levels = (blocks / step[..., None, None]).round().to(torch.int32)
         runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
         return runs, kept(step.t()), kept(levels.sum((2, 3)).float().t())
+
+
+def integers(x: Tensor) -> Integers:
+    """Floats [n, inputs] as the nearest multiples of a step, of which each row has as many."""
+    step = kept(torch.linalg.vector_norm(x, dim=1).clamp(min=TINY) / NORM)
+    inverse = kept(1 / step)
+    return (x * inverse[:, None]).round().to(torch.int16), step
 
 
 def _tree(parts: list[Tensor]) -> Tensor:

@@ -19,10 +19,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == 1:
-            out = self.kernel.each(rows, [self.packed])
-        else:
-            out = self.kernel.run(self.kernel.prepare(rows), self.packed)
+        out = self.kernel.each(rows, [self.packed]) if len(rows) == 1 else self.multiply(rows)
         if self.last:  # products of bytes would turn them into a token; up to here the residual stream carries them
             out += rows.sum(dim=1, keepdim=True) * 0
         return out.contiguous().view(*x.shape[:-1], -1).to(x.dtype)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """Many rows: [n, inputs] -> [n, outputs]."""
+        return self.kernel.run(self.kernel.prepare(rows), self.packed)

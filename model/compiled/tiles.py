@@ -1,0 +1,49 @@
+"""How a compiled function multiplies many rows with a matrix: tile by tile, in integers of 16 bits.
+
+AVX2 multiplies twice as many of them at once as floats, and adds their products in pairs. The loops are plain ones, for
+the C++ compiler to turn into that (`vpmaddwd`).
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor
+
+from ..quantization.widened import multiplies_bfloat16
+from .form import Matrices
+from .products import Integers, kept
+
+ROWS, OUTPUTS = 4, 2  # of a tile, whose sums a loop holds in registers
+LOOPS = "native -ftree-loop-vectorize"  # for this processor, and with leave to turn plain loops into vectors
+
+
+def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
+    """Whether that is faster than products without a compiler, before which weights become float32.
+
+    dtype: of float weights.
+    """
+    from torch._inductor import config  # a second, and for the compiler alone
+
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(config.cpp, "march"):  # PyTorch has it since 2.13
+        return False
+    if matrices == "floats":
+        return dtype == torch.bfloat16 and not multiplies_bfloat16()
+    return matrices == "words" or (matrices == "nibbles" and not multiplies_bfloat16())
+
+
+def multiply(rows: Integers, weights: Integers) -> Tensor:
+    """[n, inputs] and [outputs, inputs] -> [n, outputs] float32; n is a multiple of `ROWS`."""
+    values, scales = weights
+    short = values.dtype == torch.int16
+    if short:  # what a loop only reads, the C++ compiler reads again for each product: it is given bits to turn
+        values = kept(~values)
+    found = []
+    for part, scale in zip(values.chunk(OUTPUTS), scales.chunk(OUTPUTS), strict=True):
+        columns = (~part if short else part)[:, None].to(torch.int32)
+        for row, step in zip(kept(rows[0]).chunk(ROWS), rows[1].chunk(ROWS), strict=True):
+            found.append((columns * row).sum(-1, dtype=torch.int32) * (scale[:, None] * step))
+    outputs, n = found[0].shape
+    tiles = torch.stack(found).view(OUTPUTS, ROWS, outputs, n)
+    return kept(tiles.permute(1, 3, 0, 2)).view(ROWS * n, OUTPUTS * outputs)
