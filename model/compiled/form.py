@@ -16,7 +16,7 @@ from ..config import DbrxConfig
 # Of what is compiled, layouts and constants included: changed, they are compiled again.
 SOURCES = (
     *("build.py", "functions.py", "products.py", "tiles.py"),
-    *("../quantization/int8.py", "../quantization/words.py", "../moe.py", "../rope.py"),
+    *("../quantization/int8.py", "../quantization/int4.py", "../quantization/words.py", "../moe.py", "../rope.py"),
 )
 Matrices = Literal["floats", "bytes", "words", "nibbles"]
 

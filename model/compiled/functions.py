@@ -138,6 +138,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor, w1: Matrix, v1: Matrix, w2: Matrix) -> Tensor:
         """x [n, d_model] -> the same shape and type."""
+        # Rows become integers twice: shared by both products, prompts in bfloat16 were a tenth slower.
         gate, up = (_multiply(self.product, x.float(), matrix) for matrix in (w1, v1))
         return _multiply(self.product, kept(self.activation(gate) * up), w2).to(x.dtype)
 

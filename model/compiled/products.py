@@ -12,8 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..quantization import int4
 from ..quantization.int8 import LEVELS
-from ..quantization.words import BLOCK, LANES, NIBBLES, ROWS, WORD, groups_of, padded, scale_and_zero
+from ..quantization.words import (
+    BLOCK,
+    LANES,
+    NIBBLES,
+    ROWS,
+    WORD,
+    groups_of,
+    in_groups,
+    in_words,
+    padded,
+    scale_and_zero,
+)
 from .form import Matrices
 
 Matrix = tuple[Tensor, ...]
@@ -26,7 +38,6 @@ MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
 PAIR = 0x000F000F  # a nibble of each half of a word
 SUMMED = 4  # rows of words whose products are added in 16 bits: 4 x 4 x 15 x 127 still fits
 NORM = 32000.0  # of a row of integers: no sum of the products of two leaves 32 bits (Cauchy and Schwarz)
-HIGHEST = 15  # level of a nibble
 TINY = 1e-30  # for what is divided by
 CHAIN = 4  # products that are added one after the other: of more, each waits too long for the one before
 
@@ -113,8 +124,7 @@ class WordProduct:
         return (torch.cat(sums) + offset) * scale
 
     def ordered(self, x: Tensor) -> Tensor:
-        x = padded(x, WORD)
-        return x.view(-1, WORD, x.shape[1] // WORD).transpose(1, 2).flatten(1)
+        return in_words(x).flatten(1)
 
     def weights(self, matrix: Matrix) -> Integers:
         return matrix[0].view(torch.int8), matrix[1]
@@ -152,20 +162,18 @@ class NibbleProduct:
         return torch.cat(found)
 
     def ordered(self, x: Tensor) -> Tensor:
-        groups = groups_of(x.shape[1], self.group)
-        x = padded(x, LANES * self.group).view(-1, groups, self.group // NIBBLES, NIBBLES)
-        return x.permute(0, 2, 3, 1).flatten(1)
+        return in_groups(x, self.group).permute(0, 2, 3, 1).flatten(1)
 
     def weights(self, matrix: Matrix) -> Integers:
         words, ranges = (part.view(torch.int32) for part in matrix)
         scale, zero = map(kept, scale_and_zero(ranges))
-        most = scale * torch.maximum(zero, HIGHEST - zero)  # that a weight can be: its norm need not be known
+        most = scale * torch.maximum(zero, int4.LEVELS - zero)  # that a weight can be: its norm need not be known
         step = kept(torch.linalg.vector_norm(most, dim=1) * self.group**0.5 / NORM)
         factors = kept(scale / step[:, None].clamp(min=TINY))
         places, found = 4 * torch.arange(NIBBLES, dtype=torch.int32)[:, None], []
         for half, *ranges_of in zip((words, words >> 16), factors.chunk(2), zero.chunk(2), strict=True):
             factor, middle = (part[:, None, None, None] for part in ranges_of)
-            levels = (half[:, :, :, None] >> places & HIGHEST).float()
+            levels = (half[:, :, :, None] >> places & int4.LEVELS).float()
             found.append(((levels - middle) * factor).round().to(torch.int16))
         return torch.cat(found).flatten(1), step
 

@@ -43,8 +43,7 @@ class WordRows(Int8, RowByRow):
         return tuple(found)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        columns = padded(x, WORD).t().view(WORD, -1, len(x)).transpose(0, 1).flatten(0, 1)
-        return (_rows(columns, inner),)
+        return (_rows(in_words(x).permute(1, 2, 0).flatten(0, 1), inner),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         return linear(x[0], *(words.view(torch.int8) for words in packed[::2])).mul_(torch.cat(packed[1::2]))
@@ -81,7 +80,7 @@ class NibbleRows(Int4, RowByRow):
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
-        groups = padded(x, LANES * self.group).t().view(-1, self.group // NIBBLES, NIBBLES, len(x))
+        groups = in_groups(x, self.group).permute(1, 2, 3, 0)
         places = torch.tensor([16.0**-j for j in range(NIBBLES)])[:, None]
         rows = _rows((groups * places).permute(1, 2, 0, 3).flatten(0, 2), inner)
         return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((1, 2)).t()
@@ -94,6 +93,17 @@ class NibbleRows(Int4, RowByRow):
 def padded(x: Tensor, multiple: int) -> Tensor:
     """With zeros up to a multiple of so many columns."""
     return functional.pad(x, (0, -x.shape[-1] % multiple))
+
+
+def in_words(x: Tensor) -> Tensor:
+    """Rows [n, inputs] as `WordRows` has weights: [n, words, 4]."""
+    x = padded(x, WORD)
+    return x.view(-1, WORD, x.shape[1] // WORD).transpose(1, 2)
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """Rows [n, inputs] by what `NibbleRows` holds together: [n, groups, group / 4, 4]."""
+    return padded(x, LANES * group).view(-1, groups_of(x.shape[1], group), group // NIBBLES, NIBBLES)
 
 
 def groups_of(inputs: int, group: int) -> int:
