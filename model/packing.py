@@ -41,6 +41,7 @@ class Packing(NamedTuple):
     quantize: str  # none, int8 or int4
     experts: MatricesKernel
     dense: MatrixKernel
+    compiled: bool = False  # for functions of `compiled`, which want the experts of a layer stacked
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,14 +68,14 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled
     if quantize == "none":
         name = str(dtype).removeprefix("torch.") + rows
         kernel = choose(name) if name in KERNELS | ROWS else None
-        return Packing("none", _experts(kernel, weights.config), kernel) if kernel is not None else None
+        return Packing("none", _experts(kernel, weights.config), kernel, compiled) if kernel is not None else None
     group = None
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group
     dense = choose("int8" + rows)
     experts = choose("int4" + rows, group) if quantize == "int4" else dense
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
-    return Packing(quantize, _experts(experts, weights.config), dense)
+    return Packing(quantize, _experts(experts, weights.config), dense, compiled)
 
 
 def _experts(kernel: MatrixKernel, config: DbrxConfig) -> MatricesKernel:
@@ -103,7 +104,11 @@ def pack_into(
         return weights.nbytes_of(name)
 
     def expert(held: PackedExperts, layer: int, i: int) -> int:
-        held.experts[i] = packed_expert(packing.experts, weights, layer, i, read_expert(weights, layer, i))
+        packed = packed_expert(packing.experts, weights, layer, i, read_expert(weights, layer, i))
+        if packing.compiled:
+            held.stack(i, packed)
+        else:
+            held.experts[i] = packed
         return sum(extent.nbytes for extent in weights.expert_extents(layer, i))
 
     jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest

@@ -24,7 +24,9 @@ from model.compiled.tiles import pays
 from model.config import DbrxConfig
 from model.decode import prefill
 from model.errors import ModelError
+from model.experts import MatricesKernel
 from model.formats import QuantizedMatrix
+from model.packing import Packing
 from model.quantization import MatrixKernel, int4, int8
 from model.quantization.widened import multiplies_bfloat16
 from model.quantization.words import NibbleRows, WordRows
@@ -235,6 +237,25 @@ def test_a_product_of_nibbles(shape: tuple[int, int], group: int) -> None:
     assert (times(NibbleProduct(group), x, packed) - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_of_nibbles_fit_into_16_bits(sign: int) -> None:
+    stored, x = int4.quantize(torch.randn(8, 512), 32), torch.full((512,), sign * 127 / 8)
+    stored.values[:4], stored.values[4:] = 0x00, 0xFF  # both outputs of a word
+    stored.values[::2] ^= 0xFF
+    check(NibbleRows(32), NibbleProduct(32), x, stored, int4.dequantize(stored, 32))
+
+
+def test_nibbles_are_not_compiled_where_their_loops_would_be_no_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(quantization.choose("int4 rows"), NibbleRows)
+    monkeypatch.setattr(quantization.words, "short_loops", lambda: False)
+    quantization.choose.cache_clear()
+    experts, dense = quantization.choose("int4 rows"), quantization.choose("int8 rows")
+    quantization.choose.cache_clear()
+    assert experts is not None and dense is not None
+    packing = Packing("int4", MatricesKernel(experts, torch.nn.functional.silu), dense, compiled=True)
+    assert form_of(DbrxConfig(), packing, experts=True).experts is None
+
+
 def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMatrix, meant: Tensor) -> None:
     """A kernel's matrix, by a compiled product and by its own, of several rows."""
     exact = meant.double() @ x.double()
@@ -248,8 +269,7 @@ def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMa
 
 
 def times(product: Product, x: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-    (row,) = product.ready(x[None])
-    return product.times(row, matrix)
+    return product.times(product.ready(x[None]), tuple(part[None] for part in matrix))[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

@@ -88,7 +88,7 @@ class CompiledExperts(PackedExperts):
         kernel = cast("MatricesKernel", held.kernel)
         super().__init__(CompiledExpert(kernel, functions["expert"]) if "expert" in functions else kernel, held.experts)
         self.function = functions["experts"]
-        self.parts = [[part for matrix in expert for part in matrix] for expert in held.experts]
+        self.stacked = held.stacked
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
@@ -98,8 +98,7 @@ class CompiledExperts(PackedExperts):
 
     def lone(self, x: Tensor, normed: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [1, 1, d_model], and float32 normed [1, d_model] and weights [1, top_k] -> x with what they add."""
-        parts = [part for expert in chosen.tolist()[0] for part in self.parts[expert]]
-        (x,) = self.function([x, normed, weights, *parts])
+        (x,) = self.function([x, normed, weights, chosen, *self.stacked])
         return x
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from ..quantization.words import short_loops
 from .form import Form
 from .functions import Attend, Expert, Experts, Head, Linear
 from .products import product
 from .tiles import LOOPS, OUTPUTS, ROWS, pays
 
 TOKENS = 512  # that are cached, for an example
-MANY = {"linear", "expert"}  # the functions of many rows
 
 
 class Example(NamedTuple):
@@ -42,8 +42,9 @@ def main() -> None:
     config.cpp.enable_floating_point_contract_flag = "fast"  # multiply and add at once
     config.aot_inductor.precompile_headers = False  # 150 MB each, in a folder that is not ours, and no faster
     found = functions(form)
-    if found.keys() & MANY and cpp_builder.is_gcc():  # to others PyTorch does not forbid it
+    if short_loops() and cpp_builder.is_gcc():  # to others PyTorch does not forbid it
         config.cpp.march = LOOPS  # the others are as fast with it
+    config.assert_indirect_indexing = False  # ids of experts are the router's; a loop that asks is no vector's
     for name, (function, example, sizes) in found.items():
         with torch.no_grad():
             exported = torch.export.export(function.eval(), example, dynamic_shapes=sizes)
@@ -81,11 +82,11 @@ def functions(form: Form) -> dict[str, Example]:
     if form.experts is not None:
         sparse = product(form.experts, form.group)
         shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)
-        experts = [tuple(sparse.example(*shape, dtype) for shape in shapes) for _ in range(ffn.moe_top_k)]
-        weights = torch.empty(1, ffn.moe_top_k)
-        found["experts"] = Example(Experts(config, sparse), (x, torch.empty(1, d), weights, experts))
+        one = [sparse.example(*shape, dtype) for shape in shapes]
+        experts = [tuple(part.new_empty(ffn.moe_num_experts, *part.shape) for part in matrix) for matrix in one]
+        weights, chosen = torch.empty(1, ffn.moe_top_k), torch.zeros(1, ffn.moe_top_k, dtype=torch.long)
+        found["experts"] = Example(Experts(config, sparse), (x, torch.empty(1, d), weights, chosen, *experts))
         if pays(form.experts, dtype) and ffn.ffn_hidden_size % OUTPUTS == 0:
-            one = experts[0]
             sizes = many, *((None,) * len(matrix) for matrix in one)
             found["expert"] = Example(Expert(config, sparse), (rows, *one), sizes)
     return found

@@ -14,7 +14,7 @@ from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
 from ..rope import rotate
 from ..transformer import EPS
-from .products import FloatProduct, Matrix, Product, integers, kept
+from .products import STREAMS, FloatProduct, Matrix, Product, integers, kept
 from .tiles import multiply
 
 
@@ -78,7 +78,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """
     queries = kept(q * q.shape[-1] ** -0.5).view(len(keys), -1, q.shape[-1])
     scores = torch.stack([(keys.float() * one[:, None]).sum(-1) for one in queries.unbind(1)], dim=1)
-    weights = scores.softmax(-1).unbind(1)
+    weights = kept(scores.softmax(-1)).unbind(1)  # else divided again for each number of each value
     return torch.stack([(one[..., None] * values.float()).sum(1) for one in weights], dim=1).view_as(q)
 
 
@@ -91,17 +91,18 @@ class Experts(nn.Module):
         self.product = product
 
     def forward(
-        self, x: Tensor, normed: Tensor, weights: Tensor, experts: list[tuple[Matrix, Matrix, Matrix]]
+        self, x: Tensor, normed: Tensor, weights: Tensor, chosen: Tensor, w1: Matrix, v1: Matrix, w2: Matrix
     ) -> Tensor:
-        """x [1, 1, d_model], normed [1, d_model], weights [1, top_k], as many w1, v1, w2 -> x with what they add."""
-        times, (row,) = self.product.times, self.product.ready(normed)
-        # All of them in one loop.
-        hidden = [self.activation(times(row, w1, streams=1)) * times(row, v1, streams=1) for w1, v1, _ in experts]
-        out = x.flatten().float()
-        rows = self.product.ready(torch.stack(hidden) * weights.t())
-        for one, (_, _, w2) in zip(rows, experts, strict=True):
-            out = out + times(one, w2)
-        return out.to(x.dtype).view_as(x)
+        """x [1, 1, d_model], normed [1, d_model], weights and ids [1, top_k] -> x with what they add.
+
+        w1, v1, w2: of all experts. Those that were not chosen are not read.
+        """
+        product, rows = self.product, self.product.ready(normed)
+        w1, v1, w2 = (tuple(part[chosen[0]] for part in matrix) for matrix in (w1, v1, w2))
+        gate, up = (product.times(rows, matrices, STREAMS // 2) for matrices in (w1, v1))  # in one loop
+        hidden = kept(self.activation(gate) * up * weights.t())
+        out = product.times(product.ready(hidden), w2).sum(0)
+        return (x.flatten().float() + out).to(x.dtype).view_as(x)
 
 
 class Head(nn.Module):
@@ -148,5 +149,4 @@ def _multiply(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
-    (row,) = product.ready(x[None])
-    return product.times(row, matrix)
+    return product.times(product.ready(x[None]), tuple(part[None] for part in matrix))[0]

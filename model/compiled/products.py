@@ -1,13 +1,13 @@
 """How a compiled function multiplies rows with a matrix: a choice, by how the matrix is held.
 
-Of a lone row, `ready` makes of rows in float32 what the products of each share, and `times` is a product of one of
-them. It reads the weights once, in the order in which they lie in memory, but in a few places at a time: a core alone
-has so many more bytes under way. Of many rows, `ordered` and `weights` make what `tiles.multiply` takes.
+Of lone rows, `ready` makes of rows in float32 what products with them share, and `times` is the product of each with a
+matrix of its own. It reads the weights once, in the order in which they lie in memory, but in a few places at a time: a
+core alone has so many more bytes under way. Of many rows, `ordered` and `weights` make what `tiles.multiply` takes.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,15 +28,14 @@ from ..quantization.words import (
 )
 from .form import Matrices
 
-Matrix = tuple[Tensor, ...]
+Matrix = tuple[Tensor, ...]  # its parts; of several matrices, stacked: [matrices, ...] each
 Integers = tuple[Tensor, Tensor]  # rows [n, inputs] of int16 or int8, and the step of each [n]: they are multiples
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
 STREAMS = 4  # places of a matrix that a loop reads side by side: a fifth faster than one; eight are slower
 OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
 MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
-PAIR = 0x000F000F  # a nibble of each half of a word
-SUMMED = 4  # rows of words whose products are added in 16 bits: 4 x 4 x 15 x 127 still fits
+MIDDLE = 8  # of a nibble: 32 x 8 x 127, the most that a sum over a block can then be, fits into 16 bits
 NORM = 32000.0  # of a row of integers: no sum of the products of two leaves 32 bits (Cauchy and Schwarz)
 TINY = 1e-30  # for what is divided by
 CHAIN = 4  # products that are added one after the other: of more, each waits too long for the one before
@@ -45,13 +44,13 @@ CHAIN = 4  # products that are added one after the other: of more, each waits to
 class Product(Protocol):
     """Stateless: one object serves all matrices that are held in its way."""
 
-    def ready(self, x: Tensor) -> list[Any]:
-        """What products of each row of x [rows, inputs] share."""
+    def ready(self, x: Tensor) -> Matrix:
+        """What products of each row of x [rows, inputs] share: [rows, ...] each."""
 
-    def times(self, row: Any, matrix: Matrix, streams: int = STREAMS) -> Tensor:
-        """A row that is ready times the matrix: [outputs].
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        """Row i times matrix i, or a lone row times each: [matrices, outputs].
 
-        streams: places of the matrix to read side by side; 1 where other matrices are read in the same loop.
+        streams: places of a matrix to read side by side; fewer where other matrices are read in the same loop.
         """
 
     def ordered(self, x: Tensor) -> Tensor:
@@ -67,18 +66,19 @@ class Product(Protocol):
 class FloatProduct:
     """(values [outputs, inputs],)"""
 
-    def ready(self, x: Tensor) -> list[Tensor]:
-        return list(x)
+    def ready(self, x: Tensor) -> Matrix:
+        return (x,)
 
-    def times(self, row: Tensor, matrix: Matrix, streams: int = STREAMS) -> Tensor:
-        inputs, sums = len(row), []
-        for part in matrix[0].chunk(streams):
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        row, sums = rows[0][:, None], []
+        inputs = row.shape[-1]
+        for part in matrices[0].chunk(streams, 1):
             products = part.float() * row
             if inputs > LONGEST:
                 pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
-                products = products.view(len(part), pieces, -1).sum(-1)
+                products = products.view(*products.shape[:2], pieces, -1).sum(-1)
             sums.append(products.sum(-1))
-        return torch.cat(sums)
+        return torch.cat(sums, 1)
 
     def ordered(self, x: Tensor) -> Tensor:
         return x
@@ -93,8 +93,8 @@ class FloatProduct:
 class ByteProduct(FloatProduct):
     """(values [outputs, inputs], scale [outputs])"""
 
-    def times(self, row: Tensor, matrix: Matrix, streams: int = STREAMS) -> Tensor:
-        return super().times(row, matrix[:1], streams) * matrix[1]
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        return super().times(rows, matrices[:1], streams) * matrices[1]
 
     def weights(self, matrix: Matrix) -> Integers:
         return matrix[0], matrix[1]
@@ -109,19 +109,19 @@ class WordProduct:
     A byte is masked, and a float that is exact where it stands in its word; the inputs make up for where that is.
     """
 
-    def ready(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def ready(self, x: Tensor) -> Matrix:
         runs = padded(x, WORD).view(len(x), WORD, -1)
         places = torch.tensor([256.0**-k for k in range(WORD)])
-        return list(zip(kept(runs * places[:, None]), -128 * runs[:, :-1].sum((1, 2)), strict=True))
+        return kept(runs * places[:, None]), -128 * runs[:, :-1].sum((1, 2))
 
-    def times(self, row: tuple[Tensor, Tensor], matrix: Matrix, streams: int = STREAMS) -> Tensor:
-        runs, offset = row
-        words, scale = matrix
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        runs, offset = rows
+        words, scale = matrices
         sums = []
-        for part in words.chunk(streams):
+        for part in words.chunk(streams, 1):
             numbers = part.view(torch.int32) ^ OFFSET
-            sums.append(_tree([(numbers & mask).float() * run for mask, run in zip(MASKS, runs, strict=True)]).sum(-1))
-        return (torch.cat(sums) + offset) * scale
+            sums.append(_tree([(numbers & mask).float() * runs[:, k, None] for k, mask in enumerate(MASKS)]).sum(-1))
+        return (torch.cat(sums, 1) + offset[:, None]) * scale
 
     def ordered(self, x: Tensor) -> Tensor:
         return in_words(x).flatten(1)
@@ -134,59 +134,55 @@ class WordProduct:
 
 
 class NibbleProduct:
-    """(words [outputs / 2, blocks, 8, groups], ranges [outputs, groups]): see `NibbleRows`.
+    """(words [outputs / 2, groups / 8, blocks, 8, 16], ranges [outputs, groups]): see `NibbleRows`.
 
-    In integers: a row has 8 bits, with a range for each block. Both halves of a word are multiplied at once; their sums
-    are taken apart before one could reach into the other. One stream: arithmetic takes the time, not memory.
+    In integers of 16 bits: a row has 8, with a range for each block, and a sum over a block is exact but for multiples
+    of 2**16, as which it is smaller once weights are counted from their middle. One stream: the words lie in order.
     """
 
     def __init__(self, group: int) -> None:
         self.group = group
 
-    def ready(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [self._ready(row) for row in x]  # not all at once: their products would become one loop, a slower one
+    def ready(self, x: Tensor) -> Matrix:
+        blocks = kept(padded(x, LANES * self.group)).view(len(x), -1, LANES, self.group // BLOCK, ROWS, NIBBLES)
+        step = kept(blocks.abs().amax((4, 5)).clamp(min=TINY) / LEVELS)
+        levels = (blocks / step[..., None, None]).round().to(torch.int32)
+        both = kept((levels & 0xFFFF | levels << 16).permute(0, 1, 3, 4, 5, 2))  # for both outputs of a word
+        return both.view(torch.int16), kept(step.transpose(2, 3)), kept(levels.sum((4, 5)).float().transpose(2, 3))
 
-    def times(self, row: tuple[Tensor, Tensor, Tensor], matrix: Matrix, streams: int = STREAMS) -> Tensor:
-        runs, step, sums = row[0].view(torch.int32), *row[1:]
-        words, ranges = (part.view(torch.int32) for part in matrix)
-        low, high = [], []
-        for start in range(0, ROWS, SUMMED):
-            places = [(r, j) for r in range(start, start + SUMMED) for j in range(NIBBLES)]
-            both = _tree([((words[:, :, r] >> 4 * j) & PAIR) * runs[:, r, j] for r, j in places])
-            low.append(both << 16 >> 16)
-            high.append((both + 0x8000) >> 16)
-        found = []
-        for sum_of, bits in zip((low, high), ranges[:, None].chunk(2), strict=True):
-            scale, zero = scale_and_zero(bits)
-            found.append(((_tree(sum_of).float() - zero * sums) * (scale * step)).sum(-1).sum(-1))
-        return torch.cat(found)
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        runs, step, sums = (part[:, None] for part in rows)
+        words, ranges = matrices
+        places = [(r, j) for r in range(ROWS) for j in range(NIBBLES)]
+        both = kept(_tree([(words[..., r, :] >> 4 * j & int4.LEVELS) * runs[..., r, j, :] for r, j in places]))
+        # Float32 by name, as words are. A half of each is taken for one output, then the other for its own.
+        shift = 16 - 16 * torch.arange(2, dtype=torch.int32)[:, None, None, None, None]
+        found = both.view(torch.float32).view(torch.int32)[:, None] << shift >> 16
+        step, sums = step[:, None], sums[:, None]
+        scale, zero = scale_and_zero(ranges.view(torch.int32).view(len(words), 2, words.shape[1], -1, 1, LANES))
+        found = (found - (MIDDLE * sums).to(torch.int32) << 16 >> 16).float() - (zero - MIDDLE) * sums
+        return (found * (scale * step)).flatten(3).sum(-1).flatten(1)
 
     def ordered(self, x: Tensor) -> Tensor:
-        return in_groups(x, self.group).permute(0, 2, 3, 1).flatten(1)
+        return in_groups(x, self.group).flatten(1)
 
     def weights(self, matrix: Matrix) -> Integers:
-        words, ranges = (part.view(torch.int32) for part in matrix)
+        words, ranges = matrix[0].view(torch.float32).view(torch.int32), matrix[1].view(torch.int32)
         scale, zero = map(kept, scale_and_zero(ranges))
         most = scale * torch.maximum(zero, int4.LEVELS - zero)  # that a weight can be: its norm need not be known
         step = kept(torch.linalg.vector_norm(most, dim=1) * self.group**0.5 / NORM)
         factors = kept(scale / step[:, None].clamp(min=TINY))
         places, found = 4 * torch.arange(NIBBLES, dtype=torch.int32)[:, None], []
         for half, *ranges_of in zip((words, words >> 16), factors.chunk(2), zero.chunk(2), strict=True):
-            factor, middle = (part[:, None, None, None] for part in ranges_of)
-            levels = (half[:, :, :, None] >> places & int4.LEVELS).float()
+            factor, middle = (part.view(len(words), -1, 1, 1, 1, LANES) for part in ranges_of)
+            levels = (half[..., None, :] >> places & int4.LEVELS).float()
             found.append(((levels - middle) * factor).round().to(torch.int16))
         return torch.cat(found).flatten(1), step
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         groups = groups_of(inputs, self.group)
-        return torch.empty(outputs // 2, self.group // BLOCK, ROWS, groups), torch.empty(outputs, groups)
-
-    def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = kept(padded(x, LANES * self.group)).view(-1, self.group // BLOCK, ROWS, NIBBLES)
-        step = kept(blocks.abs().amax((2, 3)).clamp(min=TINY) / LEVELS)
-        levels = (blocks / step[..., None, None]).round().to(torch.int32)
-        runs = kept(levels.view(torch.float32).permute(1, 2, 3, 0))  # floats by name, as words are
-        return runs, kept(step.t()), kept(levels.sum((2, 3)).float().t())
+        shape = outputs // 2, groups // LANES, self.group // BLOCK, ROWS, 2 * LANES
+        return torch.empty(shape, dtype=torch.int16), torch.empty(outputs, groups)
 
 
 def integers(x: Tensor) -> Integers:

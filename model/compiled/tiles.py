@@ -6,12 +6,11 @@ the C++ compiler to turn into that (`vpmaddwd`).
 
 from __future__ import annotations
 
-import platform
-
 import torch
 from torch import Tensor
 
 from ..quantization.widened import multiplies_bfloat16
+from ..quantization.words import short_loops
 from .form import Matrices
 from .products import Integers, kept
 
@@ -24,9 +23,7 @@ def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
 
     dtype: of float weights.
     """
-    from torch._inductor import config  # a second, and for the compiler alone
-
-    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(config.cpp, "march"):  # PyTorch has it since 2.13
+    if not short_loops():
         return False
     if matrices == "floats":
         return dtype == torch.bfloat16 and not multiplies_bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from threading import Lock
 
 from torch import Tensor, nn
 
@@ -16,6 +17,17 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.kernel = kernel
         self.experts = list(experts)
+        self.stacked: list[Tensor] = []
+        self._lock = Lock()
+
+    def stack(self, i: int, packed: Packed) -> None:
+        """Keep expert i of a kernel that holds plain tensors: each becomes row i of one in `stacked`."""
+        with self._lock:
+            if not self.stacked:
+                tensors = (part for matrix in packed for part in matrix)
+                self.stacked = [part.new_empty(len(self.experts), *part.shape) for part in tensors]
+        places = iter(self.stacked)
+        self.experts[i] = tuple(tuple(next(places)[i].copy_(part) for part in matrix) for matrix in packed)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""

@@ -1,15 +1,19 @@
 """Weights of few bits as compiled loops read them fastest where bytes do not become floats at once: in words.
 
-A word is 32 bits, and masks or shifts take its weights apart. Loops want neighbouring words to meet neighbouring
-inputs, so a word's own weights belong to others; of many rows, the inputs are put in the same order.
-Words are float32 by name only: PyTorch's compiler loads other words through memory with AVX2.
+Masks or shifts take the weights of a word apart. Loops want neighbouring words to meet neighbouring inputs, so a word's
+own weights belong to others; of many rows, the inputs are put in the same order.
+Words of 32 bits are float32 by name only: PyTorch's compiler loads others through memory with AVX2.
 """
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 
 from ..formats import QuantizedMatrix
 from .int4 import Int4, unpack
@@ -50,12 +54,12 @@ class WordRows(Int8, RowByRow):
 
 
 class NibbleRows(Int4, RowByRow):
-    """4 bits for the weights: (words [outputs / 2, blocks, 8, groups], ranges [outputs, groups]) for each matrix.
+    """4 bits for the weights: (words [outputs / 2, groups / 8, blocks, 8, 16], ranges [outputs, groups]), each matrix.
 
-    Nibble j of word (n, b, r, g) is the weight of output n for input g * group + 32 b + 4 r + j, nibble 4 + j that of
-    output n + outputs / 2: one integer product makes both. A lane of a loop over g stays in one group, whose scale and
-    zero point meet its sum; there are as many groups as lanes, or a multiple: loops are slow with what is left over.
-    A range is a word too, the scale above the zero point, in bfloat16 both.
+    Nibble j of word (n, h, b, r, 2 l) is the weight of output n for input (8 h + l) * group + 32 b + 4 r + j, of word
+    (n, h, b, r, 2 l + 1) that of output n + outputs / 2. These have 16 bits, and lie in the order in which they are
+    read. A lane l of a loop stays in one group, whose scale and zero point meet its sum; zeros fill the lanes.
+    A range is a word of 32 bits, the scale above the zero point, in bfloat16 both.
     """
 
     name = "int4 words"
@@ -64,13 +68,16 @@ class NibbleRows(Int4, RowByRow):
     def load(self, *stored: QuantizedMatrix) -> Packed:
         if self.group % BLOCK:
             raise NotImplementedError(f"no groups of {self.group}")
+        if not short_loops():
+            raise NotImplementedError("no vectors of 16-bit integers in compiled loops")
         check_scales(stored)
         found: list[Tensor] = []
         for values, scale, zero in stored:
             assert zero is not None
             levels = padded(unpack(values), LANES * self.group).view(-1, 2)
-            pairs = (levels[:, 0] | levels[:, 1] << 4).view(2, len(values) // 2, -1, self.group // BLOCK, ROWS, 2)
-            words = pairs.permute(1, 3, 4, 2, 0, 5).flatten(4).contiguous().view(torch.float32)[..., 0]
+            shape = 2, len(values) // 2, -1, LANES, self.group // BLOCK, ROWS, 2
+            pairs = (levels[:, 0] | levels[:, 1] << 4).view(shape)
+            words = pairs.permute(1, 2, 4, 5, 3, 0, 6).flatten(4, 5).contiguous().view(torch.int16)[..., 0]
             ranges = torch.stack((zero, scale), dim=-1).to(torch.bfloat16)  # the lower half of a word comes first
             found += words, padded(ranges.view(torch.float32)[..., 0], LANES).clone()
         return tuple(found)
@@ -80,14 +87,20 @@ class NibbleRows(Int4, RowByRow):
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         """The rows in the order of the words, each input as small as its nibble stands high; sums by group."""
-        groups = in_groups(x, self.group).permute(1, 2, 3, 0)
-        places = torch.tensor([16.0**-j for j in range(NIBBLES)])[:, None]
-        rows = _rows((groups * places).permute(1, 2, 0, 3).flatten(0, 2), inner)
-        return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((1, 2)).t()
+        groups = in_groups(x, self.group).permute(1, 2, 3, 4, 0)
+        places = torch.tensor([16.0**-j for j in range(NIBBLES)])[:, None, None]
+        rows = _rows((groups * places).flatten(0, 3), inner)
+        return rows.to(torch.bfloat16 if multiplies_bfloat16() else torch.float32), groups.sum((1, 2)).flatten(0, 1).t()
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         pairs = zip(packed[::2], packed[1::2], strict=True)
         return torch.cat([_columns(*x, *(part.view(torch.int32) for part in pair)) for pair in pairs]).t()
+
+
+@cache
+def short_loops() -> bool:
+    """Whether compiled loops over integers of 16 bits become vectors: on x86, and as PyTorch allows it (2.13)."""
+    return platform.machine() in ("x86_64", "AMD64") and TorchVersion(torch.__version__) >= "2.13"
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:
@@ -102,8 +115,9 @@ def in_words(x: Tensor) -> Tensor:
 
 
 def in_groups(x: Tensor, group: int) -> Tensor:
-    """Rows [n, inputs] by what `NibbleRows` holds together: [n, groups, group / 4, 4]."""
-    return padded(x, LANES * group).view(-1, groups_of(x.shape[1], group), group // NIBBLES, NIBBLES)
+    """Rows [n, inputs] in the order of `NibbleRows`: [n, groups / 8, group / 4, 4, 8]."""
+    shape = groups_of(x.shape[1], group) // LANES, LANES, group // NIBBLES, NIBBLES
+    return padded(x, LANES * group).view(-1, *shape).permute(0, 1, 3, 4, 2)
 
 
 def groups_of(inputs: int, group: int) -> int:
@@ -127,12 +141,12 @@ def _columns(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tenso
     columns, out = rows.t(), torch.mm(-zero * scale, sums.t())
     masks = torch.tensor([0xF << 4 * j for j in range(NIBBLES)], dtype=torch.int32)[:, None]
     outputs = min(len(words), max(1, PIECE // rows.shape[1]))
-    shape = (outputs, *words.shape[1:3], NIBBLES, words.shape[3])
+    shape = (outputs, *words.shape[1:4], NIBBLES, LANES)
     nibbles, floats = torch.empty(shape, dtype=torch.int32), torch.empty(shape)
     for half, scales, outs in zip((words, words >> 16), scale.chunk(2), out.chunk(2), strict=True):
         pieces = (torch.split(whole, outputs) for whole in (half, scales, outs))
         for part, factors, found in zip(*pieces, strict=True):
-            levels = floats[: len(part)].copy_(torch.bitwise_and(part[:, :, :, None], masks, out=nibbles[: len(part)]))
-            weights = levels.mul_(factors[:, None, None, None]).flatten(1)
+            levels = floats[: len(part)].copy_(torch.bitwise_and(part[..., None, :], masks, out=nibbles[: len(part)]))
+            weights = levels.mul_(factors.view(len(part), -1, 1, 1, 1, LANES)).flatten(1)
             found += torch.mm(weights.to(rows.dtype), columns)
     return out
