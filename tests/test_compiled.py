@@ -18,7 +18,7 @@ from model.compiled import Compiler
 from model.compiled.block import CompiledBlock, CompiledExpert, CompiledExperts, CompiledLinear, form_of
 from model.compiled.compiler import Function
 from model.compiled.form import Form
-from model.compiled.functions import attend
+from model.compiled.functions import attend, times
 from model.compiled.products import LONGEST, ByteProduct, NibbleProduct, Product, WordProduct
 from model.compiled.tiles import pays
 from model.config import DbrxConfig
@@ -266,10 +266,6 @@ def check(kernel: MatrixKernel, product: Product, x: Tensor, stored: QuantizedMa
     rows = kernel.run(kernel.prepare(torch.stack((x, -x, 2 * x))), packed)
     near = 0.01 if multiplies_bfloat16() else 1e-5
     assert (rows - torch.stack((exact, -exact, 2 * exact))).abs().max() < near * exact.abs().max()
-
-
-def times(product: Product, x: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-    return product.times(product.ready(x[None]), tuple(part[None] for part in matrix))[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

@@ -52,7 +52,7 @@ class Attend(nn.Module):
         [tokens], which counts from 0.
         """
         attn, heads, width = self.config.attn_config, self.config.n_heads, self.config.head_dim
-        qkv = _times(self.product, normalize(x, norm_1), Wqkv).view(1, 1, -1, width)
+        qkv = times(self.product, normalize(x, norm_1), Wqkv).view(1, 1, -1, width)
         if attn.clip_qkv is not None:
             qkv = qkv.clamp(-attn.clip_qkv, attn.clip_qkv)
         q, k, v = torch.split(qkv, [heads, attn.kv_n_heads, attn.kv_n_heads], dim=2)
@@ -62,9 +62,9 @@ class Attend(nn.Module):
         # Not sliced: a slice would ask whether so many tokens are there.
         shape = attn.kv_n_heads, seen.shape[0], width
         y = attend(q[0, 0], *(buffer.as_strided(shape, buffer.stride()[1:]) for buffer in (keys, values)))
-        x = (x.flatten().float() + _times(self.product, y.flatten(), out_proj)).to(x.dtype)
+        x = (x.flatten().float() + times(self.product, y.flatten(), out_proj)).to(x.dtype)
         normed = normalize(x, norm_2)
-        probabilities = _times(FloatProduct(), normed, (router,)).softmax(-1)
+        probabilities = times(FloatProduct(), normed, (router,)).softmax(-1)
         weights, chosen = probabilities.topk(self.config.ffn_config.moe_top_k)
         if (p := self.config.ffn_config.moe_normalize_expert_weights) is not None:
             weights = weights / weights.norm(p=p)
@@ -114,7 +114,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [1, 1, d_model] -> logits [1, 1, vocab] like x."""
-        return _times(self.product, x.flatten().float(), matrix).to(x.dtype)[None, None]
+        return times(self.product, x.flatten().float(), matrix).to(x.dtype)[None, None]
 
 
 class Linear(nn.Module):
@@ -148,5 +148,6 @@ def _multiply(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
     return multiply(integers(product.ordered(x)), product.weights(matrix))
 
 
-def _times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
+def times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
+    """The row x [inputs] times one matrix: [outputs]."""
     return product.times(product.ready(x[None]), tuple(part[None] for part in matrix))[0]
