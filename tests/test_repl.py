@@ -242,6 +242,7 @@ def test_save_load_sessions_and_export(chat: Terminal, home: Path) -> None:
 def test_tokens_and_stats(chat: Terminal) -> None:
     say(chat, "say one two", "one two")
     say(chat, "/tokens", "11 of 300 tokens are used by 2 messages", "not in the cache, and read with the next message")
+    say(chat, "say three", "three")
     say(chat, "/stats", "last reply: prompt", "replies: read", "the model was loaded in 1.5 s")
 
 
