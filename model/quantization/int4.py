@@ -26,10 +26,12 @@ def quantize(weight: Tensor, group: int = GROUP) -> QuantizedMatrix:
     if inputs % 2:
         raise ValueError(f"int4 puts two inputs into a byte, and {inputs} is odd")
     padded = pad(weight.float()[None], (0, -inputs % group), mode="replicate")[0]
-    if not bool(padded.isfinite().all()):
+    if not all(bound.isfinite() for bound in padded.aminmax()):
         raise not_finite()
     rows = torch.split(padded.view(outputs, -1, group), max(1, PIECE // inputs))
-    levels, scale, zero = (torch.cat(parts) for parts in zip(*map(_fit, rows), strict=True))
+    scratch = torch.empty(3, *rows[0].shape)  # made anew for each step, it took four fifths of the time
+    fitted = (_fit(part, *scratch[:, : len(part)]) for part in rows)
+    levels, scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     levels = levels.view(outputs, -1)[:, :inputs]
     return QuantizedMatrix(levels[:, 0::2] | levels[:, 1::2] << 4, scale, zero)
 
@@ -48,8 +50,11 @@ def unpack(values: Tensor) -> Tensor:
     return torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
 
 
-def _fit(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups [rows, groups, group] -> levels uint8 of that shape, scale and zero [rows, groups]."""
+def _fit(w: Tensor, q: Tensor, centred: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups [rows, groups, group] -> levels uint8 of that shape, scale and zero [rows, groups].
+
+    q, centred, product: like w, written over.
+    """
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_base = torch.ones_like(low), low.clone()
@@ -58,21 +63,26 @@ def _fit(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = ((high - low) * share / LEVELS).clamp(min=1e-12)
         base = (low + high) / 2 - scale * LEVELS / 2
         for _ in range(ROUNDS):
-            q = ((w - base) / scale).round_().clamp_(0, LEVELS)
-            centred = q - q.mean(-1, keepdim=True)
-            scale = (centred * w).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp(min=1e-12)
+            middle = _nearest(w, scale, base, q).mean(-1, keepdim=True)
+            torch.sub(q, middle, out=centred)
+            covariance = torch.mul(centred, w, out=product).sum(-1, keepdim=True)
+            scale = covariance / centred.square_().sum(-1, keepdim=True).clamp(min=1e-12)
             scale = scale.clamp(min=1e-12)
-            base = mean - scale * q.mean(-1, keepdim=True)
-        q = ((w - base) / scale).round_().clamp_(0, LEVELS)
-        error = (q * scale + base - w).square().sum(-1, keepdim=True)
+            base = mean - scale * middle
+        error = _nearest(w, scale, base, q).mul_(scale).add_(base).sub_(w).square_().sum(-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_base = torch.where(better, scale, best_scale), torch.where(better, base, best_base)
     # Kept in bfloat16: the levels are the nearest for what is kept.
     scale = best_scale.bfloat16()
     zero = (-best_base / scale).bfloat16()
-    q = (w / scale + zero).round_().clamp_(0, LEVELS).to(torch.uint8)
-    return q, scale[..., 0], zero[..., 0]
+    levels = torch.div(w, scale, out=q).add_(zero).round_().clamp_(0, LEVELS).to(torch.uint8)
+    return levels, scale[..., 0], zero[..., 0]
+
+
+def _nearest(w: Tensor, scale: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """The levels whose scale * level + base is nearest to w."""
+    return torch.sub(w, base, out=out).div_(scale).round_().clamp_(0, LEVELS)
 
 
 class Int4(QuantizedFirst):
