@@ -71,9 +71,13 @@ def bytes_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @torch.inference_mode()
 def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits of the prompt, after it and after each of some tokens, and these: the likeliest, or those of `follow`."""
+    """Logits of the prompt, of a few tokens, after the prompt and after each of some tokens; and these.
+
+    They are the likeliest, or those of `follow`.
+    """
     cache = KVCache(network.config.n_layers, capacity=CAPACITY)
-    rows, ids = [network(PROMPT).logits[0].float(), prefill(network, PROMPT, cache).float()], []
+    rows, ids = [network(ids).logits[0].float() for ids in (PROMPT, PROMPT[:, :3])], []
+    rows.append(prefill(network, PROMPT, cache).float())
     for step in range(STEPS):
         ids.append(rows[-1].argmax(-1) if follow is None else follow[step])
         rows.append(network(ids[-1][:, None], past_key_values=cache).logits[:, -1].float())

@@ -15,6 +15,7 @@ from ..experts.matrices import MatricesKernel, Prepared
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
 from ..quantization.rows import ByteRows, FloatRows
+from ..quantization.widened import widens
 from ..quantization.words import NibbleRows, WordRows
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
@@ -23,6 +24,8 @@ from .tiles import OUTPUTS, ROWS
 
 PIECE = 2**23  # weights that become integers at once
 KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": WordRows, "nibbles": NibbleRows}
+# Rows an expert, on average, up to which one by one is faster than all at once, for which weights become wider first.
+FEW: dict[Matrices | None, int] = {"floats": 5, "words": 3, "nibbles": 12}
 
 
 class CompiledBlock(DbrxBlock):
@@ -82,19 +85,23 @@ class CompiledLinear(PackedLinear):
 
 
 class CompiledExperts(PackedExperts):
-    """A layer's experts. A lone row goes through one compiled function, many rows an expert through another."""
+    """A layer's experts. Few rows go through one compiled function, one by one, an expert's many through another."""
 
     def __init__(self, held: PackedExperts, functions: Mapping[str, Function]) -> None:
         kernel = cast("MatricesKernel", held.kernel)
         super().__init__(CompiledExpert(kernel, functions["expert"]) if "expert" in functions else kernel, held.experts)
         self.function = functions["experts"]
         self.stacked = held.stacked
+        matrices = kernel.matrices
+        as_they_are = isinstance(matrices, FloatRows) and not widens(matrices.dtype, torch.device("cpu"))
+        self.few = 0 if as_they_are else FEW.get(_kind(matrices), 0)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
-        if len(x) > 1:
+        if len(x) > 1 and chosen.numel() > self.few * len(self.experts):
             return super().forward(x, chosen, weights)
-        return self.lone(torch.zeros_like(x)[None], x.float(), chosen, weights.float())[0]
+        rows = (torch.split(part, 1) for part in (torch.zeros_like(x), x.float(), chosen, weights.float()))
+        return torch.cat([self.lone(zero[None], *rest)[0] for zero, *rest in zip(*rows, strict=True)])
 
     def lone(self, x: Tensor, normed: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [1, 1, d_model], and float32 normed [1, d_model] and weights [1, top_k] -> x with what they add."""
@@ -130,16 +137,12 @@ def _run(function: Function, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
     """What has to be compiled. experts: whether they are packed too, and not streamed."""
-
-    def kind(kernel: MatrixKernel) -> Matrices | None:
-        return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
-
     sparse = packing.experts.matrices
     return Form(
         config,
         dtype=str(packing.dtype).removeprefix("torch."),
-        dense=kind(packing.dense),
-        experts=kind(sparse) if experts else None,
+        dense=_kind(packing.dense),
+        experts=_kind(sparse) if experts else None,
         group=sparse.group if isinstance(sparse, NibbleRows) else 0,
     )
 
@@ -161,6 +164,10 @@ def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) ->
             block.ffn.experts = CompiledExperts(cast("PackedExperts", block.ffn.experts), functions)
         blocks[i] = CompiledBlock(block, functions)
     network.lm_head = CompiledHead(linear(network.lm_head), functions["head"])  # type: ignore[assignment]  # as PackedLinear before it
+
+
+def _kind(kernel: MatrixKernel) -> Matrices | None:
+    return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
 
 
 def _packed(linear: nn.Module) -> Packed:
