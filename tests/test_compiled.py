@@ -141,6 +141,21 @@ def test_streamed_experts_beside_compiled_attention(tiny_checkpoint: Path, compi
     assert all(map(torch.equal, before, after))
 
 
+def test_streamed_experts_keep_the_kernel_that_they_have_otherwise(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    class Nothing(Compiler):
+        def functions(self, form: Form) -> Mapping[str, Function]:
+            assert form.experts is None
+            return dict.fromkeys(("attend", "head"), lambda arguments: arguments)
+
+    loaded = [
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize="int4", offload="disk", compiler=compiler, pack=True)
+        for compiler in (Nothing(tmp_path, lambda: None), None)
+    ]
+    compiled, plain = (network.transformer.blocks[0].ffn.experts.kernel for network in loaded)
+    assert compiled.name == plain.name and "words" not in compiled.name
+    assert isinstance(loaded[0].transformer.blocks[0], CompiledBlock)
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_the_command_line_uses_what_was_compiled(
