@@ -94,8 +94,7 @@ def from_pretrained(
         if streamed != "none":
             take_out_experts(network)
             device_map = one_device(device_map)
-            plain = choose_packing(quantize, weights, chosen)
-            if packing is not None and plain is not None:
+            if packing is not None and packing.compiled and (plain := choose_packing(quantize, weights, chosen)):
                 # Experts that come one by one go through no compiled function, and as those hold them are slow without.
                 packing = packing._replace(experts=plain.experts)
         functions = None

@@ -100,8 +100,9 @@ class CompiledExperts(PackedExperts):
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
         if len(x) > 1 and chosen.numel() > self.few * len(self.experts):
             return super().forward(x, chosen, weights)
-        rows = (torch.split(part, 1) for part in (torch.zeros_like(x), x.float(), chosen, weights.float()))
-        return torch.cat([self.lone(zero[None], *rest)[0] for zero, *rest in zip(*rows, strict=True)])
+        rows = (torch.split(part, 1) for part in (x.float(), chosen, weights.float()))
+        zero = x.new_zeros(1, 1, x.shape[1])
+        return torch.cat([self.lone(zero, *row)[0] for row in zip(*rows, strict=True)])
 
     def lone(self, x: Tensor, normed: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [1, 1, d_model], and float32 normed [1, d_model] and weights [1, top_k] -> x with what they add."""
