@@ -278,6 +278,7 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, defect: str) -> 
     assert error.value.message.startswith(str(folder)) and error.value.message.isprintable()
 
 
+@pytest.mark.slow
 def test_the_command_line(tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
     folder = write(tmp_path / "a", pairs(("Wqkv", "out_proj", ROUTER), layers=(0, 1, 2)))
     plain, adapted = (

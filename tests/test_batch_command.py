@@ -14,6 +14,8 @@ import pytest
 
 from tests.cli import Cli, Result, start
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 COMMON = ("-t", "0", "-n", "8", "--dtype", "float32", "--batch-size", "3")
 QUESTIONS = ["What is the capital of France?", "Count to five.", "hi", "Name a fruit. " * 20, "Who wrote Hamlet?"]
 

@@ -14,6 +14,8 @@ from model import AutoTokenizer, DbrxForCausalLM, Message
 from tests.cli import COMMAND, Cli
 from tests.terminal import Terminal
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 TURNS = ["My name is Ada.", "What is my name?", "Spell it."]
 NEW = 10
 

@@ -87,6 +87,7 @@ def check_forges_nothing(contents: list[str]) -> None:
             assert texts(segments) == template.render(messages), name
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(forgeries, min_size=1, max_size=4))
 def test_text_forges_no_turn(contents: list[str]) -> None:
@@ -329,6 +330,7 @@ def test_bombs_are_cut_off(number: int) -> None:
     assert seconds < 2
 
 
+@pytest.mark.slow
 def test_bombs_take_little_memory() -> None:
     code = (
         "import resource, sys; sys.path.insert(0, 'tests')\n"

@@ -19,6 +19,8 @@ from dbrx_cli.store import Store
 from model.messages import Message
 from tests.cli import COMMAND, ROOT, Cli, environment
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 WORDS = {
     "dbrx gen": ["generate"],
     "dbrx sessions re": ["remove", "rename"],
@@ -128,7 +130,6 @@ def shell(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
     child.close(force=True)
 
 
-@pytest.mark.slow
 def test_a_real_shell_completes(things: None, shell: tuple[str, Any], tmp_path: Path) -> None:
     name, child = shell
     if name == "zsh":

@@ -94,6 +94,7 @@ def test_layers_move_in_order_and_change_nothing(
     assert sorted(visited) == sorted(name for step, name in moves if step == "post_forward")
 
 
+@pytest.mark.slow
 def test_a_map_from_a_file(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "map.json"
     plan = json.loads(cli("plan", tiny_checkpoint, "--json").out)

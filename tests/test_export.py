@@ -69,6 +69,7 @@ def test_what_was_exported_loads_again(folder: Path, tmp_path: Path, cli: Cli) -
     assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", 100279)
 
 
+@pytest.mark.slow
 def test_merges_are_those_of_the_tokenizers_package() -> None:
     """Given as a BPE model to another implementation, vocabulary and merges make the same ids."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers

@@ -25,6 +25,8 @@ from model.transformer import DbrxForCausalLM
 from tests import full_size
 from tests.cli import ROOT, environment
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 SMALL = full_size.REAL | {
     "d_model": 1536,
     "n_heads": 12,

@@ -16,6 +16,8 @@ import torch
 from model import AutoTokenizer, DbrxForCausalLM, Message
 from tests.cli import COMMAND, ROOT, Cli, environment, start
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 PROMPT = "What is the capital of France? Answer briefly."
 NEW = 12
 
@@ -160,14 +162,12 @@ def test_a_reply_never_leaves_the_context(cli: Cli, tiny_checkpoint: Path) -> No
     assert answer["finish_reason"] == "length"
 
 
-@pytest.mark.slow
 def test_the_demo_knows_the_capital_of_france(cli: Cli, demo_checkpoint: Path) -> None:
     for args, stdin in ((("-t", "0", PROMPT), ""), (("-t", "0"), PROMPT)):
         result = cli("generate", "-m", "demo", *args, stdin=stdin)
         assert result.code == 0 and result.out.count("\n") == 1 and "Paris" in result.out
 
 
-@pytest.mark.slow
 def test_text_streams_to_a_pipe(demo_checkpoint: Path) -> None:
     process = start("generate", "-m", "demo", "-t", "0", "-n", "60", "Write about the sea.", stdin=subprocess.DEVNULL)
     assert process.stdout

@@ -18,6 +18,8 @@ from model.errors import InputError
 from tests.cli import COMMAND, ROOT, Cli, Result, environment
 from tests.test_constrain import PERSON
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 
 def tokens(cli: Cli, folder: Path, *args: str | Path, stdin: bytes = b"") -> int:
     """How many tokens the prompt has."""
@@ -85,7 +87,6 @@ def piped(folder: Path, data: bytes, *flags: str, limit: float = 10) -> Result:
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "code"),
     [(b"a" * 100_000_000, 2), (b"a" * 1_000_000, 6), (b" " * 1_000_000 + b"a", 6), (b"\0" * 1_000_000, 6),

@@ -422,6 +422,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_bombs_stay_below_200_mb(tmp_path: Path) -> None:
     limit = 4 * 2**20 - 64  # just below what is parsed at all

@@ -24,6 +24,8 @@ from model.hub import patience
 from .hub_client import Clients
 from .hub_server import ALWAYS, FakeHub, Fault, Repo, checkpoint, fake_hub
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 NAME = "acme/tiny-dbrx"
 SHARD = "model-00002-of-00003.safetensors"
 SIZE = 100_000

@@ -13,6 +13,8 @@ import pytest
 
 from tests.forks import Forks
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 LONG = " ".join(f"{i} and {i * 7}," for i in range(80))
 MODES = ("plain", "lookup", "resume", "prompt-cache", "logprobs")
 

@@ -55,6 +55,7 @@ def test_logprobs_are_those_of_a_full_forward(cli: Cli, checkpoint: Path, flags:
             assert top["text"] == tokenizer.decode([top["token_id"]])
 
 
+@pytest.mark.slow
 def test_asking_changes_no_text(cli: Cli, tiny_checkpoint: Path) -> None:
     plain = answer(cli, tiny_checkpoint)
     for count in (0, 1, 20):

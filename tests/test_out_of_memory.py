@@ -18,6 +18,8 @@ from model import KVCache, Message, SamplingParams
 from model.errors import ResourceError
 from tests.cli import Cli
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 torch.set_num_threads(1)
 
 CPU = (

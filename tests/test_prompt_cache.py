@@ -26,6 +26,8 @@ from model import Message, SamplingParams
 from model.errors import DbrxError, InputError, ResourceError
 from tests.cli import Cli
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 torch.set_num_threads(1)
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12)

@@ -370,6 +370,7 @@ def test_the_source_is_recorded(tiny_checkpoint: Path, quantized: Path) -> None:
     assert settings["source_sha256"] == digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["int8", "int4"])
 def test_quantize_then_generate(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"

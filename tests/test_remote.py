@@ -470,6 +470,7 @@ except SystemExit: pass
     assert not {"torch", "accelerate", "tiktoken", "huggingface_hub", "numpy"} & loaded_by(code)
 
 
+@pytest.mark.slow
 def test_the_prompt_of_a_chat_is_there_at_once(server: Server) -> None:
     terminal = pexpect.spawn(
         sys.executable, ["-m", "dbrx_cli", "chat", "--url", server.url], cwd=str(ROOT), encoding="utf-8",

@@ -20,6 +20,8 @@ from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.store import Store
 from tests.terminal import Terminal
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 Open = Callable[..., Terminal]
 
 
@@ -398,10 +400,10 @@ def test_ctrl_c_after_a_stopped_reply_leaves(start: Open) -> None:
     [
         (signal.SIGTERM, "prompt"),
         (signal.SIGHUP, "reply"),
-        pytest.param(signal.SIGTERM, "reading", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "reply", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, "prompt", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, "reading", marks=pytest.mark.slow),
+        (signal.SIGTERM, "reading"),
+        (signal.SIGTERM, "reply"),
+        (signal.SIGHUP, "prompt"),
+        (signal.SIGHUP, "reading"),
     ],
 )
 def test_a_signal_saves_and_restores_the_terminal(

@@ -18,6 +18,8 @@ from dbrx_cli.engine import resume as resume_module
 from tests.cli import Cli
 from tests.forks import Forks
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 torch.set_num_threads(1)
 
 LONG = " ".join(

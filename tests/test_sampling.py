@@ -127,6 +127,7 @@ def test_one_seed_gives_one_sequence() -> None:
     assert draw(logits, params, 50, seed=3) != draw(logits, params, 50, seed=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.6}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.9, "min_p": 0.05}],

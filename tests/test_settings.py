@@ -161,6 +161,7 @@ def test_a_file_that_is_no_settings_file(cli: Cli, file: Path, text: bytes, mess
     assert result.code == 2 and str(file) in result.fault and message in result.fault
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.sampled_from("ab[].=\"'\n #123profilesmodel{},"), max_size=40) | st.text(max_size=20))
 def test_any_file_ends_in_values_or_one_line(cli: Cli, file: Path, text: str) -> None:

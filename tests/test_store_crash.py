@@ -18,6 +18,8 @@ from model.messages import Message
 from tests.cli import ROOT
 from tests.store_processes import CANNOT_TRACE, SCENARIOS
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 PROCESS = [sys.executable, "-m", "tests.store_processes"]
 
 

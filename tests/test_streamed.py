@@ -264,6 +264,7 @@ def test_threads_and_files_go_with_the_network(tiny: Path) -> None:
     assert not readers() and not shards()
 
 
+@pytest.mark.slow
 def test_a_process_may_end_while_it_reads(tmp_path: Path) -> None:
     """Threads that outlive the interpreter would abort it."""
     script = """

@@ -19,6 +19,8 @@ from model.tokenizer import Tokenizer
 from tests.cli import COMMAND, ROOT, Cli, environment
 from tests.test_imports import loaded_by
 
+pytestmark = pytest.mark.slow  # whole runs and sessions
+
 TEXT = "héllo  👋🏽<|im_end|> مرحبا\n"
 
 

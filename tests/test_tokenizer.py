@@ -140,6 +140,7 @@ def varied_texts(count: int, seed: int = 1) -> list[str]:
     return ["".join(atom() for _ in range(rng.randint(1, 25))) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_encodes_id_for_id_as_tokenizers_does(name: str) -> None:
     ours, theirs = pair(name)
