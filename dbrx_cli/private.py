@@ -42,13 +42,16 @@ def make_folder(path: Path) -> None:
         folder.chmod(0o700)
 
 
-def private_folder(path: Path) -> Path:
-    """A folder where nobody else can plant files, made if need be. Raises `DbrxError` or `OSError`."""
+def private_folder(path: Path, setting: str = DATA) -> Path:
+    """A folder where nobody else can plant files, made if need be. Raises `DbrxError` or `OSError`.
+
+    setting: the variable that names another.
+    """
     make_folder(path)
     if not path.is_dir():
-        raise DbrxError(f"{path} is not a folder", f"move it away, or set {DATA} to another folder")
+        raise DbrxError(f"{path} is not a folder", f"move it away, or set {setting} to another folder")
     if path.stat().st_mode & 0o002:
-        raise DbrxError(f"everybody can write to {path}", f"chmod o-w '{path}', or set {DATA} to another folder")
+        raise DbrxError(f"everybody can write to {path}", f"chmod o-w '{path}', or set {setting} to another folder")
     return path
 
 

@@ -49,13 +49,13 @@ class Report:
 
     @contextmanager
     def bar(self, text: str, *, unit: str = "bytes") -> Iterator[Advance]:
-        """A progress bar that goes when the work is done; gives the function to call with (done, total)."""
+        """A progress bar while work is done, from the first call of the function that it gives: with (done, total)."""
         if not self.bars:
             yield lambda done, total: None
             return
         with progress(stderr_console(), unit, transient=True) as bars:
-            task = bars.add_task(text, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            task = bars.add_task(text, total=None, visible=False)
+            yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
 
 def stderr_console() -> Console:

@@ -182,6 +182,18 @@ def test_the_command_line_says_that_it_compiles(
     assert "compiling for this processor" in done.err and "install g++" in done.err
 
 
+def test_a_folder_that_others_may_write_is_refused(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "compiled"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    done = cli("generate", "-m", tiny_checkpoint, "--raw", "-n", "5", "Hello", "--compile")
+    assert done.code == 1 and not done.out
+    assert f"everybody can write to {folder}" in done.err and "set DBRX_CACHE" in done.err
+
+
 def test_one_line_where_there_is_no_compiler(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
-from dbrx_cli.private import cache_folder, private_folder
+from dbrx_cli.private import CACHE, cache_folder, private_folder
 from dbrx_cli.report import Report
 from model.errors import ContextError, InputError, ModelError
 from model.messages import Message
@@ -385,7 +385,7 @@ def compiler(report: Report) -> Compiler:
     from model.compiled import Compiler
 
     text = "compiling for this processor, which is done once and takes a minute or two ..."
-    return Compiler(private_folder(cache_folder() / "compiled"), lambda: report.notice(text))
+    return Compiler(private_folder(cache_folder() / "compiled", CACHE), lambda: report.notice(text))
 
 
 def check_source(source: Path, options: ModelOptions, report: Report) -> None:
