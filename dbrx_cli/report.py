@@ -48,13 +48,16 @@ class Report:
         return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
 
     @contextmanager
-    def bar(self, text: str, *, unit: str = "bytes") -> Iterator[Advance]:
-        """A progress bar while work is done, from the first call of the function that it gives: with (done, total)."""
+    def bar(self, text: str, *, unit: str = "bytes", at_once: bool = True) -> Iterator[Advance]:
+        """A progress bar that goes when the work is done; gives the function to call with (done, total).
+
+        at_once: shown before the first such call, too.
+        """
         if not self.bars:
             yield lambda done, total: None
             return
         with progress(stderr_console(), unit, transient=True) as bars:
-            task = bars.add_task(text, total=None, visible=False)
+            task = bars.add_task(text, total=None, visible=at_once)
             yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 
 

@@ -356,7 +356,7 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    with report.bar("Reading the weights") as advance:
+    with report.bar("Reading the weights", at_once=not options.compile) as advance:  # what compiles may take minutes
         network = DbrxForCausalLM.from_pretrained(
             folder,
             dtype=options.dtype,
