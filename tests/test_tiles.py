@@ -8,13 +8,13 @@ from torch import Tensor
 
 from model.compiled import block
 from model.compiled.block import CompiledLinear
-from model.compiled.products import ByteProduct, FloatProduct, Matrix, NibbleProduct, Product, WordProduct, integers
+from model.compiled.products import FloatProduct, Matrix, NibbleProduct, Product, ShortProduct, integers
 from model.compiled.tiles import OUTPUTS, ROWS, multiply
 from model.quantization import PackedLinear, int4, int8
+from model.quantization.nibbles import NibbleRows
 from model.quantization.rows import FloatRows
-from model.quantization.words import NibbleRows, WordRows
 
-HELD = ["floats", "bytes", "words", "nibbles"]
+HELD = ["floats", "bytes", "nibbles"]
 SHAPES = [(12, 48), (6, 4096), (8, 46), (4, 160)]
 
 
@@ -26,8 +26,7 @@ def held(kind: str, weight: Tensor) -> tuple[Product, Matrix, Tensor]:
         nibbles = int4.quantize(weight, 32)
         return NibbleProduct(32), NibbleRows(32).load(nibbles), int4.dequantize(nibbles, 32).double()
     stored = int8.quantize(weight)
-    meant = int8.dequantize(stored).double()
-    return (ByteProduct(), stored[:2], meant) if kind == "bytes" else (WordProduct(), WordRows().load(stored), meant)
+    return ShortProduct(), stored[:2], int8.dequantize(stored).double()
 
 
 def product_of(kind: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,18 +14,19 @@ from ..experts import PackedExperts
 from ..experts.matrices import MatricesKernel, Prepared
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
-from ..quantization.rows import ByteRows, FloatRows
+from ..quantization.nibbles import NibbleRows
+from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from ..quantization.widened import widens
-from ..quantization.words import NibbleRows, WordRows
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
 from .form import Form, Matrices
 from .tiles import OUTPUTS, ROWS
 
 PIECE = 2**23  # weights that become integers at once
-KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": ByteRows, "words": WordRows, "nibbles": NibbleRows}
+# Of bytes, those that are multiplied as they are come first.
+KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": OneDnnByteRows, "widened": ByteRows, "nibbles": NibbleRows}
 # Rows an expert, on average, up to which one by one is faster than all at once, for which weights become wider first.
-FEW: dict[Matrices | None, int] = {"floats": 5, "words": 3, "nibbles": 12}
+FEW: dict[Matrices | None, int] = {"floats": 5, "widened": 3, "nibbles": 12}
 
 
 class CompiledBlock(DbrxBlock):

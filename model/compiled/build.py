@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from ..quantization.words import short_loops
+from ..quantization.nibbles import short_loops
 from .form import Form
 from .functions import Attend, Expert, Experts, Head, Linear
 from .products import product

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from ..quantization import int4
 from ..quantization.int8 import LEVELS
-from ..quantization.words import (
+from ..quantization.nibbles import (
     BLOCK,
     LANES,
     NIBBLES,
     ROWS,
-    WORD,
     groups_of,
     in_groups,
-    in_words,
     padded,
     scale_and_zero,
+    short_loops,
 )
 from .form import Matrices
 
@@ -33,8 +32,6 @@ Integers = tuple[Tensor, Tensor]  # rows [n, inputs] of int16 or int8, and the s
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
 STREAMS = 4  # places of a matrix that a loop reads side by side: a fifth faster than one; eight are slower
-OFFSET = 0x00808080  # makes bytes unsigned, all but the highest, whose sign is that of its word
-MASKS = 0xFF, 0xFF00, 0xFF0000, -0x1000000
 MIDDLE = 8  # of a nibble: 32 x 8 x 127, the most that a sum over a block can then be, fits into 16 bits
 NORM = 32000.0  # of a row of integers: no sum of the products of two leaves 32 bits (Cauchy and Schwarz)
 TINY = 1e-30  # for what is divided by
@@ -91,7 +88,7 @@ class FloatProduct:
 
 
 class ByteProduct(FloatProduct):
-    """(values [outputs, inputs], scale [outputs])"""
+    """(values [outputs, inputs], scale [outputs]), the values made floats."""
 
     def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
         return super().times(rows, matrices[:1], streams) * matrices[1]
@@ -103,41 +100,24 @@ class ByteProduct(FloatProduct):
         return torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
 
 
-class WordProduct:
-    """(words [outputs, inputs / 4], scale [outputs]): see `WordRows`.
-
-    A byte is masked, and a float that is exact where it stands in its word; the inputs make up for where that is.
-    """
+class ShortProduct(ByteProduct):
+    """The same in integers, of which a row has 16 bits: sums are exact."""
 
     def ready(self, x: Tensor) -> Matrix:
-        runs = padded(x, WORD).view(len(x), WORD, -1)
-        places = torch.tensor([256.0**-k for k in range(WORD)])
-        return kept(runs * places[:, None]), -128 * runs[:, :-1].sum((1, 2))
+        levels, step = integers(x)
+        return kept(levels), step
 
     def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
-        runs, offset = rows
-        words, scale = matrices
-        sums = []
-        for part in words.chunk(streams, 1):
-            numbers = part.view(torch.int32) ^ OFFSET
-            sums.append(_tree([(numbers & mask).float() * runs[:, k, None] for k, mask in enumerate(MASKS)]).sum(-1))
-        return (torch.cat(sums, 1) + offset[:, None]) * scale
-
-    def ordered(self, x: Tensor) -> Tensor:
-        return in_words(x).flatten(1)
-
-    def weights(self, matrix: Matrix) -> Integers:
-        return matrix[0].view(torch.int8), matrix[1]
-
-    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
-        return torch.empty(outputs, -(-inputs // WORD)), torch.empty(outputs)
+        (levels, step), (values, scale) = (part[:, None] for part in rows), matrices
+        sums = [(part.to(torch.int32) * levels).sum(-1, dtype=torch.int32) for part in values.chunk(streams, 1)]
+        return torch.cat(sums, 1) * (scale * step)
 
 
 class NibbleProduct:
     """(words [outputs / 2, groups / 8, blocks, 8, 16], ranges [outputs, groups]): see `NibbleRows`.
 
     In integers of 16 bits: a row has 8, with a range for each block, and a sum over a block is exact but for multiples
-    of 2**16, as which it is smaller once weights are counted from their middle. One stream: the words lie in order.
+    of 2**16, as which it is smaller once weights are counted from their middle.
     """
 
     def __init__(self, group: int) -> None:
@@ -154,7 +134,11 @@ class NibbleProduct:
         runs, step, sums = (part[:, None] for part in rows)
         words, ranges = matrices
         places = [(r, j) for r in range(ROWS) for j in range(NIBBLES)]
-        both = kept(_tree([(words[..., r, :] >> 4 * j & int4.LEVELS) * runs[..., r, j, :] for r, j in places]))
+        pieces = [
+            _tree([(part[..., r, :] >> 4 * j & int4.LEVELS) * runs[..., r, j, :] for r, j in places])
+            for part in words.chunk(streams, 1)
+        ]
+        both = kept(torch.cat(pieces, 1))
         # Float32 by name, as words are. A half of each is taken for one output, then the other for its own.
         shift = 16 - 16 * torch.arange(2, dtype=torch.int32)[:, None, None, None, None]
         found = both.view(torch.float32).view(torch.int32)[:, None] << shift >> 16
@@ -207,10 +191,11 @@ def kept(x: Tensor) -> Tensor:
 
 def product(matrices: Matrices, group: int) -> Product:
     """That of matrices which are held in this way."""
+    of_bytes = ShortProduct() if short_loops() else ByteProduct()
     products: dict[Matrices, Product] = {
         "floats": FloatProduct(),
-        "bytes": ByteProduct(),
-        "words": WordProduct(),
+        "bytes": of_bytes,
+        "widened": of_bytes,
         "nibbles": NibbleProduct(group),
     }
     return products[matrices]

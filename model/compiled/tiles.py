@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantization.nibbles import short_loops
 from ..quantization.widened import multiplies_bfloat16
-from ..quantization.words import short_loops
 from .form import Matrices
 from .products import Integers, kept
 
 ROWS, OUTPUTS = 4, 2  # of a tile, whose sums a loop holds in registers
-LOOPS = "native -ftree-loop-vectorize"  # for this processor, and with leave to turn plain loops into vectors
+# For this processor, with leave to turn plain loops into vectors, but none to put sums of integers into an order of its
+# own, where each addition waits for the one before, nor to begin more at once than there are registers.
+LOOPS = "native -ftree-loop-vectorize -fno-tree-reassoc -fno-tree-ter"
 
 
 def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
@@ -27,7 +29,7 @@ def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
         return False
     if matrices == "floats":
         return dtype == torch.bfloat16 and not multiplies_bfloat16()
-    return matrices == "words" or (matrices == "nibbles" and not multiplies_bfloat16())
+    return matrices == "widened" or (matrices == "nibbles" and not multiplies_bfloat16())
 
 
 def multiply(rows: Integers, weights: Integers) -> Tensor:

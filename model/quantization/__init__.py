@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import floats, int4, int8, rows, words
+from . import floats, int4, int8, nibbles, rows
 from .kernel import MatrixKernel, Packed, Rows
 from .linear import PackedLinear
 
@@ -25,8 +25,8 @@ KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
 ROWS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
     "float32 rows": (partial(rows.FloatRows, torch.float32),),
     "bfloat16 rows": (partial(rows.FloatRows, torch.bfloat16),),
-    "int8 rows": (rows.ByteRows, words.WordRows),
-    "int4 rows": (words.NibbleRows, int4.AtenKernel, int4.PlainKernel),
+    "int8 rows": (rows.OneDnnByteRows, rows.ByteRows),
+    "int4 rows": (nibbles.NibbleRows, int4.AtenKernel, int4.PlainKernel),
 }
 TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
 

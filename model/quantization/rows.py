@@ -33,6 +33,22 @@ class FloatRows(Floats, RowByRow):
 
 
 class ByteRows(Int8, RowByRow):
+    """Bytes for the weights only: (values [outputs, inputs], scale [outputs]) for each matrix. Runs everywhere."""
+
+    name = "int8 rows widened"
+
+    def load(self, *stored: QuantizedMatrix) -> Packed:
+        check_scales(stored)
+        return tuple(tensor.clone() for part in stored for tensor in part[:2])
+
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        return (x,)
+
+    def run(self, x: Rows, packed: Packed) -> Tensor:
+        return linear(x[0], *packed[::2]).mul_(torch.cat(packed[1::2]))
+
+
+class OneDnnByteRows(ByteRows):
     """Bytes times bytes, summed in integers, by oneDNN (AVX-512 VNNI where there is).
 
     A row whose extreme stands far out has a second one with what rounding took away, as in `FbgemmKernel`.
@@ -43,8 +59,7 @@ class ByteRows(Int8, RowByRow):
     def load(self, *stored: QuantizedMatrix) -> Packed:
         if not multiplies_bytes():
             raise NotImplementedError("no fast product of bytes on this CPU")
-        check_scales(stored)
-        return tuple(tensor.clone() for part in stored for tensor in part[:2])
+        return super().load(*stored)
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         scaled, step, peaked = scale_rows(x, LEVELS, inner)

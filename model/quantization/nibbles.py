@@ -1,7 +1,7 @@
-"""Weights of few bits as compiled loops read them fastest where bytes do not become floats at once: in words.
+"""Weights of 4 bits as compiled loops read them fastest: in words of 16 bits, of which shifts and masks take them.
 
-Masks or shifts take the weights of a word apart. Loops want neighbouring words to meet neighbouring inputs, so a word's
-own weights belong to others; of many rows, the inputs are put in the same order.
+Loops want neighbouring words to meet neighbouring inputs, so a word's own weights belong to others; of many rows, the
+inputs are put in the same order.
 Words of 32 bits are float32 by name only: PyTorch's compiler loads others through memory with AVX2.
 """
 
@@ -17,40 +17,15 @@ from torch.torch_version import TorchVersion
 
 from ..formats import QuantizedMatrix
 from .int4 import Int4, unpack
-from .int8 import Int8
 from .kernel import Packed, RowByRow, Rows, check_scales
-from .widened import linear, multiplies_bfloat16
+from .widened import multiplies_bfloat16
 
 PIECE = 2**19  # weights that become floats at once
-WORD = 4  # bytes
-NIBBLES = 4  # in half a word
+NIBBLES = 4  # in a word
 ROWS = 8  # of words in a block
 LANES = 8  # groups that a loop takes at once, with AVX2
 BLOCK = ROWS * NIBBLES  # inputs whose weights lie in the words of one lane
 HIGH = -0x10000  # the upper half of a word: what a bfloat16 is of a float32
-
-
-class WordRows(Int8, RowByRow):
-    """Bytes for the weights only: (words [outputs, inputs / 4], scale [outputs]) for each matrix. Runs everywhere.
-
-    Byte k of a row's word j is its input k * inputs / 4 + j.
-    """
-
-    name = "int8 words"
-
-    def load(self, *stored: QuantizedMatrix) -> Packed:
-        check_scales(stored)
-        found: list[Tensor] = []
-        for values, scale, _ in stored:
-            words = padded(values, WORD).view(len(values), WORD, -1).transpose(1, 2).contiguous().flatten(1)
-            found += words.view(torch.float32), scale.clone()
-        return tuple(found)
-
-    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        return (_rows(in_words(x).permute(1, 2, 0).flatten(0, 1), inner),)
-
-    def run(self, x: Rows, packed: Packed) -> Tensor:
-        return linear(x[0], *(words.view(torch.int8) for words in packed[::2])).mul_(torch.cat(packed[1::2]))
 
 
 class NibbleRows(Int4, RowByRow):
@@ -106,12 +81,6 @@ def short_loops() -> bool:
 def padded(x: Tensor, multiple: int) -> Tensor:
     """With zeros up to a multiple of so many columns."""
     return functional.pad(x, (0, -x.shape[-1] % multiple))
-
-
-def in_words(x: Tensor) -> Tensor:
-    """Rows [n, inputs] as `WordRows` has weights: [n, words, 4]."""
-    x = padded(x, WORD)
-    return x.view(-1, WORD, x.shape[1] // WORD).transpose(1, 2)
 
 
 def in_groups(x: Tensor, group: int) -> Tensor:
