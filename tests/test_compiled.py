@@ -117,10 +117,11 @@ def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
     found, _ = decoded(network, ids)
     assert (found - exact).norm() <= max(1e-5 * exact.norm(), within * (plain - exact).norm())
-    assert built == [1]
+    told = len(built)
+    assert told <= 1  # none where other networks have left all parts
     again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert torch.equal(decoded(again, ids)[0], found)
-    assert built == [1]  # what was compiled was kept
+    assert len(built) == told  # what was compiled was kept
 
 
 @needs_compiler
@@ -297,9 +298,9 @@ def check(
     example = product.example(*meant.shape, torch.float32)
     assert [(part.shape, part.dtype) for part in packed] == [(part.shape, part.dtype) for part in example]
     assert (times(product, x, packed) - exact).abs().max() < lone * exact.abs().max()
-    rows = kernel.run(kernel.prepare(torch.stack((x, -x, 2 * x))), packed)
+    rows, several = (torch.stack((row, -row, 2 * row)) for row in (x, exact))
     near = 0.01 if multiplies_bfloat16() else 1e-5
-    assert (rows - torch.stack((exact, -exact, 2 * exact))).abs().max() < near * exact.abs().max()
+    assert (kernel.run(kernel.prepare(rows), packed) - several).abs().max() < near * several.abs().max()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from ..quantization.nibbles import short_loops
+from ..quantization.nibbles import LANES, short_loops
 from .form import Form
 from .functions import Attend, Expert, Experts, Head, Linear
 from .products import product
@@ -44,6 +44,8 @@ def main() -> None:
     found = functions(form)
     if short_loops() and cpp_builder.is_gcc():  # to others PyTorch does not forbid it
         config.cpp.march = LOOPS  # the others are as fast with it
+    if form.experts == "nibbles":  # groups come by eights: the half of a wider vector is left to a slow loop
+        config.cpp.simdlen = 8 * torch.float32.itemsize * LANES
     config.assert_indirect_indexing = False  # ids of experts are the router's; a loop that asks is no vector's
     for name, (function, example, sizes) in found.items():
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..quantization import int4
 from ..quantization.int8 import LEVELS
@@ -19,6 +20,7 @@ from ..quantization.nibbles import (
     LANES,
     NIBBLES,
     ROWS,
+    SIGNS,
     groups_of,
     in_groups,
     padded,
@@ -127,31 +129,36 @@ class NibbleProduct:
         blocks = kept(padded(x, LANES * self.group)).view(len(x), -1, LANES, self.group // BLOCK, ROWS, NIBBLES)
         step = kept(blocks.abs().amax((4, 5)).clamp(min=TINY) / LEVELS)
         levels = (blocks / step[..., None, None]).round().to(torch.int32)
-        both = kept((levels & 0xFFFF | levels << 16).permute(0, 1, 3, 4, 5, 2))  # for both outputs of a word
-        return both.view(torch.int16), kept(step.transpose(2, 3)), kept(levels.sum((4, 5)).float().transpose(2, 3))
+        sums, top = (part.sum(4, dtype=torch.int32).transpose(2, 3) for part in (levels.sum(5), levels[..., -1]))
+        # A word that is shifted still has the nibbles above the one that is meant: what they add, the next input lacks.
+        runs = levels - 16 * pad(levels, (1, -1))
+        both = kept((runs & 0xFFFF | runs << 16).permute(0, 1, 3, 4, 5, 2))  # for both outputs of a word
+        # What makes nibbles that are not the top ones signed, above the half that is looked at; floats by name.
+        middle = kept((MIDDLE * (sums - top) << 16).view(torch.float32))
+        return both.view(torch.int16), kept(step.transpose(2, 3)), kept(sums.float()), middle
 
     def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
-        runs, step, sums = (part[:, None] for part in rows)
+        runs, step, sums, middle = (part[:, None] for part in rows)
         words, ranges = matrices
         places = [(r, j) for r in range(ROWS) for j in range(NIBBLES)]
         pieces = [
-            _tree([(part[..., r, :] >> 4 * j & int4.LEVELS) * runs[..., r, j, :] for r, j in places])
+            _tree([(part[..., r, :] >> 4 * j) * runs[..., r, j, :] for r, j in places])
             for part in words.chunk(streams, 1)
         ]
         both = kept(torch.cat(pieces, 1))
         # Float32 by name, as words are. A half of each is taken for one output, then the other for its own.
         shift = 16 - 16 * torch.arange(2, dtype=torch.int32)[:, None, None, None, None]
-        found = both.view(torch.float32).view(torch.int32)[:, None] << shift >> 16
-        step, sums = step[:, None], sums[:, None]
+        halves = both.view(torch.float32).view(torch.int32)[:, None] << shift
+        found = (halves - middle.view(torch.int32)[:, None] >> 16).float()
         scale, zero = scale_and_zero(ranges.view(torch.int32).view(len(words), 2, words.shape[1], -1, 1, LANES))
-        found = (found - (MIDDLE * sums).to(torch.int32) << 16 >> 16).float() - (zero - MIDDLE) * sums
-        return (found * (scale * step)).flatten(3).sum(-1).flatten(1)
+        found = found - (zero - MIDDLE) * sums[:, None]
+        return (found * (scale * step[:, None])).flatten(3).sum(-1).flatten(1)
 
     def ordered(self, x: Tensor) -> Tensor:
         return in_groups(x, self.group).flatten(1)
 
     def weights(self, matrix: Matrix) -> Integers:
-        words, ranges = matrix[0].view(torch.float32).view(torch.int32), matrix[1].view(torch.int32)
+        words, ranges = matrix[0].view(torch.float32).view(torch.int32) ^ SIGNS, matrix[1].view(torch.int32)
         scale, zero = map(kept, scale_and_zero(ranges))
         most = scale * torch.maximum(zero, int4.LEVELS - zero)  # that a weight can be: its norm need not be known
         step = kept(torch.linalg.vector_norm(most, dim=1) * self.group**0.5 / NORM)

@@ -25,6 +25,7 @@ NIBBLES = 4  # in a word
 ROWS = 8  # of words in a block
 LANES = 8  # groups that a loop takes at once, with AVX2
 BLOCK = ROWS * NIBBLES  # inputs whose weights lie in the words of one lane
+SIGNS = -0x7FFF8000  # of the top nibbles of two words: turned, these are as they were stored
 HIGH = -0x10000  # the upper half of a word: what a bfloat16 is of a float32
 
 
@@ -32,9 +33,9 @@ class NibbleRows(Int4, RowByRow):
     """4 bits for the weights: (words [outputs / 2, groups / 8, blocks, 8, 16], ranges [outputs, groups]), each matrix.
 
     Nibble j of word (n, h, b, r, 2 l) is the weight of output n for input (8 h + l) * group + 32 b + 4 r + j, of word
-    (n, h, b, r, 2 l + 1) that of output n + outputs / 2. These have 16 bits, and lie in the order in which they are
-    read. A lane l of a loop stays in one group, whose scale and zero point meet its sum; zeros fill the lanes.
-    A range is a word of 32 bits, the scale above the zero point, in bfloat16 both.
+    (n, h, b, r, 2 l + 1) that of output n + outputs / 2. These have 16 bits, the top nibble less 8 and signed, and lie
+    in the order in which they are read. A lane l of a loop stays in one group, whose scale and zero point meet its sum;
+    zeros fill the lanes. A range is a word of 32 bits, the scale above the zero point, in bfloat16 both.
     """
 
     name = "int4 words"
@@ -52,6 +53,7 @@ class NibbleRows(Int4, RowByRow):
             levels = padded(unpack(values), LANES * self.group).view(-1, 2)
             shape = 2, len(values) // 2, -1, LANES, self.group // BLOCK, ROWS, 2
             pairs = (levels[:, 0] | levels[:, 1] << 4).view(shape)
+            pairs[..., 1] ^= 0x80  # less 8, signed: what a shift brings down can be taken away exactly
             words = pairs.permute(1, 2, 4, 5, 3, 0, 6).flatten(4, 5).contiguous().view(torch.int16)[..., 0]
             ranges = torch.stack((zero, scale), dim=-1).to(torch.bfloat16)  # the lower half of a word comes first
             found += words, padded(ranges.view(torch.float32)[..., 0], LANES).clone()
@@ -96,7 +98,7 @@ def groups_of(inputs: int, group: int) -> int:
 
 def scale_and_zero(ranges: Tensor) -> tuple[Tensor, Tensor]:
     """What words of ranges, int32, hold: in float32."""
-    return (ranges & HIGH).view(torch.float32), (ranges << 16 & HIGH).view(torch.float32)
+    return (ranges & HIGH).view(torch.float32), (ranges << 16).view(torch.float32)
 
 
 def _rows(columns: Tensor, inner: bool) -> Tensor:
@@ -115,7 +117,8 @@ def _columns(rows: Tensor, sums: Tensor, words: Tensor, ranges: Tensor) -> Tenso
     for half, scales, outs in zip((words, words >> 16), scale.chunk(2), out.chunk(2), strict=True):
         pieces = (torch.split(whole, outputs) for whole in (half, scales, outs))
         for part, factors, found in zip(*pieces, strict=True):
-            levels = floats[: len(part)].copy_(torch.bitwise_and(part[..., None, :], masks, out=nibbles[: len(part)]))
+            unsigned = (part ^ SIGNS)[..., None, :]
+            levels = floats[: len(part)].copy_(torch.bitwise_and(unsigned, masks, out=nibbles[: len(part)]))
             weights = levels.mul_(factors.view(len(part), -1, 1, 1, 1, LANES)).flatten(1)
             found += torch.mm(weights.to(rows.dtype), columns)
     return out
