@@ -11,25 +11,33 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from model import DbrxForCausalLM, KVCache, quantization
 from model.compiled import Compiler
-from model.compiled.block import CompiledBlock, CompiledExpert, CompiledExperts, CompiledLinear, form_of
+from model.compiled.block import (
+    CompiledBlock,
+    CompiledByteExpert,
+    CompiledExpert,
+    CompiledExperts,
+    CompiledLinear,
+    form_of,
+)
 from model.compiled.compiler import Function
 from model.compiled.form import Form
-from model.compiled.functions import attend, times
+from model.compiled.functions import Hidden, Sums, attend, times
 from model.compiled.products import LONGEST, ByteProduct, NibbleProduct, Product, ShortProduct
 from model.compiled.tiles import pays
 from model.config import DbrxConfig
 from model.decode import prefill
 from model.errors import ModelError
 from model.experts import MatricesKernel
-from model.formats import QuantizedMatrix
+from model.formats import FloatExpert, QuantizedMatrix
 from model.packing import Packing
 from model.quantization import MatrixKernel, int4, int8
 from model.quantization.nibbles import NibbleRows
-from model.quantization.rows import ByteRows
+from model.quantization.rows import ByteRows, OneDnnByteRows
 from model.quantization.widened import multiplies_bfloat16
 from tests.cli import Cli
 
@@ -285,7 +293,7 @@ def test_nibbles_are_not_compiled_where_their_loops_would_be_no_vectors(monkeypa
     experts, dense = quantization.choose("int4 rows"), quantization.choose("int8 rows")
     quantization.choose.cache_clear()
     assert experts is not None and dense is not None
-    packing = Packing("int4", MatricesKernel(experts, torch.nn.functional.silu), dense, compiled=True)
+    packing = Packing("int4", MatricesKernel(experts, functional.silu), dense, compiled=True)
     assert form_of(DbrxConfig(), packing, experts=True).experts is None
 
 
@@ -301,6 +309,28 @@ def check(
     rows, several = (torch.stack((row, -row, 2 * row)) for row in (x, exact))
     near = 0.01 if multiplies_bfloat16() else 1e-5
     assert (kernel.run(kernel.prepare(rows), packed) - several).abs().max() < near * several.abs().max()
+
+
+@pytest.mark.parametrize("peaked", ["none", "some", "all"])
+@pytest.mark.parametrize("n", [1, 2, 37])
+def test_an_expert_of_bytes(n: int, peaked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization.rows, "multiplies_bytes", lambda: True)  # slowly, where the processor does not
+    torch.manual_seed(0)
+    expert = FloatExpert(*(torch.randn(48, 64) / 8 for _ in range(3)))
+    if peaked != "none":
+        expert.w1[5] *= 100 if peaked == "all" else 3  # the hidden activations' extreme
+    x = torch.randn(n, 64).clamp(-2, 2)
+    x[{"none": slice(0), "some": slice(None, None, 3), "all": slice(None)}[peaked], 7] = 60
+    plain = MatricesKernel(OneDnnByteRows(), functional.silu)
+    hidden, sums = Hidden(DbrxConfig()), Sums()
+    found = CompiledByteExpert(plain, lambda a: hidden(*a), lambda a: (sums(*a),))
+    packed = plain.pack(expert)
+    for rows in (None, torch.arange(n).flip(0)[: n // 2 + 1]):
+        expected = plain.run(plain.prepare(x), rows, packed)
+        exact = functional.silu(x.double() @ expert.w1.t().double()) * (x.double() @ expert.v1.t().double())
+        exact = (exact @ expert.w2.double())[rows if rows is not None else slice(None)]
+        error = (found.run(found.prepare(x), rows, packed) - exact).norm()
+        assert error <= 1.05 * (expected - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

@@ -15,7 +15,7 @@ from ..experts.matrices import MatricesKernel, Prepared
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
 from ..quantization.nibbles import NibbleRows
-from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows
+from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows, with_seconds
 from ..quantization.widened import widens
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
@@ -90,7 +90,11 @@ class CompiledExperts(PackedExperts):
 
     def __init__(self, held: PackedExperts, functions: Mapping[str, Function]) -> None:
         kernel = cast("MatricesKernel", held.kernel)
-        super().__init__(CompiledExpert(kernel, functions["expert"]) if "expert" in functions else kernel, held.experts)
+        if "expert" in functions:
+            kernel = CompiledExpert(kernel, functions["expert"])
+        elif "hidden" in functions:
+            kernel = CompiledByteExpert(kernel, functions["hidden"], functions["sums"])
+        super().__init__(kernel, held.experts)
         self.function = functions["experts"]
         self.stacked = held.stacked
         matrices = kernel.matrices
@@ -128,6 +132,27 @@ class CompiledExpert(MatricesKernel):
         if rows is not None:
             x = x.index_select(0, rows)
         return _run(self.function, x, [part for matrix in packed for part in matrix])
+
+
+class CompiledByteExpert(MatricesKernel):
+    """Many rows are multiplied by oneDNN; what lies between the products, and behind them, goes through functions."""
+
+    def __init__(self, kernel: MatricesKernel, hidden: Function, sums: Function) -> None:
+        super().__init__(kernel.matrices, kernel.activation)
+        self.hidden = hidden
+        self.sums = sums
+
+    def run(self, prepared: Prepared, rows: Tensor | None, packed: Packed) -> Tensor:
+        """The expert's output [len(rows), d_model] for those rows (None: all)."""
+        dtype, x = prepared
+        if rows is not None:
+            x = tuple(part.index_select(0, rows) for part in x)
+        (w1, scale, v1, up_scale), (w2, out_scale) = packed
+        levels, step, second = with_seconds(x)
+        gate, up = (torch._int_mm(levels, matrix.t()) for matrix in (w1, v1))
+        levels, step, second = with_seconds(tuple(self.hidden([gate, up, scale, up_scale, step, second])))
+        (out,) = self.sums([torch._int_mm(levels, w2.t()), out_scale, step, second])
+        return out.to(dtype)
 
 
 def _run(function: Function, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from ..quantization.nibbles import LANES, short_loops
 from .form import Form
-from .functions import Attend, Expert, Experts, Head, Linear
+from .functions import Attend, Expert, Experts, Head, Hidden, Linear, Sums
 from .products import product
 from .tiles import LOOPS, OUTPUTS, ROWS, pays
 
@@ -91,6 +91,15 @@ def functions(form: Form) -> dict[str, Example]:
         if pays(form.experts, dtype) and ffn.ffn_hidden_size % OUTPUTS == 0:
             sizes = many, *((None,) * len(matrix) for matrix in one)
             found["expert"] = Example(Expert(config, sparse), (rows, *one), sizes)
+        if form.experts == "bytes":
+            some, all_of = {0: Dim("rows", max=2**30)}, {0: Dim("products", max=2**30)}
+            n = len(rows)
+            gate, up = (torch.empty(n + 3, ffn.ffn_hidden_size, dtype=torch.int32) for _ in range(2))
+            scales, step, second = torch.empty(2, ffn.ffn_hidden_size).unbind(), torch.empty(n, 1), torch.arange(n)
+            varying = all_of, all_of, None, None, some, some
+            found["hidden"] = Example(Hidden(config), (gate, up, *scales, step, second), varying)
+            out = torch.empty(n + 3, d, dtype=torch.int32), torch.empty(d), step, second
+            found["sums"] = Example(Sums(), out, (all_of, None, some, some))
     return found
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm
 
 from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
+from ..quantization.int8 import LEVELS, finer, scale_rows
 from ..rope import rotate
 from ..transformer import EPS
 from .products import STREAMS, FloatProduct, Matrix, Product, integers, kept
@@ -81,7 +82,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     queries = kept(q * q.shape[-1] ** -0.5).view(len(keys), -1, q.shape[-1])
     scores = torch.stack([(keys.float() * one[:, None]).sum(-1) for one in queries.unbind(1)], dim=1)
     weights = kept(scores.softmax(-1)).unbind(1)  # else divided again for each number of each value
-    parts = values.float().split(LINE, -1)  # summed in one loop, which so reads a value as a whole
+    parts = torch.split(values.float(), LINE, -1)  # summed in one loop, which so reads a value as a whole
     found = [(one[..., None] * part).sum(1) for one in weights for part in parts]
     return torch.cat(found, dim=-1).view_as(q)
 
@@ -107,6 +108,43 @@ class Experts(nn.Module):
         hidden = kept(self.activation(gate) * up * weights.t())
         out = product.times(product.ready(hidden), w2).sum(0)
         return (x.flatten().float() + out).to(x.dtype).view_as(x)
+
+
+class Hidden(nn.Module):
+    """Between the matrices of an expert of bytes, many rows: what `OneDnnByteRows.prepare` makes of activations."""
+
+    def __init__(self, config: DbrxConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[str(config.ffn_config.activation)]
+
+    def forward(
+        self, gate: Tensor, up: Tensor, scale: Tensor, up_scale: Tensor, step: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Products and scales of w1 and v1, and what else `summed` takes -> the rows, their seconds, steps, peaks."""
+        hidden = kept(self.activation(summed(gate, scale, step, second)) * summed(up, up_scale, step, second))
+        scaled, step, peaked = scale_rows(hidden, LEVELS, inner=True)
+        rounded = scaled.round()
+        rest = (scaled - rounded) * finer(LEVELS)
+        return rounded.to(torch.int8), rest.round().to(torch.int8), step, peaked
+
+
+class Sums(nn.Module):
+    """`summed`, of the last matrix of an expert of bytes."""
+
+    def forward(self, products: Tensor, scale: Tensor, step: Tensor, second: Tensor) -> Tensor:
+        return summed(products, scale, step, second)
+
+
+def summed(products: Tensor, scale: Tensor, step: Tensor, second: Tensor) -> Tensor:
+    """Products of bytes -> what they mean, [n, outputs] float32.
+
+    products: int32, of n rows and of those that some have second; scale [outputs] and step [n, 1]: of weights and rows;
+    second [n]: where the product of a row's second is, its own place if there is none.
+    """
+    n, outputs = second.shape[0], products.shape[1]
+    has = second != torch.arange(n)
+    first = products.as_strided((n, outputs), products.stride())  # a slice would ask whether so many are there
+    return (first.float() + products[second].float() * (has / finer(LEVELS))[:, None]) * (scale * step)
 
 
 class Head(nn.Module):

@@ -125,9 +125,8 @@ def _step(x: Tensor, levels: int) -> Tensor:
 def scale_rows(x: Tensor, levels: int, inner: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [n, inputs] in units of their levels; the distance of these [n, 1]; which rows are peaked [n]."""
     step = _step(x, levels)
-    scaled = x / step
-    spread = (INNER_PEAK if inner else PEAK) * (x.shape[1] ** -0.5) * torch.linalg.vector_norm(scaled, dim=1)
-    return scaled, step, spread < levels
+    spread = (INNER_PEAK if inner else PEAK) * (x.shape[1] ** -0.5) * torch.linalg.vector_norm(x, dim=1)
+    return x / step, step, spread < levels * step[:, 0]
 
 
 def finer(levels: int) -> int:

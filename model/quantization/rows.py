@@ -83,6 +83,16 @@ class OneDnnByteRows(ByteRows):
         return out.mul_(step)
 
 
+def with_seconds(x: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepared rows -> those [n] with the second ones below; steps [n, 1]; where a row's second is, or itself [n]."""
+    rows, rest, step, peaked = x
+    second, places = peaked.nonzero()[:, 0], torch.arange(len(rows))
+    if len(second):
+        places[second] = torch.arange(len(rows), len(rows) + len(second))
+        rows = torch.cat((rows, rest.index_select(0, second)))
+    return rows, step, places
+
+
 def multiplies_bytes() -> bool:
     """Whether oneDNN multiplies bytes here; PyTorch's own loop is right too, and a hundred times slower."""
     return torch.cpu._is_vnni_supported()
