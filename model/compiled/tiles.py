@@ -21,7 +21,7 @@ LOOPS = "native -ftree-loop-vectorize -fno-tree-reassoc -fno-tree-ter"
 
 
 def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
-    """Whether that is faster than products without a compiler, before which weights become float32.
+    """Whether that is faster than products without a compiler, before which weights become floats.
 
     dtype: of float weights.
     """
@@ -29,7 +29,7 @@ def pays(matrices: Matrices | None, dtype: torch.dtype) -> bool:
         return False
     if matrices == "floats":
         return dtype == torch.bfloat16 and not multiplies_bfloat16()
-    return matrices == "widened" or (matrices == "nibbles" and not multiplies_bfloat16())
+    return matrices in ("widened", "nibbles")
 
 
 def multiply(rows: Integers, weights: Integers) -> Tensor:

@@ -12,7 +12,7 @@ from .kernel import Packed, QuantizedFirst, RowByRow, Rows, check_scales, not_fi
 LEVELS = 15
 GROUP = 32  # inputs that share scale and zero point; 128 takes 0.09 GB where 32 take 0.1, and errs more
 FIRST_RANGES = (1.0, 0.9, 0.8, 0.7)  # of a group's own range: where the fit begins; it goes on from the best
-ROUNDS = 4
+ROUNDS = 8
 PIECE = 2**18  # weights that are fitted at once: the temporaries stay small
 
 
