@@ -25,8 +25,10 @@ from .tiles import OUTPUTS, ROWS
 PIECE = 2**23  # weights that become integers at once
 # Of bytes, those that are multiplied as they are come first.
 KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": OneDnnByteRows, "widened": ByteRows, "nibbles": NibbleRows}
-# Rows an expert, on average, up to which one by one is faster than all at once, for which weights become wider first.
-FEW: dict[Matrices | None, int] = {"floats": 5, "widened": 3, "nibbles": 12}
+# Rows an expert, on average, up to which one by one is faster than all at once, for which weights first become wider
+# or are put into an order of oneDNN's; and of floats that are multiplied as they are.
+FEW: dict[Matrices | None, int] = {"floats": 5, "bytes": 3, "widened": 3, "nibbles": 12}
+FEW_AS_THEY_ARE = 2
 
 
 class CompiledBlock(DbrxBlock):
@@ -99,7 +101,7 @@ class CompiledExperts(PackedExperts):
         self.stacked = held.stacked
         matrices = kernel.matrices
         as_they_are = isinstance(matrices, FloatRows) and not widens(matrices.dtype, torch.device("cpu"))
-        self.few = 0 if as_they_are else FEW.get(_kind(matrices), 0)
+        self.few = FEW_AS_THEY_ARE if as_they_are else FEW.get(_kind(matrices), 0)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
