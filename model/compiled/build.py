@@ -92,14 +92,13 @@ def functions(form: Form) -> dict[str, Example]:
             sizes = many, *((None,) * len(matrix) for matrix in one)
             found["expert"] = Example(Expert(config, sparse), (rows, *one), sizes)
         if form.experts == "bytes":
-            some, all_of = {0: Dim("rows", max=2**30)}, {0: Dim("products", max=2**30)}
-            n = len(rows)
-            gate, up = (torch.empty(n + 3, ffn.ffn_hidden_size, dtype=torch.int32) for _ in range(2))
-            scales, step, second = torch.empty(2, ffn.ffn_hidden_size).unbind(), torch.empty(n, 1), torch.arange(n)
-            varying = all_of, all_of, None, None, some, some
-            found["hidden"] = Example(Hidden(config), (gate, up, *scales, step, second), varying)
-            out = torch.empty(n + 3, d, dtype=torch.int32), torch.empty(d), step, second
-            found["sums"] = Example(Sums(), out, (all_of, None, some, some))
+            n, of_rows, of_products = len(rows), {0: Dim("rows", max=2**30)}, {0: Dim("products", max=2**30)}
+            step, second = torch.empty(n, 1), torch.arange(n)
+            gate, up, out = (torch.empty(n + 3, outputs, dtype=torch.int32) for outputs, _ in shapes)
+            scale, up_scale, out_scale = (torch.empty(outputs) for outputs, _ in shapes)
+            varying = of_products, of_products, None, None, of_rows, of_rows
+            found["hidden"] = Example(Hidden(config), (gate, up, scale, up_scale, step, second), varying)
+            found["sums"] = Example(Sums(), (out, out_scale, step, second), (of_products, None, of_rows, of_rows))
     return found
 
 
