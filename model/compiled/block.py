@@ -13,7 +13,7 @@ from ..config import DbrxConfig
 from ..experts import PackedExperts
 from ..experts.matrices import MatricesKernel, Prepared
 from ..packing import Packing
-from ..quantization import MatrixKernel, Packed, PackedLinear
+from ..quantization import MatrixKernel, Packed, PackedLinear, Rows
 from ..quantization.nibbles import NibbleRows
 from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows, with_seconds
 from ..quantization.widened import widens
@@ -150,11 +150,20 @@ class CompiledByteExpert(MatricesKernel):
         if rows is not None:
             x = tuple(part.index_select(0, rows) for part in x)
         (w1, scale, v1, up_scale), (w2, out_scale) = packed
-        levels, step, second = with_seconds(x)
+        levels, places = _with_seconds(x)
         gate, up = (torch._int_mm(levels, matrix.t()) for matrix in (w1, v1))
-        levels, step, second = with_seconds(tuple(self.hidden([gate, up, scale, up_scale, step, second])))
-        (out,) = self.sums([torch._int_mm(levels, w2.t()), out_scale, step, second])
+        x = tuple(self.hidden([gate, up, scale, up_scale, x[2], places]))
+        levels, places = _with_seconds(x)
+        (out,) = self.sums([torch._int_mm(levels, w2.t()), out_scale, x[2], places])
         return out.to(dtype)
+
+
+def _with_seconds(x: Rows) -> tuple[Tensor, Tensor]:
+    """`with_seconds`, but where a row's second is, or the row itself [n]."""
+    rows, second = with_seconds(x)
+    n, places = len(x[0]), torch.arange(len(x[0]))
+    places[second] = torch.arange(n, len(rows))
+    return rows, places
 
 
 def _run(function: Function, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm
 
 from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
-from ..quantization.int8 import LEVELS, finer, scale_rows
+from ..quantization.int8 import LEVELS, finer, scale_rows, split
 from ..rope import rotate
 from ..transformer import EPS
 from .products import STREAMS, FloatProduct, Matrix, Product, integers, kept
@@ -123,8 +123,7 @@ class Hidden(nn.Module):
         """Products and scales of w1 and v1, and what else `summed` takes -> the rows, their seconds, steps, peaks."""
         hidden = kept(self.activation(summed(gate, scale, step, second)) * summed(up, up_scale, step, second))
         scaled, step, peaked = scale_rows(hidden, LEVELS, inner=True)
-        rounded = scaled.round()
-        rest = (scaled - rounded) * finer(LEVELS)
+        rounded, rest = split(scaled, LEVELS)
         return rounded.to(torch.int8), rest.round().to(torch.int8), step, peaked
 
 

@@ -69,10 +69,8 @@ class OneDnnByteRows(ByteRows):
         return nearest(scaled).to(torch.int8), rest, step, peaked
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        rows, rest, step, peaked = x
-        n, second = len(rows), peaked.nonzero()[:, 0]
-        if len(second):
-            rows = torch.cat((rows, rest.index_select(0, second)))
+        n, step = len(x[0]), x[2]
+        rows, second = with_seconds(x)
         values, scales = packed[::2], packed[1::2]
         out = torch.empty(len(rows), sum(map(len, scales)))
         parts = torch.split(out, list(map(len, scales)), dim=1)
@@ -83,14 +81,11 @@ class OneDnnByteRows(ByteRows):
         return out.mul_(step)
 
 
-def with_seconds(x: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepared rows -> those [n] with the second ones below; steps [n, 1]; where a row's second is, or itself [n]."""
-    rows, rest, step, peaked = x
-    second, places = peaked.nonzero()[:, 0], torch.arange(len(rows))
-    if len(second):
-        places[second] = torch.arange(len(rows), len(rows) + len(second))
-        rows = torch.cat((rows, rest.index_select(0, second)))
-    return rows, step, places
+def with_seconds(x: Rows) -> tuple[Tensor, Tensor]:
+    """Rows as `OneDnnByteRows` prepares them, the second ones of some below; which have one."""
+    rows, rest, _, peaked = x
+    second = peaked.nonzero()[:, 0]
+    return (torch.cat((rows, rest.index_select(0, second))) if len(second) else rows), second
 
 
 def multiplies_bytes() -> bool:
