@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Barrier, get_ident
+from typing import Any
 
 import pytest
 import torch
@@ -18,27 +20,28 @@ from torch.nn.functional import scaled_dot_product_attention
 from model import DbrxForCausalLM, KVCache, quantization
 from model.compiled import Compiler
 from model.compiled.block import (
+    AT_ONCE,
     CompiledBlock,
-    CompiledByteExpert,
-    CompiledExpert,
     CompiledExperts,
     CompiledLinear,
     form_of,
 )
 from model.compiled.compiler import Function
+from model.compiled.cores import LEAST, side_by_side
 from model.compiled.form import Form
-from model.compiled.functions import Hidden, Sums, attend, times
-from model.compiled.products import LONGEST, ByteProduct, NibbleProduct, Product, ShortProduct
-from model.compiled.tiles import pays
-from model.config import DbrxConfig
+from model.compiled.functions import Expert, attend, times
+from model.compiled.many import Bytes, Floats, Many, Tiles, many
+from model.compiled.products import LONGEST, ByteProduct, FloatProduct, NibbleProduct, Product, ShortProduct, product
+from model.compiled.tiles import ROWS
+from model.config import DbrxConfig, DbrxFFNConfig
 from model.decode import prefill
 from model.errors import ModelError
-from model.experts import MatricesKernel
+from model.experts import MatricesKernel, PackedExperts
 from model.formats import FloatExpert, QuantizedMatrix
 from model.packing import Packing
 from model.quantization import MatrixKernel, int4, int8
 from model.quantization.nibbles import NibbleRows
-from model.quantization.rows import ByteRows, OneDnnByteRows
+from model.quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from model.quantization.widened import multiplies_bfloat16
 from tests.cli import Cli
 
@@ -98,6 +101,11 @@ def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Ten
     return torch.cat(rows), torch.stack(ids)
 
 
+def dtype_of(form: Form) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, form.dtype)
+    return dtype
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("bytes_fast")
@@ -122,10 +130,11 @@ def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
     assert all(isinstance(block, CompiledBlock) for block in network.transformer.blocks)
     assert network.packing is not None
     form, block = form_of(network.config, network.packing, experts=True), network.transformer.blocks[0]
-    floats = getattr(torch, form.dtype)
+    assert form.experts is not None and form.dense is not None
+    way, dense = (many(kind, product(kind, form.group), dtype_of(form)) for kind in (form.experts, form.dense))
     assert isinstance(block.ffn.experts, CompiledExperts)
-    assert isinstance(block.ffn.experts.kernel, CompiledExpert) == pays(form.experts, floats)
-    assert isinstance(block.norm_attn_norm.attn.Wqkv, CompiledLinear) == pays(form.dense, floats)
+    assert (block.ffn.experts.many_rows is None) == (way is None)
+    assert isinstance(block.norm_attn_norm.attn.Wqkv, CompiledLinear) == isinstance(dense, Tiles | Bytes)
     exact, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
     plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
     found, _ = decoded(network, ids)
@@ -225,11 +234,11 @@ def test_what_cannot_be_compiled_is_refused(tiny_checkpoint: Path, tmp_path: Pat
         DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float16", compiler=Compiler(tmp_path, lambda: None))
 
 
-def test_a_damaged_package_is_named(tmp_path: Path) -> None:
+def test_a_damaged_library_is_named(tmp_path: Path) -> None:
     form = Form(DbrxConfig(), "float32", "floats", "floats")
     for part in form.parts():
         (tmp_path / part.key).mkdir()
-    (tmp_path / part.key / "experts.pt2").write_bytes(b"no archive")
+    (tmp_path / part.key / "experts.so").write_bytes(b"no library")
     with pytest.raises(ModelError) as caught:
         Compiler(tmp_path, lambda: None).functions(form)
     assert f"rm -r '{tmp_path / part.key}'" in caught.value.one_line
@@ -317,26 +326,89 @@ def check(
     assert (kernel.run(kernel.prepare(rows), packed) - several).abs().max() < near * several.abs().max()
 
 
+WAYS: dict[str, tuple[MatrixKernel, Many, int]] = {
+    "bytes": (OneDnnByteRows(), Bytes(), 1),
+    "tiles of bytes": (ByteRows(), Tiles(ShortProduct()), ROWS),
+    "floats": (FloatRows(torch.bfloat16), Floats(), 1),
+    "tiles of floats": (FloatRows(torch.bfloat16), Tiles(FloatProduct()), ROWS),
+}
+
+
 @pytest.mark.parametrize("peaked", ["none", "some", "all"])
-@pytest.mark.parametrize("n", [1, 2, 37])
-def test_an_expert_of_bytes(n: int, peaked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [2, 37, AT_ONCE + 5])
+@pytest.mark.parametrize("name", WAYS)
+def test_experts_of_many_rows(name: str, n: int, peaked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "floats" and not multiplies_bfloat16():
+        pytest.skip("not on this CPU")
     monkeypatch.setattr(quantization.rows, "multiplies_bytes", lambda: True)  # slowly, where the processor does not
     torch.manual_seed(0)
-    expert = FloatExpert(*(torch.randn(48, 64) / 8 for _ in range(3)))
+    (matrices, way, multiple), ffn = WAYS[name], DbrxFFNConfig(moe_num_experts=16, moe_top_k=4)
+    experts = [FloatExpert(*(torch.randn(48, 64) / 8 for _ in range(3))) for _ in range(16)]
     if peaked != "none":
-        expert.w1[5] *= 100 if peaked == "all" else 3  # the hidden activations' extreme
+        for expert in experts:
+            expert.w1[5] *= 100 if peaked == "all" else 3  # the hidden activations' extreme
     x = torch.randn(n, 64).clamp(-2, 2)
     x[{"none": slice(0), "some": slice(None, None, 3), "all": slice(None)}[peaked], 7] = 60
-    plain = MatricesKernel(OneDnnByteRows(), functional.silu)
-    hidden, sums = Hidden(DbrxConfig()), Sums()
-    found = CompiledByteExpert(plain, lambda a: hidden(*a), lambda a: (sums(*a),))
-    packed = plain.pack(expert)
-    for rows in (None, torch.arange(n).flip(0)[: n // 2 + 1]):
-        expected = plain.run(plain.prepare(x), rows, packed)
-        exact = functional.silu(x.double() @ expert.w1.t().double()) * (x.double() @ expert.v1.t().double())
-        exact = (exact @ expert.w2.double())[rows if rows is not None else slice(None)]
-        error = (found.run(found.prepare(x), rows, packed) - exact).norm()
-        assert error <= 1.05 * (expected - exact).norm() < 0.05 * exact.norm()
+    x = x.to(matrices.dtype)
+    chosen = torch.rand(n, 15).topk(4).indices  # one expert computes nothing
+    weights = torch.rand(n, 4).to(x.dtype)
+    kernel = MatricesKernel(matrices, functional.silu)
+    held = PackedExperts(kernel, [kernel.pack(expert) for expert in experts])
+    function = Expert(DbrxConfig(ffn_config=ffn), way)
+    functions: dict[str, Function] = {"experts": lambda a: [], "expert": lambda a: [function(*grouped(a, held))]}
+    found = CompiledExperts(held, functions, multiple)
+    found.few = 0
+    exact = torch.zeros(n, 64, dtype=torch.double)
+    for e, (w1, v1, w2) in enumerate(experts):
+        hidden = functional.silu(x.double() @ w1.t().double()) * (x.double() @ v1.t().double())
+        exact += hidden @ w2.double() * (weights * (chosen == e)).sum(1, dtype=torch.double)[:, None]
+    bound = (held(x, chosen, weights) - exact).norm()
+    within = 1.5 if n == 2 else 1.1  # errors of few numbers differ more
+    assert (found(x, chosen, weights) - exact).norm() <= within * bound < 0.05 * exact.norm()
+
+
+def grouped(arguments: Sequence[Tensor], held: PackedExperts) -> list[Any]:
+    """Arguments of `Expert`, the parts of each matrix together."""
+    first, second = held.experts[0]
+    size = len(second)
+    assert len(first) == 2 * size
+    matrices = arguments[4:]
+    return [*arguments[:4], *(tuple(matrices[i : i + size]) for i in range(0, 3 * size, size))]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_jobs_run_side_by_side_on_a_core_each() -> None:
+    both, seen = Barrier(2), []
+
+    def job(_: int) -> None:
+        both.wait(30)  # each is there while another is
+        seen.append((get_ident(), torch.get_num_threads()))
+
+    side_by_side(job, range(2 * LEAST))
+    assert len({ident for ident, _ in seen}) == 2 and {cores for _, cores in seen} == {1}
+    assert torch.get_num_threads() == 2
+    seen.clear()
+    both = Barrier(1)
+    side_by_side(job, range(2 * LEAST - 1))
+    assert seen == [(get_ident(), 2)] * (2 * LEAST - 1)  # too few: with both cores each
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_a_job_raises_is_raised() -> None:
+    def job(i: int) -> None:
+        if i == 3:
+            raise ModelError("three")
+
+    with pytest.raises(ModelError, match="three"):
+        side_by_side(job, range(2 * LEAST))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 37])

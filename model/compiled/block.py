@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -11,18 +11,20 @@ from torch.nn.functional import pad
 
 from ..config import DbrxConfig
 from ..experts import PackedExperts
-from ..experts.matrices import MatricesKernel, Prepared
+from ..experts.matrices import MatricesKernel
 from ..packing import Packing
-from ..quantization import MatrixKernel, Packed, PackedLinear, Rows
+from ..quantization import MatrixKernel, Packed, PackedLinear
 from ..quantization.nibbles import NibbleRows
-from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows, with_seconds
+from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from ..quantization.widened import widens
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
 from .compiler import Function
+from .cores import side_by_side
 from .form import Form, Matrices
-from .tiles import OUTPUTS, ROWS
+from .tiles import OUTPUTS, ROWS, pays
 
 PIECE = 2**23  # weights that become integers at once
+AT_ONCE = 1024  # rows of which experts' outputs are kept, each, until they are added
 # Of bytes, those that are multiplied as they are come first.
 KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": OneDnnByteRows, "widened": ByteRows, "nibbles": NibbleRows}
 # Rows an expert, on average, up to which one by one is faster than all at once, for which weights first become wider
@@ -76,101 +78,66 @@ class CompiledHead(nn.Module):
 class CompiledLinear(PackedLinear):
     """Many rows go through a compiled function."""
 
-    def __init__(self, linear: PackedLinear, function: Function) -> None:
+    def __init__(self, linear: PackedLinear, function: Function, multiple: int) -> None:
         super().__init__(linear.kernel, linear.packed, linear.last)
         self.function = function
+        self.multiple = multiple
 
     def multiply(self, rows: Tensor) -> Tensor:
         """[n, inputs] -> [n, outputs]."""
+        # Nobody checks the strides that it was compiled for.
+        whole = pad(rows, (0, 0, 0, -len(rows) % self.multiple)).contiguous()
         outputs = max(1, PIECE // rows.shape[1] // OUTPUTS) * OUTPUTS
         pieces = zip(*(part.split(outputs) for part in self.packed), strict=True)
-        return torch.cat([_run(self.function, rows, piece) for piece in pieces], dim=1)
+        return torch.cat([self.function([whole, *piece])[0] for piece in pieces], dim=1)[: len(rows)]
 
 
 class CompiledExperts(PackedExperts):
     """A layer's experts. Few rows go through one compiled function, one by one, an expert's many through another."""
 
-    def __init__(self, held: PackedExperts, functions: Mapping[str, Function]) -> None:
-        kernel = cast("MatricesKernel", held.kernel)
-        if "expert" in functions:
-            kernel = CompiledExpert(kernel, functions["expert"])
-        elif "hidden" in functions:
-            kernel = CompiledByteExpert(kernel, functions["hidden"], functions["sums"])
-        super().__init__(kernel, held.experts)
-        self.function = functions["experts"]
+    def __init__(self, held: PackedExperts, functions: Mapping[str, Function], multiple: int) -> None:
+        super().__init__(held.kernel, held.experts)
+        self.lone_row = functions["experts"]
+        self.many_rows = functions.get("expert")
+        self.multiple = multiple
         self.stacked = held.stacked
-        matrices = kernel.matrices
+        matrices = cast("MatricesKernel", held.kernel).matrices
         as_they_are = isinstance(matrices, FloatRows) and not widens(matrices.dtype, torch.device("cpu"))
         self.few = FEW_AS_THEY_ARE if as_they_are else FEW.get(_kind(matrices), 0)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
         if len(x) > 1 and chosen.numel() > self.few * len(self.experts):
-            return super().forward(x, chosen, weights)
+            if self.many_rows is None:
+                return super().forward(x, chosen, weights)
+            parts = zip(*(torch.split(part, AT_ONCE) for part in (x, chosen, weights)), strict=True)
+            return torch.cat([self._many(self.many_rows, *part) for part in parts])
         rows = (torch.split(part, 1) for part in (x.float(), chosen, weights.float()))
         zero = x.new_zeros(1, 1, x.shape[1])
         return torch.cat([self.lone(zero, *row)[0] for row in zip(*rows, strict=True)])
 
     def lone(self, x: Tensor, normed: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [1, 1, d_model], and float32 normed [1, d_model] and weights [1, top_k] -> x with what they add."""
-        (x,) = self.function([x, normed, weights, chosen, *self.stacked])
+        (x,) = self.lone_row([x, normed, weights, chosen, *self.stacked])
         return x
 
+    def _many(self, function: Function, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        x, flat, out = x.contiguous(), weights.flatten(), x.new_empty(*chosen.shape, x.shape[1])
 
-class CompiledExpert(MatricesKernel):
-    """Many rows go through a compiled function."""
+        def compute(job: tuple[Packed, Tensor]) -> None:
+            packed, places = job
+            function([x, flat, places, out.flatten(0, 1), *(part for matrix in packed for part in matrix)])
 
-    def __init__(self, kernel: MatricesKernel, function: Function) -> None:
-        super().__init__(kernel.matrices, kernel.activation)
-        self.function = function
-
-    def prepare(self, x: Tensor) -> Prepared:
-        """Rows as they are: to put them in order again for each expert takes a hundredth of its time."""
-        return Prepared(x.dtype, (x,))
-
-    def run(self, prepared: Prepared, rows: Tensor | None, packed: Packed) -> Tensor:
-        """The expert's output [len(rows), d_model] for those rows (None: all)."""
-        (x,) = prepared.rows
-        if rows is not None:
-            x = x.index_select(0, rows)
-        return _run(self.function, x, [part for matrix in packed for part in matrix])
-
-
-class CompiledByteExpert(MatricesKernel):
-    """Many rows are multiplied by oneDNN; what lies between the products, and behind them, goes through functions."""
-
-    def __init__(self, kernel: MatricesKernel, hidden: Function, sums: Function) -> None:
-        super().__init__(kernel.matrices, kernel.activation)
-        self.hidden = hidden
-        self.sums = sums
-
-    def run(self, prepared: Prepared, rows: Tensor | None, packed: Packed) -> Tensor:
-        """The expert's output [len(rows), d_model] for those rows (None: all)."""
-        dtype, x = prepared
-        if rows is not None:
-            x = tuple(part.index_select(0, rows) for part in x)
-        (w1, scale, v1, up_scale), (w2, out_scale) = packed
-        levels, places = _with_seconds(x)
-        gate, up = (torch._int_mm(levels, matrix.t()) for matrix in (w1, v1))
-        x = tuple(self.hidden([gate, up, scale, up_scale, x[2], places]))
-        levels, places = _with_seconds(x)
-        (out,) = self.sums([torch._int_mm(levels, w2.t()), out_scale, x[2], places])
-        return out.to(dtype)
-
-
-def _with_seconds(x: Rows) -> tuple[Tensor, Tensor]:
-    """`with_seconds`, but where a row's second is, or the row itself [n]."""
-    rows, second = with_seconds(x)
-    n, places = len(x[0]), torch.arange(len(x[0]))
-    places[second] = torch.arange(n, len(rows))
-    return rows, places
-
-
-def _run(function: Function, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """A function of whole tiles of rows x [n, inputs] -> [n, outputs]."""
-    tiles = pad(x, (0, 0, 0, -len(x) % ROWS)).contiguous()  # nobody checks the strides that it was compiled for
-    (out,) = function([tiles, *matrices])
-    return out[: len(x)]
+        ids = chosen.flatten()
+        places = torch.split(ids.argsort(stable=True), ids.bincount(minlength=len(self.experts)).tolist())
+        # To whole tiles, with places that are computed twice. What takes longest begins first.
+        jobs = [
+            (packed, torch.cat((which, which[:1].expand(-len(which) % self.multiple))))
+            for packed, which in zip(self.experts, places, strict=True)
+            if len(which)
+        ]
+        side_by_side(compute, sorted(jobs, key=lambda job: -len(job[1])))
+        return out.sum(1)
 
 
 def form_of(config: DbrxConfig, packing: Packing, experts: bool) -> Form:
@@ -191,7 +158,9 @@ def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) ->
     def linear(packed: nn.Module) -> PackedLinear:
         packed = cast("PackedLinear", packed)
         function = functions.get("linear")
-        return packed if function is None or len(packed.packed[0]) % OUTPUTS else CompiledLinear(packed, function)
+        if function is None or len(packed.packed[0]) % OUTPUTS:
+            return packed
+        return CompiledLinear(packed, function, _multiple(packed.kernel))
 
     blocks = network.transformer.blocks
     for i, block in enumerate(cast("Iterator[DbrxBlock]", blocks)):
@@ -199,13 +168,20 @@ def compile_into(network: DbrxForCausalLM, functions: Mapping[str, Function]) ->
         for name in ("Wqkv", "out_proj"):
             setattr(attn, name, linear(getattr(attn, name)))
         if "experts" in functions:
-            block.ffn.experts = CompiledExperts(cast("PackedExperts", block.ffn.experts), functions)
+            held = cast("PackedExperts", block.ffn.experts)
+            multiple = _multiple(cast("MatricesKernel", held.kernel).matrices)
+            block.ffn.experts = CompiledExperts(held, functions, multiple)
         blocks[i] = CompiledBlock(block, functions)
     network.lm_head = CompiledHead(linear(network.lm_head), functions["head"])  # type: ignore[assignment]  # as PackedLinear before it
 
 
 def _kind(kernel: MatrixKernel) -> Matrices | None:
     return next((name for name, cls in KINDS.items() if isinstance(kernel, cls)), None)
+
+
+def _multiple(kernel: MatrixKernel) -> int:
+    """How many rows a compiled function takes at once."""
+    return ROWS if pays(_kind(kernel), kernel.dtype) else 1
 
 
 def _packed(linear: nn.Module) -> Packed:

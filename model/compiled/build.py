@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from zipfile import ZipFile
 
 import torch
 from torch import nn
@@ -16,9 +18,10 @@ from torch.export import Dim
 
 from ..quantization.nibbles import LANES, short_loops
 from .form import Form
-from .functions import Attend, Expert, Experts, Head, Hidden, Linear, Sums
+from .functions import Attend, Expert, Experts, Head, Linear
+from .many import Floats, Many, Tiles, many
 from .products import product
-from .tiles import LOOPS, OUTPUTS, ROWS, pays
+from .tiles import LOOPS, OUTPUTS, ROWS
 
 TOKENS = 512  # that are cached, for an example
 
@@ -32,7 +35,7 @@ class Example(NamedTuple):
 
 
 def main() -> None:
-    """Write a package for each function into the folder that is the only argument."""
+    """Write a library for each function into the folder that is the only argument."""
     import torch._inductor
     from torch._inductor import config, cpp_builder
 
@@ -50,7 +53,11 @@ def main() -> None:
     for name, (function, example, sizes) in found.items():
         with torch.no_grad():
             exported = torch.export.export(function.eval(), example, dynamic_shapes=sizes)
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(folder / f"{name}.pt2"))
+        with TemporaryDirectory() as scratch:
+            package = torch._inductor.aoti_compile_and_package(exported, package_path=f"{scratch}/{name}.pt2")
+            with ZipFile(package) as archive:
+                (library,) = (member for member in archive.namelist() if member.endswith(".so"))
+                (folder / f"{name}.so").write_bytes(archive.read(library))
 
 
 def functions(form: Form) -> dict[str, Example]:
@@ -58,7 +65,6 @@ def functions(form: Form) -> dict[str, Example]:
     config, ffn, dtype = form.config, form.config.ffn_config, getattr(torch, form.dtype)
     d, width, kv_heads = config.d_model, config.head_dim, config.attn_config.kv_n_heads
     x, rows = torch.empty(1, 1, d, dtype=dtype), torch.empty(2 * ROWS, d, dtype=dtype)
-    many = {0: ROWS * Dim("tiles", max=2**27)}
     found: dict[str, Example] = {}
     # No tensor serves as two arguments: they would be taken for one.
     if form.dense is not None:
@@ -77,10 +83,11 @@ def functions(form: Form) -> dict[str, Example]:
             (None, None, None, capacity, capacity, tokens, None, fixed, fixed, None, None),
         )
         found["head"] = Example(Head(dense), (x, dense.example(config.vocab_size, d, dtype)))
-        if pays(form.dense, dtype):
+        way = many(form.dense, dense, dtype)
+        if way is not None and not isinstance(way, Floats):  # there is nothing around that product
             example = dense.example(2 * OUTPUTS, d, dtype)
             outputs = ({0: OUTPUTS * Dim("pairs", max=2**30)},) * len(example)
-            found["linear"] = Example(Linear(dense), (rows, example), (many, outputs))
+            found["linear"] = Example(Linear(way), (rows, example), (_varying(way), outputs))
     if form.experts is not None:
         sparse = product(form.experts, form.group)
         shapes = (ffn.ffn_hidden_size, d), (ffn.ffn_hidden_size, d), (d, ffn.ffn_hidden_size)
@@ -88,18 +95,18 @@ def functions(form: Form) -> dict[str, Example]:
         experts = [tuple(part.new_empty(ffn.moe_num_experts, *part.shape) for part in matrix) for matrix in one]
         weights, chosen = torch.empty(1, ffn.moe_top_k), torch.zeros(1, ffn.moe_top_k, dtype=torch.long)
         found["experts"] = Example(Experts(config, sparse), (x, torch.empty(1, d), weights, chosen, *experts))
-        if pays(form.experts, dtype) and ffn.ffn_hidden_size % OUTPUTS == 0:
-            sizes = many, *((None,) * len(matrix) for matrix in one)
-            found["expert"] = Example(Expert(config, sparse), (rows, *one), sizes)
-        if form.experts == "bytes":
-            n, of_rows, of_products = len(rows), {0: Dim("rows", max=2**30)}, {0: Dim("products", max=2**30)}
-            step, second = torch.empty(n, 1), torch.arange(n)
-            gate, up, out = (torch.empty(n + 3, outputs, dtype=torch.int32) for outputs, _ in shapes)
-            scale, up_scale, out_scale = (torch.empty(outputs) for outputs, _ in shapes)
-            varying = of_products, of_products, None, None, of_rows, of_rows
-            found["hidden"] = Example(Hidden(config), (gate, up, scale, up_scale, step, second), varying)
-            found["sums"] = Example(Sums(), (out, out_scale, step, second), (of_products, None, of_rows, of_rows))
+        way = many(form.experts, sparse, dtype)
+        if way is not None and not (isinstance(way, Tiles) and ffn.ffn_hidden_size % OUTPUTS):
+            k, n = ffn.moe_top_k, Dim("n", max=2**27)
+            weights, out = torch.empty(k * len(rows), dtype=dtype), torch.empty(k * len(rows), d, dtype=dtype)
+            sizes = {0: n}, {0: k * n}, _varying(way), {0: k * n}, *((None,) * len(m) for m in one)
+            found["expert"] = Example(Expert(config, way), (rows, weights, torch.arange(2 * ROWS), out, *one), sizes)
     return found
+
+
+def _varying(way: Many) -> dict[int, Any]:
+    """How many rows there can be, or places of rows."""
+    return {0: ROWS * Dim("tiles", max=2**27) if isinstance(way, Tiles) else Dim("rows", max=2**29)}
 
 
 if __name__ == "__main__":

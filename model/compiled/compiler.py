@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .call import CompiledFunction
 from .form import Form
 
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # what the arguments hold, one tensor after the other
@@ -42,7 +41,7 @@ class Compiler:
         if missing:
             self.building()
             self._build(missing)
-        return {path.stem: _load(path) for _, found in folders for path in found.glob("*.pt2")}
+        return {path.stem: _load(path) for _, found in folders for path in found.glob("*.so")}
 
     def _build(self, missing: Sequence[tuple[Form, Path]]) -> None:
         """Compile parts side by side: much of it is done on one core."""
@@ -85,12 +84,10 @@ def _start(part: Form, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _load(path: Path) -> Function:
-    """Without `torch._inductor.aoti_load_package`, which imports PyTorch's compiler: a second."""
     try:
-        package = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-    except RuntimeError as error:
+        return CompiledFunction(path)
+    except (OSError, AttributeError) as error:
         raise ModelError(
-            f"{path.parent}: compiled functions cannot be loaded: {str(error).strip().splitlines()[0]}",
+            f"{path.parent}: compiled functions cannot be loaded: {error}",
             f"rm -r '{path.parent}'",
         ) from None
-    return cast("Function", package.run)

@@ -12,11 +12,10 @@ from torch.nn.functional import layer_norm
 
 from ..config import DbrxConfig
 from ..moe import ACTIVATIONS
-from ..quantization.int8 import LEVELS, finer, scale_rows, split
 from ..rope import rotate
 from ..transformer import EPS
-from .products import STREAMS, FloatProduct, Matrix, Product, integers, kept
-from .tiles import multiply
+from .many import Many
+from .products import STREAMS, FloatProduct, Matrix, Product, kept
 
 LINE = 16  # numbers that a processor's cache fetches at once
 
@@ -110,42 +109,6 @@ class Experts(nn.Module):
         return (x.flatten().float() + out).to(x.dtype).view_as(x)
 
 
-class Hidden(nn.Module):
-    """Between the matrices of an expert of bytes, many rows: what `OneDnnByteRows.prepare` makes of activations."""
-
-    def __init__(self, config: DbrxConfig) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[str(config.ffn_config.activation)]
-
-    def forward(
-        self, gate: Tensor, up: Tensor, scale: Tensor, up_scale: Tensor, step: Tensor, second: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Products and scales of w1 and v1, and what else `summed` takes -> the rows, their seconds, steps, peaks."""
-        hidden = kept(self.activation(summed(gate, scale, step, second)) * summed(up, up_scale, step, second))
-        scaled, step, peaked = scale_rows(hidden, LEVELS, inner=True)
-        rounded, rest = split(scaled, LEVELS)
-        return rounded.to(torch.int8), rest.round().to(torch.int8), step, peaked
-
-
-class Sums(nn.Module):
-    """`summed`, of the last matrix of an expert of bytes."""
-
-    def forward(self, products: Tensor, scale: Tensor, step: Tensor, second: Tensor) -> Tensor:
-        return summed(products, scale, step, second)
-
-
-def summed(products: Tensor, scale: Tensor, step: Tensor, second: Tensor) -> Tensor:
-    """Products of bytes -> what they mean, [n, outputs] float32.
-
-    products: int32, of n rows and of those that some have second; scale [outputs] and step [n, 1]: of weights and rows;
-    second [n]: where the product of a row's second is, its own place if there is none.
-    """
-    n, outputs = second.shape[0], products.shape[1]
-    has = second != torch.arange(n)
-    first = products.as_strided((n, outputs), products.stride())  # a slice would ask whether so many are there
-    return (first.float() + products[second].float() * (has / finer(LEVELS))[:, None]) * (scale * step)
-
-
 class Head(nn.Module):
     """The product with the last matrix."""
 
@@ -159,34 +122,37 @@ class Head(nn.Module):
 
 
 class Linear(nn.Module):
-    """A matrix times many rows, a multiple of `tiles.ROWS`."""
+    """A matrix times many rows."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, many: Many) -> None:
         super().__init__()
-        self.product = product
+        self.many = many
 
     def forward(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [n, inputs] -> [n, outputs] like x."""
-        return _multiply(self.product, x.float(), matrix).to(x.dtype)
+        (out,) = self.many(x, (matrix,))
+        return out.to(x.dtype)
 
 
 class Expert(nn.Module):
-    """An expert's output for many rows, a multiple of `tiles.ROWS`."""
+    """What an expert computes for many rows."""
 
-    def __init__(self, config: DbrxConfig, product: Product) -> None:
+    def __init__(self, config: DbrxConfig, many: Many) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[str(config.ffn_config.activation)]
-        self.product = product
+        self.top_k = config.ffn_config.moe_top_k
+        self.many = many
 
-    def forward(self, x: Tensor, w1: Matrix, v1: Matrix, w2: Matrix) -> Tensor:
-        """x [n, d_model] -> the same shape and type."""
-        # Rows become integers twice: shared by both products, prompts in bfloat16 were a tenth slower.
-        gate, up = (_multiply(self.product, x.float(), matrix) for matrix in (w1, v1))
-        return _multiply(self.product, kept(self.activation(gate) * up), w2).to(x.dtype)
+    def forward(
+        self, x: Tensor, weights: Tensor, places: Tensor, out: Tensor, w1: Matrix, v1: Matrix, w2: Matrix
+    ) -> None:
+        """x [n, d_model]; weights [n * top_k]: of the experts that each row has chosen; places [m]: where this one is.
 
-
-def _multiply(product: Product, x: Tensor, matrix: Matrix) -> Tensor:
-    return multiply(integers(product.ordered(x)), product.weights(matrix))
+        out [n * top_k, d_model]: what it adds, weighted, is written to those places.
+        """
+        gate, up = self.many(x[places // self.top_k], (w1, v1))
+        (found,) = self.many(kept(self.activation(gate) * up), (w2,), inner=True)
+        out.index_copy_(0, places, (found * weights[places][:, None]).to(out.dtype))
 
 
 def times(product: Product, x: Tensor, matrix: Matrix) -> Tensor:

@@ -69,8 +69,10 @@ class OneDnnByteRows(ByteRows):
         return nearest(scaled).to(torch.int8), rest, step, peaked
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        n, step = len(x[0]), x[2]
-        rows, second = with_seconds(x)
+        rows, rest, step, peaked = x
+        n, second = len(rows), peaked.nonzero()[:, 0]
+        if len(second):
+            rows = torch.cat((rows, rest.index_select(0, second)))
         values, scales = packed[::2], packed[1::2]
         out = torch.empty(len(rows), sum(map(len, scales)))
         parts = torch.split(out, list(map(len, scales)), dim=1)
@@ -79,13 +81,6 @@ class OneDnnByteRows(ByteRows):
         if len(second):
             out = out[:n].index_add_(0, second, out[n:], alpha=1 / finer(LEVELS))
         return out.mul_(step)
-
-
-def with_seconds(x: Rows) -> tuple[Tensor, Tensor]:
-    """Rows as `OneDnnByteRows` prepares them, the second ones of some below; which have one."""
-    rows, rest, _, peaked = x
-    second = peaked.nonzero()[:, 0]
-    return (torch.cat((rows, rest.index_select(0, second))) if len(second) else rows), second
 
 
 def multiplies_bytes() -> bool:
