@@ -21,6 +21,7 @@ from .experts import MatricesKernel, PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
 from .moe import ACTIVATIONS
 from .quantization import KERNELS, ROWS, MatrixKernel, PackedLinear, choose
+from .quantization.blocks import fit
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
@@ -67,8 +68,14 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled
     rows = " rows" if compiled else ""
     if quantize == "none":
         name = str(dtype).removeprefix("torch.") + rows
-        kernel = choose(name) if name in KERNELS | ROWS else None
-        return Packing("none", _experts(kernel, weights.config), kernel, compiled) if kernel is not None else None
+        dense = choose(name) if name in KERNELS | ROWS else None
+        if dense is None:
+            return None
+        shape = weights.config.ffn_config.ffn_hidden_size, weights.config.d_model
+        in_blocks = compiled and dtype == torch.bfloat16 and fit(shape, shape[::-1])
+        experts = choose("bfloat16 blocks") if in_blocks else dense
+        assert experts is not None
+        return Packing("none", _experts(experts, weights.config), dense, compiled)
     group = None
     if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
         group = weights.group

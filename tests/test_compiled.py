@@ -30,8 +30,17 @@ from model.compiled.compiler import Function
 from model.compiled.cores import LEAST, side_by_side
 from model.compiled.form import Form
 from model.compiled.functions import Expert, attend, times
-from model.compiled.many import Bytes, Floats, Many, Tiles, many
-from model.compiled.products import LONGEST, ByteProduct, FloatProduct, NibbleProduct, Product, ShortProduct, product
+from model.compiled.many import Blocks, Bytes, Floats, Many, Tiles, many
+from model.compiled.products import (
+    LONGEST,
+    BlockProduct,
+    ByteProduct,
+    FloatProduct,
+    NibbleProduct,
+    Product,
+    ShortProduct,
+    product,
+)
 from model.compiled.tiles import ROWS
 from model.config import DbrxConfig, DbrxFFNConfig
 from model.decode import prefill
@@ -40,10 +49,13 @@ from model.experts import MatricesKernel, PackedExperts
 from model.formats import FloatExpert, QuantizedMatrix
 from model.packing import Packing
 from model.quantization import MatrixKernel, int4, int8
+from model.quantization.blocks import FloatBlocks, fit
 from model.quantization.nibbles import NibbleRows
 from model.quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from model.quantization.widened import multiplies_bfloat16
 from tests.cli import Cli
+from tests.conftest import TINY
+from tests.weights import make_checkpoint
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler here"
@@ -51,6 +63,7 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = pytest.mark.timeout(900)  # compiling takes a minute or two, more on a busy machine, and others wait for it
 PROMPT = torch.arange(100, 160)[None]  # so many that no kind of experts takes them one by one
 STEPS = 6
+WHOLE_BLOCKS = {"d_model": 64, "n_heads": 4, "ffn_config": TINY["ffn_config"] | {"ffn_hidden_size": 128}}
 CAPACITY = 31  # twice that is full in the middle of the steps, and grows
 
 
@@ -73,6 +86,14 @@ class OneAtATime(Compiler):
         with FileLock(self.folder / ".lock"):
             self.missing.append(not all((self.folder / part.key).is_dir() for part in form.parts()))
             return super().functions(form)
+
+
+@pytest.fixture(scope="module")
+def whole_blocks_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the tiny one, but of matrices that oneDNN's blocks fill."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "blocks"
+    make_checkpoint(folder, TINY | WHOLE_BLOCKS, seed=7, dtype="bfloat16", shards=2)
+    return folder
 
 
 @pytest.fixture
@@ -110,38 +131,41 @@ def dtype_of(form: Form) -> torch.dtype:
 @pytest.mark.slow
 @pytest.mark.usefixtures("bytes_fast")
 @pytest.mark.parametrize(
-    ("quantize", "dtype", "bytes_fast", "within"),
+    ("quantize", "dtype", "bytes_fast", "within", "shape"),
     [
-        ("none", "float32", False, 1.1),
-        ("none", "bfloat16", False, 1.1),
-        ("int8", "auto", True, 1.1),
-        ("int4", "auto", True, 1.1),
-        ("int8", "auto", False, 1.5),  # rows of 16 bits err otherwise than those of plain steps
-        ("int4", "auto", False, 1.5),
+        ("none", "float32", False, 1.1, "tiny"),
+        ("none", "bfloat16", False, 1.1, "tiny"),
+        ("none", "bfloat16", False, 1.1, "whole_blocks"),
+        ("int8", "auto", True, 1.1, "tiny"),
+        ("int4", "auto", True, 1.1, "tiny"),
+        ("int8", "auto", False, 1.5, "tiny"),  # rows of 16 bits err otherwise than those of plain steps
+        ("int4", "auto", False, 1.5, "tiny"),
     ],
     indirect=["bytes_fast"],
 )
 def test_compiled_steps_are_as_near_to_float32_as_plain_ones(
-    tiny_checkpoint: Path, compiled_folder: Path, quantize: str, dtype: str, within: float
+    request: pytest.FixtureRequest, compiled_folder: Path, quantize: str, dtype: str, within: float, shape: str
 ) -> None:
+    checkpoint: Path = request.getfixturevalue(f"{shape}_checkpoint")
     built: list[int] = []
     compiler = OneAtATime(compiled_folder, lambda: built.append(1))
-    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
+    network = DbrxForCausalLM.from_pretrained(checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert all(isinstance(block, CompiledBlock) for block in network.transformer.blocks)
     assert network.packing is not None
     form, block = form_of(network.config, network.packing, experts=True), network.transformer.blocks[0]
     assert form.experts is not None and form.dense is not None
     way, dense = (many(kind, product(kind, form.group), dtype_of(form)) for kind in (form.experts, form.dense))
     assert isinstance(block.ffn.experts, CompiledExperts)
+    assert (form.experts == "blocks") == (shape == "whole_blocks" and multiplies_bfloat16())
     assert (block.ffn.experts.many_rows is None) == (way is None)
     assert isinstance(block.norm_attn_norm.attn.Wqkv, CompiledLinear) == isinstance(dense, Tiles | Bytes)
-    exact, ids = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
-    plain, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype), ids)
+    exact, ids = decoded(DbrxForCausalLM.from_pretrained(checkpoint, dtype="float32"))
+    plain, _ = decoded(DbrxForCausalLM.from_pretrained(checkpoint, quantize=quantize, dtype=dtype), ids)
     found, _ = decoded(network, ids)
     assert (found - exact).norm() <= max(1e-5 * exact.norm(), within * (plain - exact).norm())
     told = [1] * compiler.missing[0]  # nothing to build where other networks have left all parts
     assert built == told
-    again = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
+    again = DbrxForCausalLM.from_pretrained(checkpoint, quantize=quantize, dtype=dtype, compiler=compiler)
     assert torch.equal(decoded(again, ids)[0], found)
     assert built == told  # what was compiled was kept
     assert compiler.missing[1:] == [False]
@@ -276,6 +300,24 @@ def test_a_product_of_bytes(shape: tuple[int, int]) -> None:
     check(ByteRows(), ShortProduct(), x, stored, int8.dequantize(stored), lone=4e-5)  # a row has 16 bits
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (192, 3 * LONGEST)])
+def test_a_product_of_blocks(shape: tuple[int, int]) -> None:
+    if not multiplies_bfloat16():
+        pytest.skip("not on this CPU")
+    assert fit(shape)
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape).to(torch.bfloat16), torch.randn(shape[1]).to(torch.bfloat16)
+    exact, kernel = weight.double() @ x.double(), FloatBlocks()
+    packed = kernel.pack(weight)
+    torch.testing.assert_close(times(BlockProduct(), x.float(), packed).double(), exact, rtol=1e-5, atol=1e-3)
+    several = kernel.run(kernel.prepare(torch.stack((x, -x))), packed).double()
+    assert (several - torch.stack((exact, -exact))).abs().max() < 0.01 * exact.abs().max()
+
+
+def test_blocks_are_for_matrices_that_fill_them() -> None:
+    assert not fit((48, 64)) and not fit((64, 40)) and not fit((64, 64), (96, 32))
+
+
 @pytest.mark.parametrize("shape", [(12, 64), (6, 4096), (8, 46), (4, 160)])
 @pytest.mark.parametrize("group", [32, 128])
 def test_a_product_of_nibbles(shape: tuple[int, int], group: int) -> None:
@@ -330,6 +372,7 @@ WAYS: dict[str, tuple[MatrixKernel, Many, int]] = {
     "bytes": (OneDnnByteRows(), Bytes(), 1),
     "tiles of bytes": (ByteRows(), Tiles(ShortProduct()), ROWS),
     "floats": (FloatRows(torch.bfloat16), Floats(), 1),
+    "blocks": (FloatBlocks(), Blocks(), 1),
     "tiles of floats": (FloatRows(torch.bfloat16), Tiles(FloatProduct()), ROWS),
 }
 
@@ -338,12 +381,12 @@ WAYS: dict[str, tuple[MatrixKernel, Many, int]] = {
 @pytest.mark.parametrize("n", [2, 37, AT_ONCE + 5])
 @pytest.mark.parametrize("name", WAYS)
 def test_experts_of_many_rows(name: str, n: int, peaked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "floats" and not multiplies_bfloat16():
+    if name in ("floats", "blocks") and not multiplies_bfloat16():
         pytest.skip("not on this CPU")
     monkeypatch.setattr(quantization.rows, "multiplies_bytes", lambda: True)  # slowly, where the processor does not
     torch.manual_seed(0)
     (matrices, way, multiple), ffn = WAYS[name], DbrxFFNConfig(moe_num_experts=16, moe_top_k=4)
-    experts = [FloatExpert(*(torch.randn(48, 64) / 8 for _ in range(3))) for _ in range(16)]
+    experts = [FloatExpert(*(torch.randn(128, 64) / 8 for _ in range(3))) for _ in range(16)]
     if peaked != "none":
         for expert in experts:
             expert.w1[5] *= 100 if peaked == "all" else 3  # the hidden activations' extreme

@@ -14,6 +14,7 @@ from ..experts import PackedExperts
 from ..experts.matrices import MatricesKernel
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
+from ..quantization.blocks import FloatBlocks, as_onednn
 from ..quantization.nibbles import NibbleRows
 from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from ..quantization.widened import widens
@@ -26,10 +27,16 @@ from .tiles import OUTPUTS, ROWS, pays
 PIECE = 2**23  # weights that become integers at once
 AT_ONCE = 1024  # rows of which experts' outputs are kept, each, until they are added
 # Of bytes, those that are multiplied as they are come first.
-KINDS: dict[Matrices, type] = {"floats": FloatRows, "bytes": OneDnnByteRows, "widened": ByteRows, "nibbles": NibbleRows}
+KINDS: dict[Matrices, type] = {
+    "floats": FloatRows,
+    "blocks": FloatBlocks,
+    "bytes": OneDnnByteRows,
+    "widened": ByteRows,
+    "nibbles": NibbleRows,
+}
 # Rows an expert, on average, up to which one by one is faster than all at once, for which weights first become wider
 # or are put into an order of oneDNN's; and of floats that are multiplied as they are.
-FEW: dict[Matrices | None, int] = {"floats": 5, "bytes": 3, "widened": 3, "nibbles": 12}
+FEW: dict[Matrices | None, int] = {"floats": 5, "blocks": 1, "bytes": 3, "widened": 3, "nibbles": 12}
 FEW_AS_THEY_ARE = 2
 
 
@@ -101,6 +108,10 @@ class CompiledExperts(PackedExperts):
         self.many_rows = functions.get("expert")
         self.multiple = multiple
         self.stacked = held.stacked
+        parts = [[part for matrix in packed for part in matrix] for packed in held.experts]
+        if isinstance(cast("MatricesKernel", held.kernel).matrices, FloatBlocks):
+            parts = [list(map(as_onednn, expert)) for expert in parts]
+        self.parts = parts  # of experts, as many rows are multiplied by them
         matrices = cast("MatricesKernel", held.kernel).matrices
         as_they_are = isinstance(matrices, FloatRows) and not widens(matrices.dtype, torch.device("cpu"))
         self.few = FEW_AS_THEY_ARE if as_they_are else FEW.get(_kind(matrices), 0)
@@ -124,16 +135,16 @@ class CompiledExperts(PackedExperts):
     def _many(self, function: Function, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         x, flat, out = x.contiguous(), weights.flatten(), x.new_empty(*chosen.shape, x.shape[1])
 
-        def compute(job: tuple[Packed, Tensor]) -> None:
-            packed, places = job
-            function([x, flat, places, out.flatten(0, 1), *(part for matrix in packed for part in matrix)])
+        def compute(job: tuple[list[Tensor], Tensor]) -> None:
+            parts, places = job
+            function([x, flat, places, out.flatten(0, 1), *parts])
 
         ids = chosen.flatten()
         places = torch.split(ids.argsort(stable=True), ids.bincount(minlength=len(self.experts)).tolist())
         # To whole tiles, with places that are computed twice. What takes longest begins first.
         jobs = [
-            (packed, torch.cat((which, which[:1].expand(-len(which) % self.multiple))))
-            for packed, which in zip(self.experts, places, strict=True)
+            (parts, torch.cat((which, which[:1].expand(-len(which) % self.multiple))))
+            for parts, which in zip(self.parts, places, strict=True)
             if len(which)
         ]
         side_by_side(compute, sorted(jobs, key=lambda job: -len(job[1])))

@@ -19,7 +19,7 @@ from torch.export import Dim
 from ..quantization.nibbles import LANES, short_loops
 from .form import Form
 from .functions import Attend, Expert, Experts, Head, Linear
-from .many import Floats, Many, Tiles, many
+from .many import Blocks, Floats, Many, Tiles, many
 from .products import product
 from .tiles import LOOPS, OUTPUTS, ROWS
 
@@ -50,6 +50,8 @@ def main() -> None:
     if form.experts == "nibbles":  # groups come by eights: the half of a wider vector is left to a slow loop
         config.cpp.simdlen = 8 * torch.float32.itemsize * LANES
     config.assert_indirect_indexing = False  # ids of experts are the router's; a loop that asks is no vector's
+    if form.experts == "blocks":
+        _let_onednn_weights_vary()
     for name, (function, example, sizes) in found.items():
         with torch.no_grad():
             exported = torch.export.export(function.eval(), example, dynamic_shapes=sizes)
@@ -99,9 +101,22 @@ def functions(form: Form) -> dict[str, Example]:
         if way is not None and not (isinstance(way, Tiles) and ffn.ffn_hidden_size % OUTPUTS):
             k, n = ffn.moe_top_k, Dim("n", max=2**27)
             weights, out = torch.empty(k * len(rows), dtype=dtype), torch.empty(k * len(rows), d, dtype=dtype)
+            if isinstance(way, Blocks):
+                one = [(torch.empty(shape, dtype=dtype),) for shape in shapes]
             sizes = {0: n}, {0: k * n}, _varying(way), {0: k * n}, *((None,) * len(m) for m in one)
             found["expert"] = Example(Expert(config, way), (rows, weights, torch.arange(2 * ROWS), out, *one), sizes)
     return found
+
+
+def _let_onednn_weights_vary() -> None:
+    """Of products with weights in oneDNN's order, PyTorch's compiler asks for constants of the function; not here."""
+    import torch._inductor.mkldnn_lowerings
+    from torch._inductor import ir, lowering, mkldnn_ir
+
+    def product(*arguments: Any) -> Any:
+        return ir.TensorBox.create(mkldnn_ir.LinearUnary.create(*arguments))  # type: ignore[no-untyped-call]
+
+    lowering.lowerings[torch.ops.mkldnn._linear_pointwise.default] = product
 
 
 def _varying(way: Many) -> dict[int, Any]:

@@ -11,13 +11,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+from ..handles import handles, tensors
 
 
 class CompiledFunction:
@@ -42,10 +38,8 @@ class CompiledFunction:
 
     def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         """arguments: what all of them hold, one tensor after the other."""
-        count, convert = ctypes.c_size_t, torch._C._aoti
-        given = [_pointer(tensor, None) for tensor in convert.unsafe_alloc_void_ptrs_from_tensors(list(arguments))]
+        count, given = ctypes.c_size_t, handles(arguments)
         pointers, found = (ctypes.c_void_p * len(given))(*given), (ctypes.c_void_p * self._outputs)()
         if self._run(self._container, pointers, count(len(given)), found, count(len(found)), None, None):
             raise RuntimeError(f"{self._path}: a compiled function failed")  # it said why on stderr
-        # One that returns nothing has a null pointer.
-        return convert.alloc_tensors_by_stealing_from_void_ptrs([_capsule(p, None, None) for p in found if p])
+        return tensors(handle for handle in found if handle)  # what returns nothing leaves one without a value

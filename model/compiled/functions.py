@@ -15,9 +15,7 @@ from ..moe import ACTIVATIONS
 from ..rope import rotate
 from ..transformer import EPS
 from .many import Many
-from .products import STREAMS, FloatProduct, Matrix, Product, kept
-
-LINE = 16  # numbers that a processor's cache fetches at once
+from .products import LINE, STREAMS, FloatProduct, Matrix, Product, kept
 
 
 def normalize(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from ..quantization import blocks
 from ..quantization.int8 import LEVELS, finer, scale_rows, split
 from ..quantization.widened import multiplies_bfloat16
 from .form import Matrices
-from .products import Matrix, Product, integers
+from .products import InTiles, Matrix, Product, integers
 from .tiles import multiply, pays
 
 
@@ -25,7 +26,7 @@ class Many(Protocol):
 class Tiles:
     """In integers of 16 bits; n is a multiple of `tiles.ROWS`."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: InTiles) -> None:
         self.product = product
 
     def __call__(self, x: Tensor, matrices: Sequence[Matrix], inner: bool = False) -> list[Tensor]:
@@ -39,6 +40,13 @@ class Floats:
 
     def __call__(self, x: Tensor, matrices: Sequence[Matrix], inner: bool = False) -> list[Tensor]:
         return [(x.to(weights.dtype) @ weights.t()).float() for (weights,) in matrices]
+
+
+class Blocks:
+    """The same with weights in oneDNN's own order."""
+
+    def __call__(self, x: Tensor, matrices: Sequence[Matrix], inner: bool = False) -> list[Tensor]:
+        return [blocks.multiply(x.to(torch.bfloat16), weights).float() for (weights,) in matrices]
 
 
 class Bytes:
@@ -63,7 +71,9 @@ class Bytes:
 def many(matrices: Matrices, product: Product, dtype: torch.dtype) -> Many | None:
     """The fastest way here that is compiled; None if none is. dtype: of float weights."""
     if pays(matrices, dtype):
-        return Tiles(product)
+        return Tiles(cast("InTiles", product))
     if matrices == "bytes":
         return Bytes()
+    if matrices == "blocks":
+        return Blocks()
     return Floats() if matrices == "floats" and dtype == torch.bfloat16 and multiplies_bfloat16() else None

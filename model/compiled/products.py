@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..quantization import int4
+from ..quantization import blocks, int4
 from ..quantization.int8 import LEVELS
 from ..quantization.nibbles import (
     BLOCK,
+    HIGH,
     LANES,
     NIBBLES,
     ROWS,
@@ -33,6 +34,7 @@ Matrix = tuple[Tensor, ...]  # its parts; of several matrices, stacked: [matrice
 Integers = tuple[Tensor, Tensor]  # rows [n, inputs] of int16 or int8, and the step of each [n]: they are multiples
 
 LONGEST = 4096  # numbers that are added in one loop: of more, PyTorch's compiler adds in steps, at half the speed
+LINE = 16  # numbers of 32 bits that a processor's cache fetches at once
 STREAMS = 4  # places of a matrix that a loop reads side by side: a fifth faster than one; eight are slower
 MIDDLE = 8  # of a nibble: 32 x 8 x 127, the most that a sum over a block can then be, fits into 16 bits
 NORM = 32000.0  # of a row of integers: no sum of the products of two leaves 32 bits (Cauchy and Schwarz)
@@ -52,14 +54,18 @@ class Product(Protocol):
         streams: places of a matrix to read side by side; fewer where other matrices are read in the same loop.
         """
 
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        """A matrix with the right types and shapes, to compile for. dtype: of float weights."""
+
+
+class InTiles(Product, Protocol):
+    """One whose matrices can become integers."""
+
     def ordered(self, x: Tensor) -> Tensor:
         """Rows [n, inputs] in the order of the weights."""
 
     def weights(self, matrix: Matrix) -> Integers:
         """The matrix: [outputs, inputs]."""
-
-    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
-        """A matrix with the right types and shapes, to compile for. dtype: of float weights."""
 
 
 class FloatProduct:
@@ -74,8 +80,7 @@ class FloatProduct:
         for part in matrices[0].chunk(streams, 1):
             products = part.float() * row
             if inputs > LONGEST:
-                pieces = next(n for n in range(2, inputs + 1) if inputs % n == 0 and inputs // n <= LONGEST)
-                products = products.view(*products.shape[:2], pieces, -1).sum(-1)
+                products = products.view(*products.shape[:2], _pieces(inputs, LONGEST), -1).sum(-1)
             sums.append(products.sum(-1))
         return torch.cat(sums, 1)
 
@@ -87,6 +92,31 @@ class FloatProduct:
 
     def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
         return (torch.empty(outputs, inputs, dtype=dtype),)
+
+
+class BlockProduct:
+    """(words [outputs / 64, inputs / 32, 16, 64],): see `FloatBlocks`."""
+
+    def ready(self, x: Tensor) -> Matrix:
+        pairs = kept(x.view(len(x), -1, blocks.INPUTS // 2, 2).permute(3, 0, 1, 2))
+        return tuple(pairs.unbind())
+
+    def times(self, rows: Matrix, matrices: Matrix, streams: int = STREAMS) -> Tensor:
+        size = matrices[0].shape[3]
+        pieces = _pieces(matrices[0].shape[2], LONGEST // size)
+        first, second = (part.view(len(part), 1, pieces, -1, size, 1) for part in rows)
+        found = []
+        for part in matrices[0].chunk(max(1, streams // 2), 1):  # a block is four places already
+            sums = []
+            for lane in torch.split(part, LINE, -1):  # summed in one loop, which so reads a block as a whole
+                words = lane.view(torch.int32).view(*lane.shape[:2], pieces, -1, *lane.shape[3:])
+                lower, upper = (words << 16).view(torch.float32), (words & HIGH).view(torch.float32)
+                sums.append((lower * first + upper * second).sum((3, 4)).sum(2))
+            found.append(torch.cat(sums, -1))
+        return torch.cat(found, 1).flatten(1)
+
+    def example(self, outputs: int, inputs: int, dtype: torch.dtype) -> Matrix:
+        return (torch.empty(outputs // blocks.OUTPUTS, inputs // blocks.INPUTS, blocks.INPUTS // 2, blocks.OUTPUTS),)
 
 
 class ByteProduct(FloatProduct):
@@ -176,6 +206,11 @@ class NibbleProduct:
         return torch.empty(shape, dtype=torch.int16), torch.empty(outputs, groups)
 
 
+def _pieces(count: int, most: int) -> int:
+    """Into how many equal ones so many are split for none to have more than `most`."""
+    return next(n for n in range(1, count + 1) if count % n == 0 and count // n <= most)
+
+
 def integers(x: Tensor) -> Integers:
     """Floats [n, inputs] as the nearest multiples of a step, of which each row has as many."""
     step = kept(torch.linalg.vector_norm(x, dim=1).clamp(min=TINY) / NORM)
@@ -201,6 +236,7 @@ def product(matrices: Matrices, group: int) -> Product:
     of_bytes = ShortProduct() if short_loops() else ByteProduct()
     products: dict[Matrices, Product] = {
         "floats": FloatProduct(),
+        "blocks": BlockProduct(),
         "bytes": of_bytes,
         "widened": of_bytes,
         "nibbles": NibbleProduct(group),

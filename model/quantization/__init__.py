@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import floats, int4, int8, nibbles, rows
+from . import blocks, floats, int4, int8, nibbles, rows
 from .kernel import MatrixKernel, Packed, Rows
 from .linear import PackedLinear
 
@@ -25,6 +25,7 @@ KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
 ROWS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
     "float32 rows": (partial(rows.FloatRows, torch.float32),),
     "bfloat16 rows": (partial(rows.FloatRows, torch.bfloat16),),
+    "bfloat16 blocks": (blocks.FloatBlocks, partial(rows.FloatRows, torch.bfloat16)),
     "int8 rows": (rows.OneDnnByteRows, rows.ByteRows),
     "int4 rows": (nibbles.NibbleRows, int4.AtenKernel, int4.PlainKernel),
 }
