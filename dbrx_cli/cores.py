@@ -8,6 +8,7 @@ from pathlib import Path
 
 SPINS = 20_000  # some tenths of a millisecond: most pauses between two kernels are shorter
 SAMPLES, PAUSE = 8, 0.002  # of what else runs: moments, and seconds between them
+LOOKS, LOOK_PAUSE = 8, 0.05  # before a machine is called busy, and seconds between them
 LOADAVG = Path("/proc/loadavg")
 
 
@@ -17,11 +18,11 @@ def settle_waiting() -> None:
     To wake a sleeping thread takes 50 to 100 microseconds, and a token of a small model has a hundred kernels: two
     cores decoded 1.5 times faster with spinning. But a thread that spins while other programs want its core keeps it
     from the one that is waited for: on a busy machine decoding was 2 to 5 times slower, so there they sleep at once.
+    Busy it is if it stays so: a large program that is just ending is no reason to be slow from here on.
     """
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         return
-    busy = others_running() > (os.cpu_count() or 1) / 4
-    os.environ["GOMP_SPINCOUNT"] = "0" if busy else str(SPINS)
+    os.environ["GOMP_SPINCOUNT"] = "0" if _stays_busy() else str(SPINS)
 
 
 def settle_pages() -> None:
@@ -30,6 +31,14 @@ def settle_pages() -> None:
     2 GB took 0.006 s instead of 0.15.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _stays_busy() -> bool:
+    for look in range(LOOKS):
+        time.sleep(LOOK_PAUSE if look else 0)
+        if others_running() <= (os.cpu_count() or 1) / 4:
+            return False
+    return True
 
 
 def others_running() -> float:

@@ -97,6 +97,15 @@ def test_threads_spin_only_on_an_idle_machine(
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
+def test_threads_spin_though_another_program_is_just_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    seen = [float(os.cpu_count() or 1), 0.0]
+    monkeypatch.setattr(cores, "others_running", lambda: seen.pop(0))
+    cores.settle_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] == str(cores.SPINS) and not seen
+
+
 def test_huge_pages_are_asked_for_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     for chosen, found in ((None, "1"), ("0", "0")):
         monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)

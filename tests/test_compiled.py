@@ -26,7 +26,7 @@ from model.compiled.block import (
     CompiledLinear,
     form_of,
 )
-from model.compiled.compiler import Function
+from model.compiled.call import Function
 from model.compiled.cores import LEAST, side_by_side
 from model.compiled.form import Form
 from model.compiled.functions import Expert, attend, times

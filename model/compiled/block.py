@@ -19,7 +19,7 @@ from ..quantization.nibbles import NibbleRows
 from ..quantization.rows import ByteRows, FloatRows, OneDnnByteRows
 from ..quantization.widened import widens
 from ..transformer import DbrxBlock, DbrxForCausalLM, Step
-from .compiler import Function
+from .call import Function
 from .cores import side_by_side
 from .form import Form, Matrices
 from .tiles import OUTPUTS, ROWS, pays

@@ -13,13 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ..errors import ModelError
-from .call import CompiledFunction
+from .call import Function, alone, beside
 from .form import Form
 
-Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]  # what the arguments hold, one tensor after the other
 LAST_LINES = 3  # of what a compiler says
 FORM, PACKAGES, SAID = "form.json", "packages", "said"  # in the folder of a process that compiles
 
@@ -85,9 +82,9 @@ def _start(part: Form, folder: Path) -> subprocess.Popen[bytes]:
 
 def _load(path: Path) -> Function:
     try:
-        return CompiledFunction(path)
-    except (OSError, AttributeError) as error:
+        return beside(path) if path.stem == "expert" else alone(path)
+    except (OSError, AttributeError, RuntimeError) as error:
         raise ModelError(
-            f"{path.parent}: compiled functions cannot be loaded: {error}",
+            f"{path.parent}: compiled functions cannot be loaded: {str(error).strip().splitlines()[0]}",
             f"rm -r '{path.parent}'",
         ) from None
