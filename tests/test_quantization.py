@@ -25,6 +25,7 @@ from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.packing import at_once, read_expert
 from model.quantization import MatrixKernel, int4, int8, widened
+from model.quantization.blocks import FloatBlocks
 from model.quantization.expert import equalizer, quantize_expert
 from tests.cli import Cli
 
@@ -83,7 +84,7 @@ def test_a_kernel_computes_the_product(build: type, rows: int) -> None:
         pytest.skip("not on this CPU")
     kernel = build()
     torch.manual_seed(1)
-    first, second = torch.randn(48, 64), torch.randn(16, 64)
+    first, second = torch.randn(128, 64), torch.randn(64, 64)
     x = torch.randn(rows, 64) * torch.rand(rows, 1) + 0.2
     exact = x @ torch.cat((first, second)).t()
     out = kernel.run(kernel.prepare(x.to(kernel.dtype)), kernel.pack(first, second))[:rows]
@@ -100,7 +101,7 @@ def test_a_row_does_not_depend_on_its_neighbours(build: type) -> None:
         pytest.skip("not on this CPU")
     kernel = build()
     torch.manual_seed(2)
-    packed, x = kernel.pack(torch.randn(48, 64)), torch.randn(6, 64).to(kernel.dtype)
+    packed, x = kernel.pack(torch.randn(64, 64)), torch.randn(6, 64).to(kernel.dtype)
     x[3] *= 1000
     together = kernel.run(kernel.prepare(x), packed).float()
     for i in range(6):
@@ -114,7 +115,7 @@ def test_numbers_that_are_not_finite_stay_so(build: type, rows: int) -> None:
     if not works(build):
         pytest.skip("not on this CPU")
     kernel = build()
-    layer = quantization.PackedLinear(kernel, kernel.pack(torch.ones(16, 32)), last=True)
+    layer = quantization.PackedLinear(kernel, kernel.pack(torch.ones(64, 32)), last=True)
     for bad in (torch.nan, torch.inf):
         x = torch.ones(rows, 32, dtype=kernel.dtype)
         x[0, 5] = bad
@@ -161,13 +162,14 @@ def test_packed_experts_are_close_to_resident_ones(build: type, tokens: int) -> 
     if not works(build):
         pytest.skip("not on this CPU")
     torch.manual_seed(4)
-    resident = ResidentExperts(EXPERTS, HIDDEN, WIDTH, silu)
+    hidden, width = (128, 64) if build is FloatBlocks else (HIDDEN, WIDTH)  # it takes whole blocks only
+    resident = ResidentExperts(EXPERTS, hidden, width, silu)
     for parameter in resident.parameters():
         parameter.data.normal_(0, 0.3)
-    stacks = [getattr(resident.mlp, name).data.view(EXPERTS, HIDDEN, WIDTH) for name in ("w1", "v1", "w2")]
+    stacks = [getattr(resident.mlp, name).data.view(EXPERTS, hidden, width) for name in ("w1", "v1", "w2")]
     kernel = MatricesKernel(build(), silu)
     packed = PackedExperts(kernel, [kernel.pack(FloatExpert(*(stack[e] for stack in stacks))) for e in range(EXPERTS)])
-    x = torch.randn(tokens, WIDTH)
+    x = torch.randn(tokens, width)
     scores = torch.randn(tokens, EXPERTS) + torch.linspace(-2, 2, EXPERTS)  # uneven: some experts get no token
     weights, chosen = scores.softmax(-1).topk(4)
     with torch.no_grad():

@@ -90,6 +90,6 @@ def test_a_large_matrix_goes_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: in
         return [tensors[0] @ tensors[1].t()]
 
     kernel = FloatRows(torch.float32)
-    linear = CompiledLinear(PackedLinear(kernel, (weight,)), function)  # type: ignore[arg-type]  # lists only
+    linear = CompiledLinear(PackedLinear(kernel, (weight,)), function, ROWS)  # type: ignore[arg-type]  # lists only
     torch.testing.assert_close(linear(x), x @ weight.t())
     assert asked == ([] if rows == 1 else [(-(-rows // ROWS) * ROWS, outputs) for outputs in (4, 4, 4, 2)])
