@@ -147,7 +147,12 @@ class CompiledExperts(PackedExperts):
             for parts, which in zip(self.parts, places, strict=True)
             if len(which)
         ]
-        side_by_side(compute, sorted(jobs, key=lambda job: -len(job[1])))
+        jobs.sort(key=lambda job: -len(job[1]))
+        if self.multiple == 1:
+            side_by_side(compute, jobs)
+        else:  # tiles may need an expert's weights as integers: of one at a time, or a prompt takes 0.2 GB more
+            for job in jobs:
+                compute(job)
         return out.sum(1)
 
 
