@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..config import DbrxConfig
 from ..experts import PackedExperts
+from ..experts.kernel import places_by_expert
 from ..experts.matrices import MatricesKernel
 from ..packing import Packing
 from ..quantization import MatrixKernel, Packed, PackedLinear
@@ -108,11 +109,11 @@ class CompiledExperts(PackedExperts):
         self.many_rows = functions.get("expert")
         self.multiple = multiple
         self.stacked = held.stacked
+        matrices = cast("MatricesKernel", held.kernel).matrices
         parts = [[part for matrix in packed for part in matrix] for packed in held.experts]
-        if isinstance(cast("MatricesKernel", held.kernel).matrices, FloatBlocks):
+        if isinstance(matrices, FloatBlocks):
             parts = [list(map(as_onednn, expert)) for expert in parts]
         self.parts = parts  # of experts, as many rows are multiplied by them
-        matrices = cast("MatricesKernel", held.kernel).matrices
         as_they_are = isinstance(matrices, FloatRows) and not widens(matrices.dtype, torch.device("cpu"))
         self.few = FEW_AS_THEY_ARE if as_they_are else FEW.get(_kind(matrices), 0)
 
@@ -139,13 +140,10 @@ class CompiledExperts(PackedExperts):
             parts, places = job
             function([x, flat, places, out.flatten(0, 1), *parts])
 
-        ids = chosen.flatten()
-        places = torch.split(ids.argsort(stable=True), ids.bincount(minlength=len(self.experts)).tolist())
         # To whole tiles, with places that are computed twice. What takes longest begins first.
         jobs = [
-            (parts, torch.cat((which, which[:1].expand(-len(which) % self.multiple))))
-            for parts, which in zip(self.parts, places, strict=True)
-            if len(which)
+            (self.parts[expert], torch.cat((places, places[:1].expand(-len(places) % self.multiple))))
+            for expert, places in places_by_expert(len(self.experts), chosen)
         ]
         jobs.sort(key=lambda job: -len(job[1]))
         if self.multiple == 1:

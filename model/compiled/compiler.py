@@ -18,7 +18,7 @@ from .call import Function, alone, beside
 from .form import Form
 
 LAST_LINES = 3  # of what a compiler says
-FORM, PACKAGES, SAID = "form.json", "packages", "said"  # in the folder of a process that compiles
+FORM, LIBRARIES, SAID = "form.json", "libraries", "said"  # in the folder of a process that compiles
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class Compiler:
                     process.wait()
             for _, found in builds:
                 with contextlib.suppress(OSError):  # another process was quicker
-                    Path(scratch, found.name, PACKAGES).rename(found)
+                    Path(scratch, found.name, LIBRARIES).rename(found)
 
 
 def _start(part: Form, folder: Path) -> subprocess.Popen[bytes]:
     """A process that compiles a part, in a folder of its own."""
-    (folder / PACKAGES).mkdir(parents=True)
+    (folder / LIBRARIES).mkdir(parents=True)
     (folder / FORM).write_text(json.dumps(part.to_dict()), "utf-8")
     here = os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")))
     with (folder / FORM).open("rb") as form, (folder / SAID).open("wb") as said:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "model.compiled.build", str(folder / PACKAGES)],
+            [sys.executable, "-P", "-m", "model.compiled.build", str(folder / LIBRARIES)],
             stdin=form,
             stdout=said,
             stderr=said,

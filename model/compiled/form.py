@@ -16,8 +16,8 @@ from ..config import DbrxConfig
 # Of what is compiled, layouts and constants included: changed, they are compiled again.
 SOURCES = (
     *("build.py", "functions.py", "many.py", "products.py", "tiles.py"),
-    *("../quantization/blocks.py", "../quantization/int8.py", "../quantization/int4.py", "../quantization/nibbles.py"),
-    *("../moe.py", "../rope.py"),
+    *("../quantization/blocks.py", "../quantization/floats.py", "../quantization/int8.py", "../quantization/int4.py"),
+    *("../quantization/nibbles.py", "../moe.py", "../rope.py"),
 )
 Matrices = Literal["floats", "blocks", "bytes", "widened", "nibbles"]
 

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from ..quantization import blocks
+from ..quantization import floats
 from ..quantization.int8 import LEVELS, finer, scale_rows, split
 from ..quantization.widened import multiplies_bfloat16
 from .form import Matrices
@@ -46,7 +46,7 @@ class Blocks:
     """The same with weights in oneDNN's own order."""
 
     def __call__(self, x: Tensor, matrices: Sequence[Matrix], inner: bool = False) -> list[Tensor]:
-        return [blocks.multiply(x.to(torch.bfloat16), weights).float() for (weights,) in matrices]
+        return [floats.multiply(x.to(torch.bfloat16), weights).float() for (weights,) in matrices]
 
 
 class Bytes:

@@ -99,9 +99,13 @@ def mix(kernel: Kernel, fetch: Fetch, n_experts: int, x: Tensor, chosen: Tensor,
 
 def _jobs(n_experts: int, chosen: Tensor, weights: Tensor) -> Iterator[tuple[int, tuple[Tensor | None, Tensor]]]:
     """The experts that are chosen, ascending, with the rows of x that each computes (None: all) and their weights."""
-    by_expert = chosen.flatten().argsort(stable=True)
-    counts = chosen.flatten().bincount(minlength=n_experts).tolist()
-    for expert, places in enumerate(torch.split(by_expert, counts)):
-        if len(places):
-            rows = places // chosen.shape[1] if len(places) < len(chosen) else None
-            yield expert, (rows, weights.flatten()[places, None])
+    for expert, places in places_by_expert(n_experts, chosen):
+        rows = places // chosen.shape[1] if len(places) < len(chosen) else None
+        yield expert, (rows, weights.flatten()[places, None])
+
+
+def places_by_expert(n_experts: int, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The experts that are chosen, ascending, with their places among the ids [n, top_k], counted row by row."""
+    ids = chosen.flatten()
+    places = torch.split(ids.argsort(stable=True), ids.bincount(minlength=n_experts).tolist())
+    return ((expert, which) for expert, which in enumerate(places) if len(which))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..handles import tensors
-from .floats import Floats
+from .floats import Floats, multiply
 from .kernel import Packed, RowByRow, Rows
 from .widened import multiplies_bfloat16
 
@@ -36,12 +36,6 @@ class FloatBlocks(Floats, RowByRow):
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
         return torch.cat([multiply(x[0], as_onednn(words)) for words in packed], dim=1)
-
-
-def multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [n, inputs] bfloat16, and a matrix [outputs, inputs] of oneDNN's -> [n, outputs] bfloat16."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
-    return out
 
 
 def fit(*shapes: tuple[int, int]) -> bool:

@@ -49,9 +49,14 @@ class OneDnnKernel(Floats):
         return (torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous(), ROWS),)
 
     def run(self, x: Rows, packed: Packed) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x[0], packed[0], None, "none", [], "")
-        return out
+        return multiply(x[0], packed[0])
 
     def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
         rows = (pad(x[:, None], (0, 0, 0, ROWS - 1)) if ROWS > 1 else x[:, None]).unbind()
         return torch.cat([self.run((row,), packed)[:1] for row, packed in paired(rows, matrices)])
+
+
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [n, inputs], and a matrix [outputs, inputs] in oneDNN's own order -> [n, outputs] like x."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, None, "none", [], "")
+    return out
