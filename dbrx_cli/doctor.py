@@ -26,13 +26,13 @@ OTHERS = (
     (
         "transformers",
         (5, 0),
-        "computes DBRX wrongly without a word (5.23: RoPE theta 10,000 instead of 500,000; others: experts' shapes)",
+        "computes DBRX wrongly without a word (5.23, 5.24: RoPE theta 10,000 instead of 500,000; 5.0 to 5.14: experts)",
         "to compare with it: pip install transformers==4.57.6",
     ),
     (
         "vllm",
         (0, 24),
-        "fails to load DBRX (KeyError w13_weight, seen in 0.24 to 0.32)",
+        "fails to load DBRX (KeyError w13_weight, seen in 0.24 to 0.32; 0.33 has the same code)",
         "serve it with another program",
     ),
 )

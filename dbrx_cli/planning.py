@@ -13,10 +13,10 @@ from rich.filesize import decimal
 from dbrx_cli.cores import settle_waiting
 from dbrx_cli.options import ModelOptions
 from model.config import OFFICIAL, DbrxConfig, official
-from model.errors import ModelError
+from model.errors import InputError, ModelError
 from model.hub import resolve
 from model.machine import limited, parse_devices, this_machine
-from model.placement import FORMATS, Machine, Placement, Rates, place
+from model.placement import COMPILED_ON_GPU, FORMATS, QUANTIZED_ON_GPU, Machine, Placement, Rates, place
 
 if TYPE_CHECKING:
     from model.formats import Extent
@@ -36,20 +36,30 @@ class Question:
     machine: Machine
     context: int
     stored: str | None = None  # the format in which the files hold the experts, if they can be read straight into it
-    all_on_disk: bool = False
+    offload: str = "auto"
     expert_cache: int | None = None
     rates: Rates | None = None
 
     @classmethod
     def of(cls, name: str, options: ModelOptions, devices: str | None) -> Question:
-        """What a command line asks; nothing larger than a config.json is fetched."""
+        """What a command line asks; nothing larger than a config.json is fetched.
+
+        `ModelError` and `InputError` for what loading would refuse with the same options.
+        """
         if not devices:
             settle_waiting()  # torch measures, and must wait as it would when it runs the model
         found = _find(name, options.revision)
         machine = parse_devices(devices) if devices else this_machine(found.experts)
         if options.memory_limits:
             machine = limited(machine, options.memory_limits)
+        machine = _computing(machine, options.device_map)
         quantize = found.quantize if options.quantize == "none" else options.quantize
+        if machine.gpus and quantize != "none":
+            raise ModelError(*QUANTIZED_ON_GPU)
+        if machine.gpus and options.compile:
+            raise ModelError(*COMPILED_ON_GPU)
+        if not machine.gpus and options.attn == "flash":
+            raise ModelError("flash attention needs an NVIDIA GPU", "leave out --attn")
         question = cls(
             name,
             found.config,
@@ -58,7 +68,7 @@ class Question:
             machine,
             min(options.context or CONTEXT, found.config.max_seq_len),
             stored=found.stored,
-            all_on_disk=options.offload == "disk",
+            offload=options.offload,
             expert_cache=options.expert_cache_bytes,
         )
         return question if devices else question._measured(options.threads)
@@ -79,18 +89,17 @@ class Question:
         machine = replace(self.machine, cpu=replace(self.machine.cpu, bandwidth=bandwidth))
         return replace(self, machine=machine, rates=rates)
 
-    def plan(self, quantize: str | None = None) -> Placement:
-        """The layout, perhaps with another quantization."""
-        quantize = quantize or self.quantize
-        format = self.dtype if quantize == "none" else quantize
-        if format == "int4" and (self.machine.gpus or self.stored == "int4-g128"):
-            format = "int4-g128"  # smaller, and what fits one card of 80 GB
+    def plan(self) -> Placement:
+        """The layout."""
+        format = self.dtype if self.quantize == "none" else self.quantize
+        if format == "int4" and self.stored == "int4-g128":
+            format = "int4-g128"
         return place(
             self.config,
             FORMATS[format],
             self.machine,
             self.context,
-            all_on_disk=self.all_on_disk,
+            offload=self.offload,
             expert_cache=self.expert_cache,
         )
 
@@ -105,7 +114,8 @@ def advice(question: Question, plan: Placement) -> Iterator[str]:
     """What a person should know of a plan, and what to change: a sentence each."""
     if not plan.runs:
         needed = plan.sizes.total - plan.sizes.n_layers * plan.sizes.experts
-        yield f"it does not run: what every token needs, {decimal(needed)} beside the experts, finds no room"
+        whole = decimal(plan.sizes.total)
+        yield f"it does not run so: the weights take {whole}, {decimal(needed)} beside the experts, and find no room"
     if plan.on_disk:
         read = next((tier for tier in plan.tiers() if tier.what == "disk"), None)
         if read:
@@ -117,19 +127,45 @@ def advice(question: Question, plan: Placement) -> Iterator[str]:
         yield f"there is room for a context of {longest} tokens; the model was made for {question.config.max_seq_len}"
 
 
+def alternatives(question: Question) -> Iterator[tuple[str, Question]]:
+    """Other options that this program can run on the same machine, the nearest to the question first."""
+    machine = question.machine
+    if machine.gpus:
+        for offload in ("cpu", "disk"):
+            if question.offload != offload:
+                yield f"--offload {offload}", replace(question, offload=offload)
+        question = replace(question, machine=replace(machine, gpus=()), offload="auto")
+        yield "--device-map cpu", question
+    order = ("none", "int8", "int4")
+    for name in order[order.index(question.quantize) + 1 :]:
+        yield ("--device-map cpu " if machine.gpus else "") + f"--quantize {name}", replace(question, quantize=name)
+
+
 def _better(question: Question, plan: Placement) -> str | None:
-    """The least quantization that keeps every weight beside its processor; else the one that is fastest."""
+    """The nearest alternative that keeps every weight beside its processor, if it is faster; else the fastest."""
     if plan.resident:
         return None
-    order = ("none", "int8", "int4")
-    smaller = {name: question.plan(name) for name in order[order.index(question.quantize) + 1 :]}
-    for name, other in smaller.items():
+    others = [(flags, other.plan()) for flags, other in alternatives(question)]
+    faster = [(f, other) for f, other in others if other.tokens_per_s() > WORTH_IT * plan.tokens_per_s()]
+    for flags, other in faster:
         if other.resident:
-            return f"--quantize {name} would fit {_place(other)}: at most {rate(other.tokens_per_s())} tokens/s"
-    name, other = max(smaller.items(), key=lambda pair: pair[1].tokens_per_s(), default=("", plan))
-    if other.tokens_per_s() > WORTH_IT * plan.tokens_per_s():
-        return f"--quantize {name} would be faster: at most {rate(other.tokens_per_s())} tokens/s"
-    return None
+            return f"{flags} would fit {_place(other)}: predicted, at most {rate(other.tokens_per_s())} tokens/s"
+    if not faster:
+        return None
+    flags, other = max(faster, key=lambda pair: pair[1].tokens_per_s())
+    return f"{flags} would be faster: predicted, at most {rate(other.tokens_per_s())} tokens/s"
+
+
+def _computing(machine: Machine, device_map: str) -> Machine:
+    """The machine without the GPUs that --device-map leaves out."""
+    if device_map == "cpu":
+        return replace(machine, gpus=())
+    if device_map not in ("auto", "balanced", "sequential"):
+        raise InputError(
+            f"--device-map {device_map} is a map that is given, and `plan` finds one",
+            "leave it out, or give auto, balanced, sequential or cpu",
+        )
+    return machine
 
 
 def _place(plan: Placement) -> str:

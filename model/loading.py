@@ -23,6 +23,7 @@ from .hub import resolve
 from .offload import decide, one_device, stream_experts, take_out_experts
 from .packing import QUANTIZED, Packing, choose_packing, pack_into, take_out_dense
 from .parallel import Ranks, ShardedWeights, localize
+from .placement import COMPILED_ON_GPU, QUANTIZED_ON_GPU
 
 if TYPE_CHECKING:
     from .transformer import DbrxForCausalLM
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Network = TypeVar("Network", bound="DbrxForCausalLM")
 EMBEDDING = "transformer.wte.weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NOT_COMPILED = "compiled steps are for one CPU, in float32 or bfloat16, int8 or int4, without an adapter beside them"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -90,7 +90,8 @@ def from_pretrained(
         if ranks is not None:
             localize(network, ranks)
             device_map = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
-        streamed = decide(offload, network, chosen, packing, max_memory) if ranks is None else "none"
+        on_gpu = torch.cuda.is_available() and device_map is not None and str(device_map) != "cpu"
+        streamed = decide(offload, network, chosen, packing, max_memory, on_gpu=on_gpu) if ranks is None else "none"
         if streamed != "none":
             take_out_experts(network)
             device_map = one_device(device_map)
@@ -100,7 +101,7 @@ def from_pretrained(
         functions = None
         if compiler is not None:
             if packing is None or (changes and beside):
-                raise ModelError(NOT_COMPILED, "leave out --compile")
+                raise ModelError(*COMPILED_ON_GPU)
             functions = compiler.functions(form_of(weights.config, packing, experts=streamed == "none"))
         if packing is not None:
             take_out_dense(network)
@@ -172,7 +173,7 @@ def _packing(
         device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
     )
     if wanted in QUANTIZED and not on_cpu:
-        raise ModelError("quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize")
+        raise ModelError(*QUANTIZED_ON_GPU)
     if wanted not in QUANTIZED and not (on_cpu and (pack or compiler is not None)):
         return None
     return choose_packing(quantize, weights, dtype, compiled=compiler is not None)

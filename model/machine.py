@@ -31,7 +31,7 @@ GPUS: Mapping[str, tuple[float, float]] = {
     "T4": (16, 320), "L4": (24, 300), "A10": (24, 600), "A10G": (24, 600), "RTX3090": (24, 936),
     "RTX4090": (24, 1008), "RTX5090": (32, 1792), "V100": (32, 900), "A40": (48, 696), "A6000": (48, 768),
     "L40S": (48, 864), "A100": (80, 2039), "A100-40": (40, 1555), "H100": (80, 3350), "H100-PCIE": (80, 2000),
-    "H200": (141, 4800), "B200": (180, 7700), "MI300X": (192, 5300),
+    "H200": (141, 4800), "B200": (180, 7700),
 }  # fmt: skip
 # What is assumed where nothing is known; a plan says so.
 GPU_BANDWIDTH, LINK, CPU_MEMORY, CPU_BANDWIDTH, DISK_BANDWIDTH = 900 * GB, 25 * GB, 64 * GIB, 50 * GB, 3 * GB

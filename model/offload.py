@@ -33,16 +33,18 @@ def decide(
     dtype: torch.dtype,
     packing: Packing | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
+    *,
+    on_gpu: bool,
 ) -> Offload:
     """none, cpu or disk for a network that is not loaded yet; `wanted` may be auto.
 
-    Without a GPU, experts in the CPU's memory are resident. With one, accelerate places what fits.
+    Where the CPU computes, experts in its memory are resident. With `on_gpu`, accelerate places what fits.
     """
     if wanted not in ("auto", "none", "cpu", "disk"):
         raise ValueError(f"offload {wanted!r} is not one of auto, none, cpu, disk")
-    if wanted == "cpu" and not torch.cuda.is_available():
+    if wanted == "cpu" and not on_gpu:
         wanted = "none"
-    if torch.cuda.is_available():
+    if on_gpu:
         return cast(Offload, "none" if wanted == "auto" else wanted)
     quantized = packing is not None and packing.quantize != "none"
     ffn, itemsize = network.config.ffn_config, 2 if quantized else dtype.itemsize

@@ -7,14 +7,20 @@ it lies for that; computing hides behind the reading at batch 1. The prediction 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 
 from .config import DbrxConfig
 
 CHUNK = 512  # tokens that prefill reads at once
 CACHE_START = 256  # capacity of an empty KV cache; it grows by doubling
-CACHE_SHARE = 0.75  # of the memory that is left: what experts from the disk get, unless the user says how much
+CACHE_SHARE = 0.75  # of the memory that is left: what experts from elsewhere get, unless the user says how much
+# What loading refuses beside a GPU, and a plan with the same options as well: what is wrong, and what to type.
+QUANTIZED_ON_GPU = "quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize"
+COMPILED_ON_GPU = (
+    "compiled steps are for one CPU, in float32 or bfloat16, int8 or int4, without an adapter beside them",
+    "leave out --compile",
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where one layer lies: attention and norms on `device`; its experts there, in "cpu" memory, or on "disk"."""
+    """Where one layer lies: attention and norms on `device`; its experts there, or on "cpu" or "disk" beside a cache.
+
+    Beside GPUs, a whole layer on the "cpu" comes to the first GPU each time that it runs.
+    """
 
     device: str
     experts: str
@@ -139,16 +148,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Placement:
-    """What lies where. `layers` is empty if not even the parts that every token needs fit: it does not run."""
+    """What lies where. `layers` is empty if it finds no room so: it does not run."""
 
     machine: Machine
     sizes: Sizes
     format: str
     context: int
     layers: tuple[Layer, ...]
-    weights: Mapping[str, int]  # bytes by device name; the cache of experts from the disk not counted
+    weights: Mapping[str, int]  # bytes by device name; the cache of experts from elsewhere not counted
     kv: Mapping[str, int]
-    cache: int  # bytes of CPU memory that hold experts from the disk
+    cache: int  # bytes of the computing device's memory that hold experts from elsewhere
 
     @property
     def runs(self) -> bool:
@@ -157,7 +166,7 @@ class Placement:
     @property
     def resident(self) -> bool:
         """Whether all weights lie where they are used."""
-        return self.runs and all(layer.experts == layer.device for layer in self.layers)
+        return self.runs and all(layer.experts == layer.device and not self._comes(layer) for layer in self.layers)
 
     @property
     def device_map(self) -> dict[str, str]:
@@ -174,10 +183,19 @@ class Placement:
         return sum(layer.experts == "disk" for layer in self.layers)
 
     @property
+    def streamed(self) -> int:
+        """Layers whose experts come from elsewhere as they are needed, and stay in a cache."""
+        return sum(layer.experts != layer.device for layer in self.layers)
+
+    @property
     def hits(self) -> float:
-        """Share of the experts from the disk that the cache holds when routing is uniform: the least it can be."""
-        streamed = self.on_disk * self.sizes.experts
+        """Share of the streamed experts that the cache holds when routing is uniform: the least it can be."""
+        streamed = self.streamed * self.sizes.experts
         return min(1.0, self.cache / streamed) if streamed else 1.0
+
+    def _comes(self, layer: Layer) -> bool:
+        """Whether a whole layer lies in the CPU's memory and comes to a GPU to run."""
+        return layer.device == "cpu" and bool(self.machine.gpus)
 
     def steps(self) -> Iterator[tuple[Tier, ...]]:
         """What one token of decoding waits for, one step after the other; the tiers of a step pass at the same time."""
@@ -188,18 +206,26 @@ class Placement:
         def tier(what: str, nbytes: float, bandwidth: float) -> Tier:
             return Tier(what, round(nbytes), nbytes / bandwidth)
 
+        def link(nbytes: float) -> Tier:
+            return tier("CPU memory to GPU", nbytes, machine.gpus[0].link)
+
         for layer in self.layers:
+            if self._comes(layer):
+                yield (link(parts.dense + parts.experts),)
+                continue
             home = devices[layer.device]
             memory = "CPU memory" if home is machine.cpu else "GPU memory"
             yield (tier(memory, parts.dense, home.bandwidth),)
-            if layer.experts != layer.device and home is not machine.cpu:
-                experts = tier("CPU memory to GPU", chosen, home.link)
+            experts, missing = tier(memory, chosen, home.bandwidth), chosen * (1 - self.hits)
+            if layer.experts == layer.device:
+                yield (experts,)
+            elif layer.experts == "cpu":
+                yield (link(missing), experts)
             else:
-                experts = tier(memory, chosen, home.bandwidth)
-            disk = tier("disk", chosen * (1 - self.hits), machine.disk.bandwidth)
-            yield (disk, experts) if layer.experts == "disk" else (experts,)
+                yield (tier("disk", missing, machine.disk.bandwidth), experts)
         if self.runs:  # the head, beside the last layer
-            yield (tier(memory, parts.head, home.bandwidth),)
+            last = self.layers[-1]
+            yield (link(parts.head) if self._comes(last) else tier(memory, parts.head, home.bandwidth),)
 
     def tiers(self) -> list[Tier]:
         """What one token of decoding waits for, by place."""
@@ -235,16 +261,20 @@ class Placement:
         """Bytes that a device has left."""
         used = self.weights.get(device.name, 0) + self.kv.get(device.name, 0)
         working = self.sizes.buffers if used else 0
-        return device.memory - used - working - (self.cache if device.name == self.machine.cpu.name else 0)
+        return device.memory - used - working - self.cache_on(device)
+
+    def cache_on(self, device: Device) -> int:
+        """Bytes of a device that hold experts from elsewhere."""
+        return self.cache if self.runs and device.name == self.layers[0].device else 0
 
     def largest_context(self, limit: int) -> int:
         """The largest context up to `limit` that this layout has room for; the experts' cache gives way to it."""
         room = limit
         for device in (*self.machine.gpus, self.machine.cpu):
-            count = sum(layer.device == device.name for layer in self.layers)
-            if count:
-                spare = self.free(device) + self.kv.get(device.name, 0)
-                spare += self.cache if device.name == self.machine.cpu.name else 0
+            used = self.kv.get(device.name, 0)
+            if used:
+                count = used // (self.sizes.kv * capacity(self.context))
+                spare = self.free(device) + used + self.cache_on(device)
                 room = min(room, _tokens(spare // (count * self.sizes.kv)))
         return room if self.runs else 0
 
@@ -268,71 +298,83 @@ def place(
     machine: Machine,
     context: int,
     *,
-    all_on_disk: bool = False,
+    offload: str = "auto",
     expert_cache: int | None = None,
 ) -> Placement:
-    """Lay out a model: layers over the GPUs in order, experts beside them as far as they fit, the rest in CPU memory,
-    and what is left on the disk. Without a GPU all is computed on the CPU.
+    """Lay out a model as loading does with the same options.
 
-    all_on_disk: the experts, even if they would fit (`--offload disk`). expert_cache: bytes for those on the disk.
+    Beside GPUs, `offload` "auto" and "none" spread whole layers over them, and leave the rest in the CPU's memory.
+    Else one device computes, the first GPU or the CPU: "disk" leaves the experts on the disk, "cpu" in the CPU's
+    memory beside a GPU, and "auto" on the disk if they do not fit. expert_cache: bytes for streamed experts.
     """
     parts = sizes(config, format)
     kv = parts.kv * capacity(context)
-    least = parts.buffers + parts.embedding + parts.head + parts.dense + kv
-    # A GPU that holds not even one layer beside its ends is left alone.
-    homes = tuple(gpu for gpu in machine.gpus if gpu.memory >= least) or (machine.cpu,)
-    counts = _spread(parts, kv, homes)
     nothing = Placement(machine, parts, format.name, context, (), {}, {}, 0)
-    if counts is None:
+    if machine.gpus and offload in ("auto", "none"):
+        return _spread(nothing, kv) or nothing
+    home = machine.gpus[0] if machine.gpus else machine.cpu
+    n, dense = parts.n_layers, parts.embedding + parts.head + parts.n_layers * parts.dense
+    left = home.memory - parts.buffers - dense - n * kv
+    weights, used = {home.name: dense}, {home.name: n * kv}
+    if home is machine.cpu and offload != "disk" and left >= n * parts.experts:
+        weights[home.name] += n * parts.experts
+        return replace(nothing, layers=(Layer(home.name, home.name),) * n, weights=weights, kv=used)
+    in_memory = offload == "cpu"
+    if offload == "none" or (in_memory and (home is machine.cpu or machine.cpu.memory < n * parts.experts)):
         return nothing
-    weights: dict[str, int] = {}
-    layers: list[Layer] = []
-    cpu_room = machine.cpu.memory - parts.buffers
-    for device, count, fixed in zip(homes, counts, _fixed(parts, len(homes)), strict=True):
-        weights[device.name] = fixed + count * parts.dense
-        left = device.memory - parts.buffers - weights[device.name] - count * kv
-        beside = 0 if all_on_disk else min(count, left // parts.experts)
-        if device is machine.cpu and beside < count:
-            beside = 0  # layers that are streamed share one cache; a layer that is not would only take from it
-        layers += [Layer(device.name, device.name)] * beside + [Layer(device.name, "")] * (count - beside)
-        weights[device.name] += beside * parts.experts
-        if device is machine.cpu:
-            cpu_room = left - beside * parts.experts
-    waiting = sum(not layer.experts for layer in layers)
-    fits = not all_on_disk and homes[0] is not machine.cpu and waiting * parts.experts <= cpu_room
-    if waiting and not fits and cpu_room < parts.n_experts * parts.expert // 4:
+    if left < parts.n_experts * parts.expert // 4:
         return nothing  # a few experts must find room, or each read throws out the one before
-    elsewhere = "cpu" if fits else "disk"
-    layers = [layer if layer.experts else replace(layer, experts=elsewhere) for layer in layers]
-    if waiting and fits:
-        weights["cpu"] = weights.get("cpu", 0) + waiting * parts.experts
-    wanted = int(CACHE_SHARE * cpu_room) if expert_cache is None else min(expert_cache, cpu_room)
-    cache = min(wanted, waiting * parts.experts) if waiting and not fits else 0
-    used = {device.name: count * kv for device, count in zip(homes, counts, strict=True)}
-    return Placement(machine, parts, format.name, context, tuple(layers), weights, used, cache)
+    if in_memory:
+        weights["cpu"] = n * parts.experts
+    away = Layer(home.name, "cpu" if in_memory else "disk")
+    wanted = int(CACHE_SHARE * left) if expert_cache is None else min(expert_cache, left)
+    cache = min(wanted, n * parts.experts)
+    return replace(nothing, layers=(away,) * n, weights=weights, kv=used, cache=cache)
 
 
-def _fixed(parts: Sizes, devices: int) -> Iterator[int]:
-    """What lies on each device beside layers: the embedding on the first, the head on the last."""
-    for i in range(devices):
-        yield (parts.embedding if i == 0 else 0) + (parts.head if i == devices - 1 else 0)
+def _spread(nothing: Placement, kv: int) -> Placement | None:
+    """Whole layers over the GPUs, in order, even by what is left free; those that do not fit in the CPU's memory.
 
-
-def _spread(parts: Sizes, kv: int, devices: Sequence[Device]) -> list[int] | None:
-    """How many layers each device takes, in order, even by what is left free; None if their dense parts do not fit.
-
-    Whole layers if all of them fit; else only the dense parts count, and experts share what remains.
+    None if they do not fit there either. A layer that comes from there needs room for itself on the first GPU, which
+    computes it and keeps its keys and values.
     """
-    fixed = list(_fixed(parts, len(devices)))
-    rooms = [device.memory - parts.buffers - own for device, own in zip(devices, fixed, strict=True)]
-    whole = parts.dense + parts.experts + kv
-    for needed in (whole, parts.dense + kv):
-        limits = [max(0, room // needed) for room in rooms]
-        if sum(limits) < parts.n_layers:
-            continue
-        counts = [0] * len(devices)
-        for _ in range(parts.n_layers):
-            open_ones = [i for i, limit in enumerate(limits) if counts[i] < limit]
-            counts[max(open_ones, key=lambda i: rooms[i] - counts[i] * whole)] += 1
-        return counts
-    return None
+    parts, machine = nothing.sizes, nothing.machine
+    block = parts.dense + parts.experts
+    # A GPU that holds not even one layer beside its ends is left alone.
+    least = parts.buffers + parts.embedding + parts.head + block + parts.n_layers * kv
+    gpus = [gpu for gpu in machine.gpus if gpu.memory >= least]
+    if not gpus:
+        return None
+    first, last = gpus[0].name, gpus[-1].name
+    rooms = {gpu.name: gpu.memory - parts.buffers for gpu in gpus}
+    rooms[first] -= parts.embedding
+    whole = dict(rooms)
+    whole[last] -= parts.head
+    counts = _fill(whole, block + kv, parts.n_layers)
+    waiting = parts.n_layers - sum(counts.values())
+    if waiting:
+        rooms[first] -= block + parts.n_layers * kv
+        counts = _fill(rooms, block + kv, parts.n_layers)
+        waiting = parts.n_layers - sum(counts.values())
+        last = "cpu"
+        if waiting * block + parts.head > machine.cpu.memory:
+            return None
+    weights = {name: count * block for name, count in counts.items()} | ({"cpu": waiting * block} if waiting else {})
+    weights[first] += parts.embedding
+    weights[last] = weights.get(last, 0) + parts.head
+    used = {name: count * kv for name, count in counts.items()}
+    used[first] += waiting * kv
+    layers = [Layer(gpu.name, gpu.name) for gpu in gpus for _ in range(counts[gpu.name])]
+    layers += [Layer("cpu", "cpu")] * waiting
+    return replace(nothing, layers=tuple(layers), weights=weights, kv=used)
+
+
+def _fill(rooms: Mapping[str, int], each: int, most: int) -> dict[str, int]:
+    """How many things of one size go to each place, up to so many in all, one after the other to the emptiest."""
+    counts = dict.fromkeys(rooms, 0)
+    for _ in range(most):
+        emptiest = max(rooms, key=lambda name: rooms[name] - counts[name] * each)
+        if rooms[emptiest] < (counts[emptiest] + 1) * each:
+            break
+        counts[emptiest] += 1
+    return counts

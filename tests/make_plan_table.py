@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dbrx_cli.planning import Question, rate
+from dbrx_cli.planning import Question, alternatives, rate
 from model.config import official
 from model.machine import parse_devices
 
@@ -24,7 +24,7 @@ MACHINES = {
 
 
 def table() -> str:
-    """Markdown: a row a machine, a column a format, the most tokens a second and what they wait for."""
+    """Markdown: a row a machine, a column a format, the most tokens a second of what can be run there."""
     lines = ["| machine | bfloat16 | int8 | int4 |", "|---|---|---|---|"]
     for name, words in MACHINES.items():
         question = Question("dbrx", official(), "bfloat16", "none", parse_devices(words), 4096)
@@ -33,11 +33,15 @@ def table() -> str:
 
 
 def _cell(question: Question, quantize: str) -> str:
-    plan = question.plan(quantize)
+    """The fastest way to run this form, and its flags."""
+    ways = [("", question), *alternatives(question)]
+    plans = {flags: other.plan() for flags, other in ways if other.quantize == quantize}
+    flags, plan = max(plans.items(), key=lambda pair: pair[1].tokens_per_s())
     if not plan.runs:
         return "does not fit"
-    where = "" if plan.resident else " (experts from disk)" if plan.on_disk else " (experts from memory)"
-    return rate(plan.tokens_per_s()) + where
+    how = [f"`{flags}`"] if (flags := flags.removesuffix(f"--quantize {quantize}").strip()) else []
+    where = " (" + ", ".join(how + ["experts from disk"] * (plan.on_disk > 0)) + ")"
+    return rate(plan.tokens_per_s()) + where.removesuffix(" ()")
 
 
 def page() -> str:

@@ -24,18 +24,18 @@ from tests import make_plan_table
 from tests.cli import Cli
 
 BF16 = FORMATS["bfloat16"]
-# The machines that people have asked about: words, format, and whether all weights lie beside their processors.
+# The machines that people have asked about: words, --offload, and whether all weights lie beside their processors.
 MACHINES = {
-    "8 x 24 GB": ("8x24GiB,cpu=64GiB", "bfloat16", False),
-    "4 x 80 GB": ("4xH100", "bfloat16", True),
-    "2 x 80 GB, 256 GB of memory": ("2xA100,cpu=256GiB", "bfloat16", False),
-    "1 x 80 GB in int4": ("1xH100", "int4-g128", True),
-    "1 x 24 GB, 64 GB of memory, disk": ("RTX4090,cpu=64GiB,disk=7GB/s", "bfloat16", False),
+    "8 x 24 GB": ("8x24GiB,cpu=128GiB", "auto", False),
+    "4 x 80 GB": ("4xH100", "auto", True),
+    "2 x 80 GB, 256 GB of memory": ("2xA100,cpu=256GiB", "auto", False),
+    "1 x 80 GB, 512 GB of memory": ("1xA100,cpu=512GiB", "cpu", False),
+    "1 x 24 GB, 64 GB of memory, disk": ("RTX4090,cpu=64GiB,disk=7GB/s", "disk", False),
 }
 
 
-def planned(words: str, format: str = "bfloat16", context: int = 4096) -> Placement:
-    return place(official(), FORMATS[format], parse_devices(words), context)
+def planned(words: str, format: str = "bfloat16", context: int = 4096, offload: str = "auto") -> Placement:
+    return place(official(), FORMATS[format], parse_devices(words), context, offload=offload)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -67,15 +67,15 @@ def test_the_real_model() -> None:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_plan_fits_and_is_whole(name: str) -> None:
-    words, format, resident = MACHINES[name]
-    plan = planned(words, format)
+    words, offload, resident = MACHINES[name]
+    plan = planned(words, offload=offload)
     assert plan.runs and len(plan.layers) == 40 and plan.resident is resident
     for device in (*plan.machine.gpus, plan.machine.cpu):
         assert plan.free(device) >= 0
     # Every weight lies somewhere, once: on a device, or on the disk.
     assert sum(plan.weights.values()) + plan.on_disk * plan.sizes.experts == plan.sizes.total
     order = [layer.device for layer in plan.layers]
-    assert order == sorted(order)  # a token passes from one device to the next, and never back
+    assert order == sorted(order, key=lambda device: (device == "cpu", device))  # never back to an earlier device
     assert len(plan.device_map) == 40 + 3
 
 
@@ -92,10 +92,14 @@ def test_accelerate_finds_the_same_layers_fit(name: str) -> None:
     limits: dict[int | str, int] = {i: gpu.memory - spare for i, gpu in enumerate(plan.machine.gpus)}
     limits["cpu"] = plan.machine.cpu.memory
     found = infer_auto_device_map(network, limits, no_split_module_classes=["DbrxBlock"], dtype=torch.bfloat16)
-    on_gpus = all(isinstance(place, int) for place in found.values())
-    assert on_gpus == (plan.resident if resident and "int4" not in name else False)
-    blocks = [key for key in found if key.startswith("transformer.blocks.")]
+    assert plan.runs == ("disk" not in found.values())
+    assert all(isinstance(where, int) for where in found.values()) == plan.resident == resident
+    if not plan.runs:
+        return
+    blocks = {key: where for key, where in found.items() if key.startswith("transformer.blocks.")}
     assert len(blocks) == 40 and all(key.count(".") == 2 for key in blocks)  # no block is split
+    on_gpus = sum(layer.device != "cpu" for layer in plan.layers)
+    assert abs(sum(isinstance(where, int) for where in blocks.values()) - on_gpus) <= 1
 
 
 def test_the_speed_by_hand() -> None:
@@ -113,6 +117,19 @@ def test_the_speed_by_hand() -> None:
     by_hand = (parts.head + 40 * parts.dense) / 30e9 + (1 - hits) * 40 * 4 * parts.expert / 2e9
     assert streamed.tokens_per_s() == pytest.approx(1 / by_hand)
 
+    # Beside a GPU its memory holds the cache, and what is missing comes over the link or from the disk.
+    for offload, rate in (("cpu", 25e9), ("disk", 3e9)):
+        plan = planned("1xA100,cpu=512GiB", offload=offload)
+        missing = (1 - plan.cache / (40 * parts.experts)) * 40 * 4 * parts.expert
+        assert 0 < plan.cache < plan.machine.gpus[0].memory and set(plan.layers) == {Layer("cuda:0", offload)}
+        assert plan.tokens_per_s() == pytest.approx(1 / ((parts.head + 40 * parts.dense) / 2039e9 + missing / rate))
+    # accelerate brings a layer that lies in the CPU's memory as a whole.
+    split = planned("2xA100,cpu=256GiB")
+    away = sum(layer.device == "cpu" for layer in split.layers)
+    brought = away * (parts.dense + parts.experts) + parts.head
+    here = (40 - away) * (parts.dense + 4 * parts.expert)
+    assert 0 < away < 40 and split.tokens_per_s() == pytest.approx(1 / (here / 2039e9 + brought / 25e9))
+
 
 def test_the_prediction_by_hand() -> None:
     parts = sizes(official(), BF16)
@@ -123,7 +140,7 @@ def test_the_prediction_by_hand() -> None:
     assert resident.resident
     assert resident.predict(rates) == pytest.approx(1 / (dense / 20e9 + chosen / 15e9 + 0.04))
 
-    streamed = place(official(), BF16, roomy, 1024, all_on_disk=True, expert_cache=640 * parts.expert // 4)
+    streamed = place(official(), BF16, roomy, 1024, offload="disk", expert_cache=640 * parts.expert // 4)
     assert streamed.on_disk == 40 and streamed.hits == 0.25
     missing = 0.75 * chosen
     read, compute = missing / 2e9, chosen / 15e9 + missing * 1e-10
@@ -144,15 +161,13 @@ def test_rates_of_each_format(format: str, streamed: bool) -> None:
 
 
 def test_the_largest_context_is_the_largest() -> None:
-    plan = planned("1xH100", "int4-g128")
-    longest = plan.largest_context(32768)
-    assert planned("1xH100", "int4-g128", longest).resident
-    tight = replace(plan.machine.gpus[0], memory=plan.machine.gpus[0].memory - 4 * 10**9)
-    small = place(official(), FORMATS["int4-g128"], Machine((tight,), plan.machine.cpu, plan.machine.disk), 256)
+    plan = planned("4xH100")
+    tight = tuple(replace(gpu, memory=gpu.memory - 13 * 10**9) for gpu in plan.machine.gpus)
+    small = place(official(), BF16, replace(plan.machine, gpus=tight), 256)
     limit = small.largest_context(32768)
     assert small.resident and limit < 32768
     for context, fits in ((limit, True), (2 * limit, False)):
-        assert place(official(), FORMATS["int4-g128"], small.machine, context).resident is fits
+        assert place(official(), BF16, small.machine, context).resident is fits
 
 
 @given(
@@ -160,14 +175,15 @@ def test_the_largest_context_is_the_largest() -> None:
     cpu=st.integers(0, 600),
     context=st.sampled_from([1, 4096, 32768]),
     format=st.sampled_from(sorted(FORMATS)),
+    offload=st.sampled_from(["auto", "none", "cpu", "disk"]),
 )
-def test_no_machine_is_overfilled(gpus: list[int], cpu: int, context: int, format: str) -> None:
+def test_no_machine_is_overfilled(gpus: list[int], cpu: int, context: int, format: str, offload: str) -> None:
     machine = Machine(
         tuple(Device(f"cuda:{i}", size * GIB, 1e12, 25e9) for i, size in enumerate(gpus)),
         Device("cpu", cpu * GIB, 50e9),
         Device("disk", 0, 3e9),
     )
-    plan = place(official(), FORMATS[format], machine, context)
+    plan = place(official(), FORMATS[format], machine, context, offload=offload)
     if not plan.runs:
         assert plan.tokens_per_s() == 0 and not plan.device_map and not plan.tiers()
         return
@@ -200,20 +216,48 @@ def test_this_machine_reads_its_memory() -> None:
 
 
 def test_the_command(cli: Cli, tmp_path: Path) -> None:
-    result = cli("plan", "databricks/dbrx-instruct", "--devices", "RTX4090,cpu=64GiB,disk=7GB/s", "--json")
+    words = "RTX4090,cpu=64GiB,disk=7GB/s"
+    result = cli("plan", "databricks/dbrx-instruct", "--devices", words, "--offload", "disk", "--json")
     assert result.code == 0, result.err
     plan = json.loads(result.out)
     assert plan["weights_bytes"] == 263_193_047_040 and plan["runs"]
-    assert plan["tokens_per_s_ceiling"] == pytest.approx(planned("RTX4090,cpu=64GiB,disk=7GB/s").tokens_per_s())
+    assert plan["tokens_per_s_ceiling"] == pytest.approx(planned(words, offload="disk").tokens_per_s())
     assert any("from the disk" in line for line in plan["advice"])
     assert plan["tokens_per_s_predicted"] is None  # nothing there could be measured
 
-    shown = cli("plan", "databricks/dbrx-instruct", "--devices", "1xH100").out
-    assert "--quantize int4 would fit on one GPU" in shown and "layers" in shown
+    shown = " ".join(cli("plan", "databricks/dbrx-instruct", "--devices", "1xH100,cpu=128GiB").out.split())
+    assert "--device-map cpu --quantize int4 would fit the CPU's memory: predicted, at most" in shown
+    four = " ".join(cli("plan", "databricks/dbrx-instruct", "--devices", "4xH100").out.split())
+    assert "predicted, with nothing measured: at most 47 tokens/s" in four and "layers 0-9" in four
     small = cli("plan", "databricks/dbrx-instruct", "--devices", "cpu=8GiB")
     assert small.code == 0 and "does not run" in small.out
     assert cli("plan", "databricks/dbrx-instruct", "--devices", "5xC64").code == 2
     assert cli("plan", tmp_path).code == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--devices", "1xH100", "--quantize", "int4"), "quantized weights compute on the CPU only"),
+        (("--devices", "4xH100", "--quantize", "int8"), "quantized weights compute on the CPU only"),
+        (("--devices", "4xH100", "--compile"), "leave out --compile"),
+        (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
+        (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
+    ],
+)
+def test_nothing_is_planned_that_is_refused_when_it_runs(cli: Cli, options: tuple[str, ...], named: str) -> None:
+    result = cli("plan", "databricks/dbrx-instruct", *options)
+    assert result.code == 3 and named in result.err and not result.out
+
+
+def test_a_map_that_is_given_is_not_planned(cli: Cli) -> None:
+    for where in ("cuda:1", "map.json"):
+        result = cli("plan", "databricks/dbrx-instruct", "--devices", "4xH100", "--device-map", where)
+        assert result.code == 2 and where in result.err
+    on_cpu = json.loads(
+        cli("plan", "databricks/dbrx-instruct", "--devices", "4xH100", "--device-map", "cpu", "--json").out
+    )
+    assert [device["name"] for device in on_cpu["devices"]] == ["cpu"]
 
 
 def test_the_table_of_the_readme_is_the_plans_own() -> None:

@@ -375,17 +375,17 @@ def test_auto_streams_what_does_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPa
     whole = sum(parameter.numel() for parameter in network.parameters()) * 2
     dense = whole - LAYERS * EXPERTS * EXPERT
 
-    def choice(wanted: str, free: float, limit: str | None = None) -> str:
+    def choice(wanted: str, free: float, limit: str | None = None, on_gpu: bool = False) -> str:
         monkeypatch.setattr("model.offload.available_memory", lambda: int(free))
-        return decide(wanted, network, torch.bfloat16, None, {"cpu": limit} if limit else None)
+        return decide(wanted, network, torch.bfloat16, None, {"cpu": limit} if limit else None, on_gpu=on_gpu)
 
     assert choice("auto", whole / 0.8) == "none"
     assert choice("auto", whole) == "disk"
     assert choice("auto", whole * 9, f"{whole // 1000}KB") == "disk"
     assert choice("auto", dense) == "none"  # hopeless: loading says so
     assert choice("none", whole) == "none" and choice("disk", whole * 9) == "disk"
-    if not torch.cuda.is_available():
-        assert choice("cpu", whole) == "none"  # where they are is where they are computed
+    assert choice("cpu", whole) == "none"  # where they are is where they are computed
+    assert choice("cpu", whole, on_gpu=True) == "cpu" and choice("auto", whole, on_gpu=True) == "none"
     with pytest.raises(ValueError, match="is not one of"):
         choice("gpu", whole)
 

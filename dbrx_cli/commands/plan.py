@@ -68,7 +68,7 @@ def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str,
             | {
                 "weights": plan.weights.get(device.name, 0),
                 "kv_cache": plan.kv.get(device.name, 0),
-                "expert_cache": plan.cache if device is machine.cpu else 0,
+                "expert_cache": plan.cache_on(device),
                 "free": plan.free(device),
             }
             for device in (*machine.gpus, machine.cpu)

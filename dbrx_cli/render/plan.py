@@ -30,7 +30,7 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
         console.print(waits(plan))
         speed, load = rate(plan.tokens_per_s()), seconds(plan.load_s())
         predicted = question.predict(plan)
-        about = f"about {rate(predicted)} tokens/s, " if predicted else ""
+        about = f"about {rate(predicted)} tokens/s, " if predicted else "predicted, with nothing measured: "
         console.print(Text(f"{about}at most {speed} tokens/s; loading takes at least {load}; context {plan.context}"))
     for sentence in advice:
         console.print(Text(f"- {sentence}"))
@@ -41,7 +41,7 @@ def picture(plan: Placement, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     room = max(8, min(40, width - 44))
     for device in _devices(plan):
-        grid.add_row(device.name, _bar(plan, device, room), _sizes(plan, device), _layers(plan, device.name))
+        grid.add_row(device.name, _bar(plan, device, room), _sizes(plan, device), _layers(plan, device))
     if plan.on_disk:
         streamed = plan.on_disk * plan.sizes.experts
         where = _ranges(plan, lambda layer: layer.experts == "disk")
@@ -63,13 +63,17 @@ def waits(plan: Placement) -> RenderableType:
 
 def _devices(plan: Placement) -> list[Device]:
     machine = plan.machine
-    cpu_used = plan.weights.get("cpu") or plan.cache
+    cpu_used = plan.weights.get("cpu")
     return [*machine.gpus, *([machine.cpu] if cpu_used or not machine.gpus else [])]
 
 
 def _bar(plan: Placement, device: Device, width: int) -> Text:
-    cache = plan.cache if device.name == "cpu" else 0
-    amounts = (plan.weights.get(device.name, 0), cache, plan.kv.get(device.name, 0), max(0, plan.free(device)))
+    amounts = (
+        plan.weights.get(device.name, 0),
+        plan.cache_on(device),
+        plan.kv.get(device.name, 0),
+        max(0, plan.free(device)),
+    )
     whole = sum(amounts) or 1
     bar, filled, total = Text(), 0, 0
     for amount, (_, glyph, style) in zip(amounts, FILLS, strict=True):
@@ -84,16 +88,17 @@ def _sizes(plan: Placement, device: Device) -> str:
     return f"{decimal(device.memory - max(0, plan.free(device)))} of {decimal(device.memory)}"
 
 
-def _layers(plan: Placement, name: str) -> str:
+def _layers(plan: Placement, device: Device) -> str:
     """What lies on a device, in words."""
+    name = device.name
     kinds: tuple[tuple[str, Callable[[Layer], bool]], ...] = (
         ("layers {}", lambda layer: layer.device == layer.experts == name),
         ("layers {} without experts", lambda layer: layer.device == name != layer.experts),
         ("experts of layers {}", lambda layer: layer.experts == name != layer.device),
     )
     parts = [text.format(where) for text, chosen in kinds if (where := _ranges(plan, chosen))]
-    if name == "cpu" and plan.cache:
-        parts.append(f"{plan.hits:.0%} of the experts on the disk")
+    if plan.cache_on(device):
+        parts.append(f"{plan.hits:.0%} of the other experts")
     return ", ".join(parts)
 
 
