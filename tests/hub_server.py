@@ -92,6 +92,7 @@ class FakeHub:
         self.redirect_to: str | None = None  # origin that large files are redirected to, instead of the storage
         self.pages_from: str | None = None  # origin of the next page of a listing
         self.watch: Callable[[int], None] | None = None  # called with bytes_sent after each piece
+        self.alter: Callable[[Any], Any] | None = None  # what the API says -> what it says wrongly
         self._lock = threading.Lock()
         self._servers = [_Server(self, "hub"), _Server(self, "storage")]
         self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -314,6 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
     def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+        if self.server.hub.alter is not None:
+            value = self.server.hub.alter(value)
         self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def _error(self, status: int, code: str, message: str = "", headers: dict[str, str] | None = None) -> None:

@@ -6,7 +6,8 @@ ends within half a minute, and Ctrl-C within a second. No torch, no terminal; hu
 """
 
 from .download import download
-from .layout import HubFile, missing_files
+from .layout import missing_files
+from .listing import HubFile
 from .plan import CHECKPOINT_PATTERNS, DownloadPlan, plan_download
 from .progress import Progress
 from .resolve import resolve

@@ -13,16 +13,19 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
-from .layout import HubFile
+from .listing import COMMIT, HubFile, check_together
 from .patience import AGAIN, Patience, Transient
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 LARGEST_ANSWER = 64 << 20  # bytes of JSON; the listing of a real repository has some KB
 MOST_PAGES = 1000
 
 
 class NoSuchRevision(ModelError):
     """The repository exists, the revision does not."""
+
+
+class NoSuchFile(ModelError):
+    """The revision exists, the file does not."""
 
 
 class NoAccess(AccessError):
@@ -76,6 +79,7 @@ class Hub:
         url: str | None = f"{self._api}/tree/{commit}?recursive=true&expand=false"
         for _ in range(MOST_PAGES):
             if url is None:
+                check_together(files)
                 return files
             entries, url = self._json(url, patience)
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -117,6 +121,11 @@ class Hub:
     def _api(self) -> str:
         return f"{self.endpoint}/api/models/{self.name}"
 
+    @property
+    def _shown(self) -> str:
+        """The endpoint as messages name it: without a user and a password."""
+        return re.sub(r"(?<=//)[^/]*@", "", self.endpoint)
+
     def _json(self, url: str, patience: Patience) -> tuple[Any, str | None]:
         """A parsed answer and the address of the next page."""
 
@@ -140,7 +149,7 @@ class Hub:
         """A hint that lists the branches and tags, if the Hub tells them."""
         try:
             refs, _ = self._json(f"{self._api}/refs", patience)
-            names = [str(ref["name"]) for kind in ("branches", "tags") for ref in refs.get(kind, [])]
+            names = [self._clean(str(ref["name"])) for kind in ("branches", "tags") for ref in refs.get(kind, [])]
         except (DbrxError, AttributeError, KeyError, TypeError):
             return None
         return f"revisions of {self.name}: {', '.join(names[:20])}" if names else None
@@ -159,33 +168,37 @@ class Hub:
             # The link to the storage ran out, most likely: the next attempt asks the Hub for a new one.
             return Transient(ConnectionFault(f"{response.url.host} answered {said}", AGAIN))
         if code == "RevisionNotFound":
-            return NoSuchRevision(f"{self.name} has no such revision: {self.endpoint} answered {said}")
+            return NoSuchRevision(f"{self.name} has no such revision: {self._shown} answered {said}")
         if code == "EntryNotFound":
-            return ModelError(f"{self.name} has no such file: {self.endpoint} answered {said}")
+            return NoSuchFile(f"{self.name} has no such file: {self._shown} answered {said}")
         if code in ("GatedRepo", "RepoNotFound") or status in (401, 403):
             return self._no_access(code, said)
-        return ConnectionFault(f"{self.endpoint} answered {said} for {self.name}", "check HF_ENDPOINT, or try later")
+        return ConnectionFault(f"{self._shown} answered {said} for {self.name}", "check HF_ENDPOINT, or try later")
 
     def _no_access(self, code: str, said: str) -> AccessError:
         others = "give a local folder or another Hub id (org/name), or set HF_ENDPOINT to a mirror that has it"
         if not self.token:
             others += "; no HF_TOKEN is set: set one if you were given access"
         if code == "GatedRepo" and not self.name.startswith("databricks/"):  # those are closed: nobody can ask
-            others = f"ask for access at {self.endpoint}/{self.name}, or {others}"
-        fault = NoAccess(f"the Hub gives no access to {self.name}: {self.endpoint} answered {said}", others)
+            others = f"ask for access at {self._shown}/{self.name}, or {others}"
+        fault = NoAccess(f"the Hub gives no access to {self.name}: {self._shown} answered {said}", others)
         fault.code = code
         return fault
 
     def _said(self, response: Any) -> str:
-        """Status and message of an answer, on one line; a server that repeats the token is not repeated."""
-        words = " ".join(response.headers.get("x-error-message", "").split())[:300]
-        if self.token:
-            words = words.replace(self.token, "[token]")
-        words = "".join(c for c in words if c.isprintable())
+        """Status and message of an answer."""
+        words = self._clean(response.headers.get("x-error-message", ""))
         return f"{response.status_code} ({words})" if words else str(response.status_code)
 
+    def _clean(self, words: str) -> str:
+        """What a server says, on one line of no more than 300 characters; if it repeats the token, that is left out."""
+        words = " ".join(words.split())[:300]
+        if self.token:
+            words = words.replace(self.token, "[token]")
+        return "".join(c for c in words if c.isprintable())
+
     def _not_a_hub(self) -> ConnectionFault:
-        return ConnectionFault(f"{self.endpoint} does not answer like a Hugging Face Hub", "check HF_ENDPOINT")
+        return ConnectionFault(f"{self._shown} does not answer like a Hugging Face Hub", "check HF_ENDPOINT")
 
 
 def _origin(url: str) -> tuple[str, str, int | None] | None:

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
 from .client import Hub
 from .fetch import disk_fault, fetch
-from .layout import CacheSnapshot, HubFile, Place, cached_commit, missing_files, write_ref, write_tree
+from .layout import (
+    CHANGED,
+    DAMAGED,
+    CacheSnapshot,
+    Place,
+    PlainFolder,
+    cached_commit,
+    missing_files,
+    write_ref,
+    write_tree,
+)
+from .listing import HubFile
+from .partial import sweep
 from .patience import Patience, run
 from .plan import DEFAULT_REVISION, DownloadPlan, check_disk, check_name, is_offline, place_of, plan_download
 from .progress import Progress, Silent
 from .verify import remove, verify_cached
+
+READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
+ROUNDS = 3  # how often a file is fetched that another program removes while others come
 
 
 def download(
@@ -32,18 +48,27 @@ def download(
 
     Into the shared cache, or as plain files into `to`. Continues where an earlier attempt stopped, in whichever
     process. Each fetched file is checked against its checksum; `verify` checks those that were there before, too,
-    removes the damaged ones and names them in a `ModelError`. Raises also `AccessError`, `ResourceError` (disk),
-    `ConnectionFault`; Ctrl-C stops within a second and keeps what came. Offline: what the cache has.
+    removes the damaged ones and names them in a `ModelError`. Raises also `InputError` (a file of the user's own would
+    be replaced), `AccessError`, `ResourceError` (disk), `ConnectionFault`; Ctrl-C stops within a second and keeps what
+    came. Offline: what the cache has.
     """
     progress = progress or Silent()
     if is_offline():
         folder = cached(name, revision, patterns)
+        if to is not None:
+            raise InputError(
+                f"HF_HUB_OFFLINE is set: nothing is fetched into {to}",
+                f"unset it, or copy what the cache has: cp -rL {shlex.quote(f'{folder}/.')} {shlex.quote(str(to))}",
+            )
         progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, the cached files are used")
     else:
-        plan = plan_download(name, revision=revision, token=token, patterns=patterns, to=to)
+        plan = plan_download(name, revision=revision, token=token, patterns=patterns, to=to, relist=verify)
+        place, folder = place_of(name, plan.commit, to), plan.folder
+        _keep_own_files(plan, place, verify, progress)
         check_disk(plan)
-        _carry_out(plan, place_of(name, plan.commit, to), Hub.connect(name, token), progress, workers)
-        folder = plan.folder
+        _carry_out(plan, place, Hub.connect(name, token), progress, workers)
+        if patterns is None:
+            _check_whole(plan)
     if verify:
         _verify(folder, progress)
     return folder
@@ -62,8 +87,9 @@ def cached(name: str, revision: str | None, patterns: Sequence[str] | None) -> P
         raise ModelError(f"{which} is not on this machine", f"to fetch it: {command}")
     missing = missing_files(folder, patterns)
     if missing:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise ModelError(f"{name} is not complete on this machine: {names} missing", f"to continue: {command}")
+        raise ModelError(
+            f"{name} is not complete on this machine: {shortened(missing)} missing", f"to continue: {command}"
+        )
     return folder
 
 
@@ -73,7 +99,6 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
     told = dict(on_disk)
     begun: list[HubFile] = []
     notices: list[str] = []
-    missing = [file for file in plan.files if not place.holds(file)]
 
     def job(file: HubFile, patience: Patience) -> None:
         begun.append(file)
@@ -90,8 +115,14 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
                 progress.advance(path, done - told[path])
                 told[path] = done
 
+    _publish_present(plan, place)
     progress.start(plan.total_bytes, sum(told.values()), len(plan.files))
-    if missing:
+    for round_ in range(ROUNDS):
+        missing = [file for file in plan.files if not place.holds(file)]
+        if not missing:
+            break
+        if round_:
+            progress.notice(f"another program removed {missing[0].path} meanwhile: it is fetched again")
         _note_commit(plan, place, first=True)
         # Small files first: a wrong repository or a refused access shows before the shards begin.
         jobs: list[Callable[[Patience], None]] = [
@@ -102,19 +133,58 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
         finally:
             tick()
     _note_commit(plan, place, first=False)
+    sweep(place, plan.files)
+
+
+def _keep_own_files(plan: DownloadPlan, place: Place, verify: bool, progress: Progress) -> None:
+    """`InputError` before the first byte if a file of the user's own would be replaced.
+
+    A damaged copy is set aside, and with `verify` also what was changed since it was downloaded.
+    """
+    gives_way = {DAMAGED, CHANGED} if verify else {DAMAGED}
+    for file in (file for file in plan.files if not file.present):
+        if isinstance(place, PlainFolder) and place.in_the_way(file) in gives_way:
+            aside = place.set_aside(file)
+            progress.notice(f"{file.path} is not what the Hub has: kept as {aside.name}, and fetched anew")
+        place.refuse(file)
+
+
+def _check_whole(plan: DownloadPlan) -> None:
+    """`ModelError` if what the Hub lists is no whole checkpoint, or less than its index names."""
+    missing = missing_files(plan.folder)
+    if missing:
+        raise ModelError(
+            f"{plan.name} is not complete on the Hub: {shortened(missing)} missing",
+            "run the same command again later, or choose another --revision",
+        )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _publish_present(plan: DownloadPlan, place: Place) -> None:
+    """Name and note the files that are here already, so that they need no look at their bytes again."""
+    for file in (file for file in plan.files if file.present):
+        try:
+            place.publish(file)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise disk_fault(error, file, place) from None
 
 
 def _note_commit(plan: DownloadPlan, place: Place, first: bool) -> None:
     """Keep the listing and the ref. An older complete snapshot stays the one in use until the new one is complete."""
     try:
-        if not place.tree_path.exists():
+        if place.kept() != list(plan.listing):
             write_tree(place.tree_path, plan.listing)
         if isinstance(place, CacheSnapshot) and not (first and cached_commit(plan.name, plan.revision)):
             place.root.mkdir(parents=True, exist_ok=True)
             if cached_commit(plan.name, plan.revision) != plan.commit:
                 write_ref(place.storage, plan.revision, plan.commit)
     except OSError as error:
-        if first or error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):  # a cache that is only read is fine
+        if first or error.errno not in READ_ONLY:  # a cache that is only read is fine
             raise disk_fault(error, plan.files[0], place) from None
 
 

@@ -1,22 +1,22 @@
-"""One file from the Hub: ranged GETs into a partial file that outlives the process, checked before it gets its name."""
+"""One file from the Hub: ranged GETs into a partial file, checked before it gets its name."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
-import os
-import platform
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConnectionFault, DbrxError, ModelError, ResourceError
-from .client import Hub
-from .layout import PIECE, HubFile, Place, file_size, hasher
-from .patience import AGAIN, STALL_SECONDS, Patience, Transient
+from .client import Hub, NoSuchFile
+from .layout import Place
+from .listing import HubFile
+from .partial import Partial, resumable
+from .patience import AGAIN, Patience, Transient
 
 WHOLE_TRIES = 3  # how often a file whose checksum is wrong is fetched from the start
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -32,24 +32,26 @@ def fetch(
     Safe against other processes that want the same file: a lock makes them wait, and where a file system's locks do
     not hold, each still writes a file of its own.
     """
+    lock = place.lock(file)
     try:
-        with _locked(place.lock(file), patience, lambda: notice(f"{file.path}: another process fetches it, waiting")):
+        with _locked(lock, patience, lambda: notice(f"{file.path}: another process fetches it, waiting")):
             if not place.has_blob(file):
-                partial = Partial(place, file, patience)
+                partial = Partial(place, file, patience, notice, alone=_keeps_others_out(lock))
                 try:
                     _fill(partial, hub, hub.file_url(file.path, place.commit), patience, report)
+                    place.refuse(file)
                     partial.finish()
                 finally:
                     partial.close()
             place.publish(file)
+    except NoSuchFile as error:
+        raise ModelError(
+            f"{error.message}: {file.path}, which its listing names",
+            "run the same command again, or try another revision",
+        ) from None
     except OSError as error:
         raise disk_fault(error, file, place) from None
     report(file.path, file.size)
-
-
-def resumable(place: Place, file: HubFile) -> int:
-    """Bytes that an earlier attempt left."""
-    return max((min(file_size(path) or 0, file.size) for path in _leftovers(place, file)), default=0)
 
 
 def disk_fault(error: OSError, file: HubFile, place: Place) -> DbrxError:
@@ -60,77 +62,6 @@ def disk_fault(error: OSError, file: HubFile, place: Place) -> DbrxError:
             "free some space and run the same command again: it continues where this one stopped",
         )
     return DbrxError(f"{place.root}: {file.path} cannot be written: {error.strerror or type(error).__name__}")
-
-
-class Partial:
-    """A file on its way in: it only grows, and the checksum of what is in it is known at any time.
-
-    Its name holds the etag, so only the same bytes continue it, and the host and process that write it, so that
-    nobody continues what another still writes.
-    """
-
-    def __init__(self, place: Place, file: HubFile, patience: Patience) -> None:
-        self.file = file
-        self._place = place
-        self._path = place.scratch / f"{file.etag}.{_owner()}.incomplete"
-        place.scratch.mkdir(parents=True, exist_ok=True)
-        leftover = max(_leftovers(place, file), key=lambda path: file_size(path) or 0, default=None)
-        if leftover is not None and leftover != self._path:
-            with contextlib.suppress(FileNotFoundError):  # another process took it first
-                os.rename(leftover, self._path)
-                os.utime(self._path)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.size = 0
-        self._checksum: Any = hasher(file.etag, file.size)
-        try:
-            self._read_back(patience)
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, data: bytes) -> None:
-        """Append; positioned writes, so that two writers of the same bytes could not mix them up."""
-        view = memoryview(data)
-        while view:
-            n = os.pwrite(self._fd, view, self.size)
-            self._checksum.update(view[:n])
-            self.size += n
-            view = view[n:]
-
-    def restart(self) -> None:
-        """Forget everything."""
-        os.ftruncate(self._fd, 0)
-        self.size = 0
-        self._checksum = hasher(self.file.etag, self.file.size)
-
-    def is_right(self) -> bool:
-        """Whether what is there has the checksum that the listing gives."""
-        return str(self._checksum.hexdigest()) == self.file.etag
-
-    def finish(self) -> None:
-        """Give the whole file its final name, and remove what other attempts left of it."""
-        os.fsync(self._fd)
-        final = self._place.blob(self.file)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(self._path, final)
-        for leftover in _leftovers(self._place, self.file):
-            leftover.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """What is on disk stays there for the next attempt."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _read_back(self, patience: Patience) -> None:
-        if os.fstat(self._fd).st_size > self.file.size:
-            return self.restart()
-        while piece := os.pread(self._fd, PIECE, self.size):
-            self._checksum.update(piece)
-            self.size += len(piece)
-            patience.check_stop()
-            patience.restart(self.size)
-        return None
 
 
 def _fill(partial: Partial, hub: Hub, url: str, patience: Patience, report: Report) -> None:
@@ -205,31 +136,13 @@ def _locked(path: Path, patience: Patience, waiting: Callable[[], None]) -> Iter
         yield
 
 
-def _owner() -> str:
-    host = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:40] or "host"
-    return f"{host}-{os.getpid()}"
-
-
-def _leftovers(place: Place, file: HubFile) -> list[Path]:
-    """Partial files of this blob that nobody writes any more."""
-    paths = place.scratch.glob(f"{file.etag}.*-*.incomplete")
-    return [path for path in paths if _is_abandoned(path)]
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Whether the writer is gone: a process of this host that does not run, or nothing written for a stall's time."""
-    owner = path.name.split(".")[1]
-    host, _, pid = owner.rpartition("-")
-    if owner == _owner():
-        return True
-    if host == _owner().rpartition("-")[0] and pid.isdigit():
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):
-            pass
+def _keeps_others_out(path: Path) -> bool:
+    """Whether a lock that is held does lock: on some network file systems every caller gets it."""
     try:
-        return time.time() - path.stat().st_mtime > 2 * STALL_SECONDS
+        with path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except OSError:
-        return False
+        pass
+    return False

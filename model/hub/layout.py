@@ -1,7 +1,11 @@
 """Where files lie: the cache that all Hub clients share, or a plain folder with the Hub's bookkeeping beside.
 
-models--org--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<path>, trees/<commit>.json}, locks in .locks/.
-A plain folder keeps the same facts in .cache/huggingface/. An etag is a large file's sha256, a small one's git id.
+models--org--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<path>}, locks in .locks/. A plain folder keeps
+the same facts in .cache/huggingface/. An etag is a large file's sha256, a small one's git id.
+
+The listing of a commit is kept beside, in .dbrx/<commit>.json. It is not kept where huggingface_hub keeps its own
+(trees/<commit>.json): that library takes a snapshot for incomplete, offline, when a file of that listing is not there,
+and a checkpoint's code and pickles are never fetched. What the library kept there is read all the same.
 """
 
 from __future__ import annotations
@@ -9,60 +13,25 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ModelError
+from ..errors import InputError, ModelError
+from .listing import COMMIT, ETAG, HubFile, check_together, is_safe
 
-ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 PIECE = 1 << 20
+OURS, THEIRS = ".dbrx", "trees"  # folders of kept listings: this program's, huggingface_hub's
+CHANGED = "it was changed since it was downloaded"
+DAMAGED = "it has the right size and another checksum"
 NO_SYMLINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # What a checkpoint needs to be loaded, beyond the shards that its index names.
 ESSENTIAL = ("config.json", "*.safetensors.index.json", "tokenizer*.json", "*.tiktoken", "*.jinja")
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a commit. `done` bytes of it are on disk; `present` says that it is whole."""
-
-    path: str
-    size: int
-    blob_id: str
-    sha256: str | None = None  # of large (LFS) files
-    xet_hash: str | None = None
-    present: bool = False
-    done: int = 0
-
-    @property
-    def etag(self) -> str:
-        """The name of its blob."""
-        return self.sha256 or self.blob_id
-
-    @classmethod
-    def from_listing(cls, entry: dict[str, Any]) -> HubFile:
-        """An entry of the Hub's tree listing; `ModelError` if it could lead out of the folder or makes no sense."""
-        lfs = entry.get("lfs") or {}
-        return cls.checked(
-            entry.get("path"), lfs.get("size", entry.get("size")), entry.get("oid"), lfs.get("oid"),
-            entry.get("xetHash"),
-        )  # fmt: skip
-
-    @classmethod
-    def checked(cls, path: Any, size: Any, blob_id: Any, sha256: Any, xet_hash: Any = None) -> HubFile:
-        """Values that came from elsewhere."""
-        if not isinstance(path, str) or not is_safe(path):
-            raise ModelError(f"the listing holds an unsafe file name: {path!r}", "do not use this repository")
-        etag = sha256 or blob_id
-        if not isinstance(size, int) or size < 0 or not isinstance(etag, str) or not ETAG.fullmatch(etag):
-            raise ModelError(f"the listing of {path!r} has no valid size or checksum")
-        return cls(path, size, str(blob_id), sha256 or None, xet_hash if isinstance(xet_hash, str) else None)
 
 
 class Place(Protocol):
@@ -71,7 +40,10 @@ class Place(Protocol):
     root: Path  # the folder that a program loads from
     commit: str
     scratch: Path  # for files on their way in; on the same file system as the final names
-    tree_path: Path
+    tree_path: Path  # where the listing is kept
+
+    def kept(self) -> list[HubFile] | None:
+        """The commit's listing as it was kept here, by this program or another."""
 
     def blob(self, file: HubFile) -> Path:
         """The final name of a file's bytes."""
@@ -88,6 +60,9 @@ class Place(Protocol):
     def publish(self, file: HubFile) -> None:
         """Put a whole blob in its place."""
 
+    def refuse(self, file: HubFile) -> None:
+        """`InputError` if the file would take the place of something that no download put there."""
+
 
 class CacheSnapshot:
     """A snapshot in the shared cache: symbolic links to blobs."""
@@ -98,8 +73,11 @@ class CacheSnapshot:
         self.storage = cache / f"models--{name.replace('/', '--')}"
         self.root = self.storage / "snapshots" / commit
         self.scratch = self.storage / "blobs"
-        self.tree_path = self.storage / "trees" / f"{commit}.json"
+        self.tree_path = self.storage / OURS / f"{commit}.json"
         self._locks = cache / ".locks" / self.storage.name
+
+    def kept(self) -> list[HubFile] | None:
+        return tree_of(self.root)
 
     def blob(self, file: HubFile) -> Path:
         return self.scratch / file.etag
@@ -128,6 +106,9 @@ class CacheSnapshot:
                 raise
             os.replace(blob, pointer)  # as other clients do on such a file system
 
+    def refuse(self, file: HubFile) -> None:
+        """Nothing in the cache is the user's own."""
+
 
 class PlainFolder:
     """Plain files in a folder of the user's; what is known about them in .cache/huggingface/, as other clients do."""
@@ -136,7 +117,12 @@ class PlainFolder:
         self.root = folder
         self.commit = commit
         self.scratch = folder / ".cache" / "huggingface" / "download"
-        self.tree_path = folder / ".cache" / "huggingface" / "trees" / f"{commit}.json"
+        self.tree_path = folder / ".cache" / "huggingface" / OURS / f"{commit}.json"
+        self._seen: dict[str, tuple[int, ...] | None] = {}  # what lay in the way of a file, and may be replaced
+
+    def kept(self) -> list[HubFile] | None:
+        theirs = self.tree_path.parent.with_name(THEIRS) / self.tree_path.name
+        return read_tree(self.tree_path) or read_tree(theirs)
 
     def blob(self, file: HubFile) -> Path:
         return self.root / file.path
@@ -154,8 +140,53 @@ class PlainFolder:
     has_blob = holds
 
     def publish(self, file: HubFile) -> None:
-        note = self.scratch / f"{file.path}.metadata"
-        write_atomically(note, f"{self.commit}\n{file.etag}\n{time.time()}\n")
+        if noted_etag(self.root, file.path) != file.etag:
+            note = self.scratch / f"{file.path}.metadata"
+            write_atomically(note, f"{self.commit}\n{file.etag}\n{time.time()}\n")
+
+    def refuse(self, file: HubFile) -> None:
+        state = _state(self.blob(file))
+        if file.path in self._seen and self._seen[file.path] == state:
+            return
+        reason = self.in_the_way(file)
+        if reason is not None:
+            hint = "move it away, or name another folder with --to"
+            if reason is CHANGED:
+                hint += "; --verify sets it aside and fetches the file anew"
+            raise InputError(f"{file.path} is not put into {self.root}: {reason}", hint)
+        self._seen[file.path] = state
+
+    def in_the_way(self, file: HubFile) -> str | None:
+        """Why a file must not take its place: something lies there that is not as a download left it."""
+        path = self.blob(file)
+        for way in (path, self.lock(file), self.tree_path):
+            if (part := obstacle(self.root, way)) is not None:
+                return f"{part} is not a folder, or is a link"
+        if not os.path.lexists(path) or self.holds(file):
+            return None
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is a link, or not a file"
+        noted = note(self.root, file.path)
+        if noted is None:
+            return DAMAGED if file_size(path) == file.size else "a file of this name is there that was not downloaded"
+        return None if digest(path, noted[0]) == noted[0] else CHANGED
+
+    def set_aside(self, file: HubFile) -> Path:
+        """Give a file that was changed another name, and return that."""
+        path = self.blob(file)
+        names = (path.with_name(f"{path.name}.changed-{i}") for i in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, aside)
+        return aside
+
+
+def in_blobs(storage: Path, path: Path) -> Path | None:
+    """The blob that a snapshot's link names, if it is the model's own; what a link leads to elsewhere is another's."""
+    if not path.is_symlink() or obstacle(storage, path) is not None:
+        return None
+    blob = Path(os.path.abspath(path.parent / os.readlink(path)))
+    is_own = blob.parent == Path(os.path.abspath(storage / "blobs")) and obstacle(storage, blob) is None
+    return blob if is_own and (blob.is_symlink() or blob.is_file()) else None
 
 
 def cache_folder() -> Path:
@@ -167,13 +198,14 @@ def cache_folder() -> Path:
 
 def cached_commit(name: str, revision: str) -> str | None:
     """The commit that a revision pointed to when it was last downloaded."""
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
+    if COMMIT.fullmatch(revision):
         return revision
     ref = cache_folder() / f"models--{name.replace('/', '--')}" / "refs" / revision
     try:
-        return ref.read_text("utf-8").strip()
+        commit = ref.read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
+    return commit if COMMIT.fullmatch(commit) else None
 
 
 def write_ref(storage: Path, revision: str, commit: str) -> None:
@@ -196,28 +228,34 @@ def write_tree(path: Path, files: Iterable[HubFile]) -> None:
 
 
 def read_tree(path: Path) -> list[HubFile] | None:
-    """A kept listing, or None if there is none that can be read."""
+    """A kept listing, or None if there is none that can be read and makes sense."""
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["format_version"] != 1:
             return None
-        return [
+        files = [
             HubFile.checked(
                 name, entry.get("lfs_size", entry["size"]), entry["blob_id"], entry.get("lfs_sha256"),
                 entry.get("xet_hash"),
             )
             for name, entry in content["files"].items()
         ]  # fmt: skip
+        check_together(files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError):
         return None
+    return files
 
 
 def tree_of(folder: Path) -> list[HubFile] | None:
-    """The kept listing of a snapshot or of a plain folder that was downloaded."""
+    """The kept listing of a snapshot, or of a plain folder that was downloaded: of its newest commit."""
     if folder.parent.name == "snapshots":
-        return read_tree(folder.parent.parent / "trees" / f"{folder.name}.json")
-    kept = list((folder / ".cache" / "huggingface" / "trees").glob("*.json"))
-    return read_tree(max(kept, key=lambda path: path.stat().st_mtime)) if kept else None
+        storage = folder.parent.parent
+        kept = [storage / each / f"{folder.name}.json" for each in (OURS, THEIRS)]
+    else:
+        notes = folder / ".cache" / "huggingface"
+        kept = [path for each in (OURS, THEIRS) for path in (notes / each).glob("*.json")]
+        kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((files for path in kept if (files := read_tree(path)) is not None), None)
 
 
 def missing_files(folder: Path, patterns: Sequence[str] | None = None) -> list[str]:
@@ -270,13 +308,6 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def is_safe(path: str) -> bool:
-    """Whether a relative path stays inside its folder and out of the bookkeeping."""
-    parts = path.split("/")
-    plain = not any(part in ("", ".", "..") for part in parts) and parts[0] != ".cache"
-    return plain and not PurePosixPath(path).is_absolute() and "\\" not in path and path.isprintable()
-
-
 def file_size(path: Path) -> int | None:
     """Bytes of a regular file, through links; None if there is none."""
     try:
@@ -285,14 +316,41 @@ def file_size(path: Path) -> int | None:
         return None
 
 
-def noted_etag(folder: Path, path: str) -> str | None:
-    """What a plain folder's notes say of a file that was not changed since."""
+def note(folder: Path, path: str) -> tuple[str, float] | None:
+    """What a plain folder's notes say of a file: its etag, and until when (seconds since 1970) nobody changed it."""
     try:
         lines = (folder / ".cache" / "huggingface" / "download" / f"{path}.metadata").read_text("utf-8").splitlines()
-        # One second of tolerance: some file systems keep no finer times.
-        return lines[1] if (folder / path).stat().st_mtime - 1 <= float(lines[2]) else None
+        return (lines[1], float(lines[2])) if ETAG.fullmatch(lines[1]) else None
     except (OSError, ValueError, IndexError):
         return None
+
+
+def noted_etag(folder: Path, path: str) -> str | None:
+    """The etag in the notes, if the file's time says that nobody changed it since."""
+    noted = note(folder, path)
+    try:
+        # One second of tolerance: some file systems keep no finer times.
+        return noted[0] if noted and (folder / path).stat().st_mtime - 1 <= noted[1] else None
+    except OSError:
+        return None
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes when somebody writes a file, or another in its place."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def obstacle(folder: Path, path: Path) -> Path | None:
+    """The first part of the way from a folder to a path in it that leads elsewhere (a link), or nowhere (a file)."""
+    for part in list(reversed(path.relative_to(folder).parents))[1:]:
+        step = folder / part
+        if step.is_symlink() or (step.exists() and not step.is_dir()):
+            return step
+    return None
 
 
 def hasher(etag: str, size: int) -> Any:

@@ -18,7 +18,7 @@ CRAWL_SECONDS = 8.0  # without progress on one connection: another one may do be
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 8.0
 UNREACHABLE_TRIES = 4  # a Hub that cannot be connected to at all is given up sooner: most likely there is no network
-OVERDUE_SECONDS = 4.0  # grace for an attempt that hangs where no timeout of a single read ends it
+OVERDUE_SECONDS = 2.0  # grace for an attempt that hangs where no timeout of a single read ends it
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 0.5  # how long workers may take to notice that they should stop
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import ConnectionFault, InputError, ModelError, ResourceError
 from .client import Hub
-from .fetch import resumable
-from .layout import CacheSnapshot, HubFile, Place, PlainFolder, is_safe, matching, read_tree
+from .layout import CacheSnapshot, Place, PlainFolder, matching, missing_files
+from .listing import HubFile, is_safe
+from .partial import resumable
 from .patience import Patience, run
+
+T = TypeVar("T")
 
 # Weights, configuration, tokenizer and the texts that belong to them; no code, no pickles.
 CHECKPOINT_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
@@ -47,35 +51,33 @@ def plan_download(
     token: str | bool | None = None,
     patterns: Sequence[str] | None = None,
     to: Path | None = None,
+    relist: bool = False,
 ) -> DownloadPlan:
     """Ask the Hub what `name` holds, and look what is there already; nothing is written.
 
-    `patterns` None: what a DBRX checkpoint needs. Raises `AccessError`, `ModelError` (no such revision, no file
-    that matches) or `ConnectionFault`.
+    `patterns` None: what a DBRX checkpoint needs. A commit's listing never changes, so one that was kept is not asked
+    for again where all that it names is here; `relist` asks all the same. Raises `AccessError`, `ModelError` (no such
+    revision, no file that matches) or `ConnectionFault`.
     """
     check_name(name, revision)
     if is_offline():
         raise ConnectionFault(f"HF_HUB_OFFLINE is set, so {name} was not looked up on the Hub", "unset HF_HUB_OFFLINE")
     hub = Hub.connect(name, token)
-    answers: list[tuple[str, list[HubFile]]] = []
-
-    def ask(patience: Patience) -> None:
-        commit = hub.commit(revision or DEFAULT_REVISION, patience)
-        patience.restart()
-        kept = read_tree(place_of(name, commit, to).tree_path)  # a commit's listing never changes
-        answers.append((commit, kept if kept is not None else hub.tree(commit, patience)))
-
-    run([ask])
-    commit, listing = answers[0]
+    commit = _ask(lambda patience: hub.commit(revision or DEFAULT_REVISION, patience))
     place = place_of(name, commit, to)
-    wanted = set(matching((file.path for file in listing), patterns or CHECKPOINT_PATTERNS))
-    files = tuple(_on_disk(place, file) for file in listing if file.path in wanted)
+    listing = None if relist else place.kept()
+    files = _wanted(place, listing or [], patterns)
+    # Only a listing that came true is believed: so one that was wrong costs a request, and does not stay for good.
+    if not files or not all(file.present for file in files) or missing_files(place.root, patterns):
+        told = _ask(lambda patience: hub.tree(commit, patience))
+        if told != listing:
+            listing, files = told, _wanted(place, told, patterns)
     if not files:
         raise ModelError(
             f"{name} holds no file that matches {', '.join(patterns or CHECKPOINT_PATTERNS)}",
             "choose a repository with safetensors weights",
         )
-    return DownloadPlan(name, revision or DEFAULT_REVISION, commit, place.root, files, tuple(listing))
+    return DownloadPlan(name, revision or DEFAULT_REVISION, commit, place.root, files, tuple(listing or ()))
 
 
 def place_of(name: str, commit: str, to: Path | None) -> Place:
@@ -108,6 +110,11 @@ def check_name(name: str, revision: str | None) -> None:
         fits = False
     if not fits:
         raise ModelError(f"{name!r} is neither a folder nor a Hub id", "a Hub id looks like org/name")
+    check_revision(revision)
+
+
+def check_revision(revision: str | None) -> None:
+    """`InputError` if `revision` cannot be one, None aside; an empty one is none."""
     if revision is not None and not is_safe(revision):
         raise InputError(f"{revision!r} cannot be a revision", "give a branch, a tag or a commit")
 
@@ -127,6 +134,19 @@ def readable(n_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _ask(question: Callable[[Patience], T]) -> T:
+    """The answer to one question to the Hub, found in a worker thread."""
+    answers: list[T] = []
+    run([lambda patience: answers.append(question(patience))])
+    return answers[0]
+
+
+def _wanted(place: Place, listing: Sequence[HubFile], patterns: Sequence[str] | None) -> tuple[HubFile, ...]:
+    """The files of a listing that match, and how much of each is on disk."""
+    names = set(matching((file.path for file in listing), patterns or CHECKPOINT_PATTERNS))
+    return tuple(_on_disk(place, file) for file in listing if file.path in names)
 
 
 def _on_disk(place: Place, file: HubFile) -> HubFile:

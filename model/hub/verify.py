@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .layout import ETAG, PIECE, file_size, hasher, missing_files, names_in, noted_etag, tree_of
+from .layout import PIECE, file_size, hasher, in_blobs, missing_files, names_in, note, tree_of
+from .listing import ETAG
 from .progress import Progress, Silent
 
 
@@ -28,8 +29,10 @@ def verify_cached(folder: Path, progress: Progress | None = None) -> list[Proble
     what the checkpoint lacks is named.
     """
     progress = progress or Silent()
-    listed = {file.path: file for file in tree_of(folder) or ()}
     names = names_in(folder)
+    if folder.parent.name != "snapshots":
+        names = [name for name in names if note(folder, name) is not None]
+    listed = {file.path: file for file in tree_of(folder) or ()}
     sizes = {name: file_size(folder / name) or 0 for name in names}
     progress.start(sum(sizes.values()), 0, len(names))
     problems = [Problem(name, "missing") for name in missing_files(folder) if file_size(folder / name) is None]
@@ -44,18 +47,23 @@ def verify_cached(folder: Path, progress: Progress | None = None) -> list[Proble
 
 
 def remove(folder: Path, problem: Problem) -> None:
-    """Take a damaged file away, with the blob behind it, so that the next download fetches it."""
+    """Take a damaged file away, with the blob behind it, so that the next download fetches it.
+
+    What a link leads to elsewhere is no part of the checkpoint, and stays.
+    """
     path = folder / problem.name
-    if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
+    blob = in_blobs(folder.parent.parent, path) if folder.parent.name == "snapshots" else None
     path.unlink(missing_ok=True)
+    if blob is not None:
+        blob.unlink(missing_ok=True)
 
 
 def _expected(folder: Path, name: str) -> str | None:
     """The etag: the name of the blob in the cache, the note in a plain folder."""
     path = folder / name
     if folder.parent.name != "snapshots":
-        return noted_etag(folder, name)
+        noted = note(folder, name)
+        return noted[0] if noted else None
     etag = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     return etag if ETAG.fullmatch(etag) else None
 
