@@ -13,8 +13,11 @@ import pexpect
 import pytest
 from huggingface_hub import constants, scan_cache_dir
 
+from dbrx_cli.commands.models import _to_remove
+from model.errors import InputError, ModelError
 from model.hub import inventory
-from model.hub.layout import CacheSnapshot, HubFile, write_ref, write_tree
+from model.hub.layout import CacheSnapshot, write_ref, write_tree
+from model.hub.listing import HubFile
 from tests.cli import COMMAND, ROOT, Cli, environment
 from tests.hub_server import checkpoint, git_id
 from tests.test_imports import loaded_by
@@ -132,6 +135,111 @@ def test_links_that_lead_elsewhere_are_not_followed(cli: Cli, add: Add, cache: P
     os.symlink(treasure / "keep", next((storage / "snapshots").iterdir()) / "extra.safetensors")
     assert cli("models", "remove", NAME, "--yes").code == 0
     assert (treasure / "keep").exists() and not storage.exists()
+
+
+def plant(storage: Path, snapshot: Path, mine: Path, where: str) -> None:
+    """A link, at one of the places that removing passes, to a folder with a file of the user's."""
+    blobs, other = storage / "blobs", storage.parent / "models--acme--other"
+    if where in ("snapshots", "blobs", "refs", "trees", ".dbrx"):
+        folder = storage / where
+        if folder.exists():
+            folder.rename(mine / where)
+        (mine / where).mkdir(exist_ok=True)
+        folder.symlink_to(mine / where)
+    elif where == "the snapshot":
+        snapshot.rename(mine / "snapshot")
+        snapshot.symlink_to(mine / "snapshot")
+    elif where == "the model":
+        storage.rename(mine / "storage")
+        storage.symlink_to(mine / "storage")
+    elif where == "a ref":
+        (storage / "refs" / "main").rename(mine / "main")
+        (storage / "refs" / "main").symlink_to(mine / "main")
+    elif where == "a blob":
+        blob = (snapshot / "config.json").resolve()
+        blob.rename(mine / "blob")
+        blob.symlink_to(mine / "blob")
+    elif where == "a folder in the snapshot":
+        (snapshot / "folder").symlink_to(mine)
+    elif where == "a folder of blobs":
+        (blobs / "folder").mkdir()
+        (blobs / "folder" / "mine").write_bytes(b"mine")
+        (snapshot / "link").symlink_to("../../blobs/folder")
+    elif where == "another model":
+        (other / "blobs").mkdir(parents=True)
+        (other / "blobs" / "theirs").write_bytes(b"theirs")
+        (snapshot / "link").symlink_to("../../../models--acme--other/blobs/theirs")
+    elif where == "a way up":
+        (snapshot / "link").symlink_to(f"../../blobs/../../../{mine.name}/keep")
+    elif where == "another snapshot":
+        (snapshot / "link").symlink_to(f"../{'e' * 40}/real")
+    elif where == "a hard link":
+        os.link(mine / "keep", blobs / "hard")
+        (snapshot / "link").symlink_to("../../blobs/hard")
+    else:
+        (snapshot / "link").symlink_to(mine / "keep")
+
+
+PLACES = [
+    "a file", "a way up", "a ref", "a blob", "a hard link", "a folder in the snapshot", "a folder of blobs",
+    "another model", "another snapshot", "snapshots", "blobs", "refs", "trees", ".dbrx", "the snapshot", "the model",
+]  # fmt: skip
+
+
+def contents(*folders: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("revision", [True, False])
+def test_what_a_planted_link_leads_to_stays(
+    add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: bool
+) -> None:
+    for i, where in enumerate(PLACES):
+        cache, mine = tmp_path / f"hub-{i}", tmp_path / f"mine-{i}"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        mine.mkdir()
+        (mine / "keep").write_bytes(b"x" * 100_000)
+        commit = add(NAME, checkpoint())
+        storage = cache / "models--acme--tiny-dbrx"
+        (storage / "snapshots" / ("e" * 40)).mkdir()
+        (storage / "snapshots" / ("e" * 40) / "real").write_bytes(b"another revision")
+        plant(storage, storage / "snapshots" / commit, mine, where)
+        others = cache / "models--acme--other"
+        before = contents(mine, others)
+        models = [model for model in inventory.inventory() if model.commit == commit]
+        try:
+            paths = inventory.removal(models, all_revisions=not revision)
+            freed = inventory.freed_bytes(paths)
+            inventory.remove_paths(paths)
+        except ModelError as fault:  # only where a folder of the cache is the link
+            assert revision and "leads out of the cache" in fault.message
+            assert where in ("snapshots", "blobs", "refs", "trees", ".dbrx", "the model")
+        else:
+            usual = sum(map(len, checkpoint().values()))
+            assert freed < usual + 10_000
+            assert not (storage / "snapshots" / commit).exists() or storage.is_symlink()
+            assert not revision or (storage / "snapshots" / ("e" * 40) / "real").read_bytes() == b"another revision"
+        assert contents(mine, others) == before, where
+
+
+def test_a_revision_is_named_in_full(cli: Cli, add: Add, cache: Path) -> None:
+    commit = add(NAME, checkpoint())
+    for revision in ("", " ", "..", "/", commit[0], commit[:6], "mai", "v1", commit[:12] + "0"):
+        with pytest.raises((InputError, ModelError)):
+            _to_remove(NAME, revision)
+    assert cli("models", "remove", NAME, "--revision", "", "--yes").code == 2
+    assert cli("models", "remove", "demo", "--revision", "main", "--yes").code == 2
+    assert cli("models", "remove", NAME, "--revision", commit[:7], "--yes").code == 0 and listed(cli) == []
+
+
+def test_a_revision_without_a_config_keeps_its_blobs(cli: Cli, add: Add, cache: Path) -> None:
+    """It is not listed, as nothing says that it is a DBRX checkpoint, and another program may have begun it."""
+    shard = "model-00001-of-00003.safetensors"
+    name = "acme/tiny-model"
+    commit = add(name, checkpoint())
+    begun = add(name, {shard: checkpoint()[shard]}, ref="begun")
+    assert cli("models", "remove", name, "--revision", commit, "--yes").code == 0
+    assert (cache / "models--acme--tiny-model" / "snapshots" / begun / shard).read_bytes() == checkpoint()[shard]
 
 
 def test_a_damaged_cache_is_no_fault(cli: Cli, add: Add, cache: Path) -> None:

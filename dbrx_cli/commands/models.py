@@ -18,6 +18,8 @@ from model.errors import DbrxError, InputError, ModelError
 if TYPE_CHECKING:
     from model.hub.inventory import CachedModel
 
+SHORTEST = 7  # characters of a commit that stand for it, as git shows it
+
 app = typer.Typer(help="Models on this machine: list them, print a folder, remove one.", rich_markup_mode="markdown")
 
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id (org/name) or `demo`.", show_default=False)]
@@ -139,8 +141,12 @@ def find_folder(name: str, revision: str | None) -> Path:
 def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
     """What is deleted, and how it is called."""
     from model.hub.inventory import inventory, removal
+    from model.hub.plan import check_revision
 
+    check_revision(revision)
     if name == "demo":
+        if revision is not None:
+            raise InputError("the demo model has no revisions", "leave out --revision")
         if (demo := _demo()) is None:
             raise ModelError("the demo model is not on this machine")
         return [Path(demo["path"])], "the demo model"
@@ -151,11 +157,16 @@ def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
         raise ModelError(f"no DBRX checkpoint {name} is in the cache", "`dbrx models` lists those that are")
     if revision is None:
         count = f" ({len(cached)} revisions)" if len(cached) > 1 else ""
-        return removal(cached), f"{name}{count}"
-    chosen = [m for m in cached if revision in m.refs or (m.commit or "").startswith(revision)]
+        return removal(cached, all_revisions=True), f"{name}{count}"
+    chosen = [m for m in cached if revision in m.refs] or [m for m in cached if _begins(m.commit, revision)]
     if len(chosen) != 1:
         raise ModelError(f"{name} has no revision {revision} in the cache", "`dbrx models` lists those that it has")
-    return removal(chosen), f"{name} at {(chosen[0].commit or '')[:12]}"
+    return removal(chosen, all_revisions=False), f"{name} at {(chosen[0].commit or '')[:12]}"
+
+
+def _begins(commit: str | None, revision: str) -> bool:
+    """Whether a revision is a commit, or enough of its beginning to mean that one and no other."""
+    return len(revision) >= SHORTEST and (commit or "").startswith(revision)
 
 
 def _ask(question: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
 from ..safetensors_file import read_json
-from .layout import cache_folder, missing_files
+from .layout import OURS, THEIRS, cache_folder, in_blobs, missing_files, obstacle
 
 KIND = "dbrx"
 
@@ -38,24 +40,39 @@ def inventory() -> list[CachedModel]:
     return sorted(found, key=lambda model: (model.name, not model.refs, model.commit or ""))
 
 
-def removal(models: Iterable[CachedModel]) -> list[Path]:
-    """Files and folders that go with these revisions of one checkpoint: what the others share stays."""
+def removal(models: Iterable[CachedModel], *, all_revisions: bool) -> list[Path]:
+    """Files and folders that go with these revisions of one checkpoint: what the others share stays.
+
+    Everything lies in the cache, the ends of its links do not count. `ModelError` if a folder of it is a link itself.
+    """
     gone = list(models)
     storage = _storage(gone[0].folder)
-    kept = [model for model in _models_in(storage) if model.commit not in {each.commit for each in gone}]
-    if not kept:
+    commits = {model.commit for model in gone}
+    kept = [folder for folder in _snapshots(storage) if folder.name not in commits]
+    if all_revisions or not kept:
         return [storage]
-    shared = {blob for model in kept for blob in _blobs(model.folder)}
-    blobs = sorted({blob for model in gone for blob in _blobs(model.folder)} - shared)
+    shared = {blob for folder in kept for blob in _own_blobs(folder)}
+    blobs = sorted({blob for model in gone for blob in _own_blobs(model.folder)} - shared)
     refs = [storage / "refs" / ref for model in gone for ref in model.refs]
-    trees = [storage / "trees" / f"{model.commit}.json" for model in gone]
-    return [*refs, *(model.folder for model in gone), *blobs, *trees]
+    trees = [storage / each / f"{model.commit}.json" for model in gone for each in (OURS, THEIRS)]
+    paths = [*refs, *(model.folder for model in gone), *blobs, *trees]
+    for path in paths:
+        if (link := obstacle(cache_folder(), path)) is not None:
+            raise ModelError(f"{link} leads out of the cache, nothing was removed", "remove by hand what is to go")
+    return paths
 
 
 def freed_bytes(paths: Iterable[Path]) -> int:
-    """What the disk gets back: links, and what they lead to elsewhere, do not count."""
-    files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+    """What the disk gets back: links do not count, nor do files that keep another name elsewhere (hard links)."""
+    names: Counter[tuple[int, int]] = Counter()
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]:
+            status = _status(file, follow=False)
+            if status is not None and stat.S_ISREG(status.st_mode):
+                names[status.st_dev, status.st_ino] += 1
+                sizes[status.st_dev, status.st_ino] = (status.st_size, status.st_nlink)
+    return sum(size for file, (size, links) in sizes.items() if names[file] >= links)
 
 
 def remove_paths(paths: Iterable[Path]) -> None:
@@ -70,7 +87,7 @@ def remove_paths(paths: Iterable[Path]) -> None:
 def _models_in(storage: Path) -> Iterator[CachedModel]:
     name = storage.name.removeprefix("models--").replace("--", "/")
     refs = dict(_refs(storage / "refs"))
-    snapshots = [path for path in sorted((storage / "snapshots").glob("*")) if path.is_dir()]
+    snapshots = _snapshots(storage)
     for folder in snapshots:
         if _is_dbrx(folder, name):
             pointing = tuple(sorted(ref for ref, commit in refs.items() if commit == folder.name))
@@ -82,6 +99,10 @@ def _models_in(storage: Path) -> Iterator[CachedModel]:
     if not snapshots and parts and KIND in name.lower():
         used = max(status.st_atime for status in parts)
         yield CachedModel(name, None, (), storage / "snapshots", sum(s.st_size for s in parts), (), used)
+
+
+def _snapshots(storage: Path) -> list[Path]:
+    return [path for path in sorted((storage / "snapshots").glob("*")) if path.is_dir()]
 
 
 def _refs(folder: Path) -> Iterator[tuple[str, str]]:
@@ -110,9 +131,15 @@ def _blobs(folder: Path) -> set[Path]:
     }
 
 
-def _status(path: Path) -> os.stat_result | None:
+def _own_blobs(folder: Path) -> set[Path]:
+    """Those of them that are the model's own."""
+    storage = _storage(folder)
+    return {blob for path in folder.rglob("*") if (blob := in_blobs(storage, path)) is not None}
+
+
+def _status(path: Path, *, follow: bool = True) -> os.stat_result | None:
     try:
-        return path.stat()
+        return path.stat(follow_symlinks=follow)
     except OSError:
         return None
 
