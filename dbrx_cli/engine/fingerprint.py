@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
 FORMAT = 1  # of the files, and of what their numbers mean
-HEAD = 64 * 1024  # bytes of each file of weights that are looked at: its header, and where tensors lie
+HEAD = 64 * 1024  # bytes of each file of weights that are looked at: its header, and where tensors lie;
+SAMPLES, SAMPLE = 16, 4096  # and so many pieces of so many bytes, spread over the rest
 
 
 def fingerprint(engine: LocalEngine) -> dict[str, str]:
@@ -58,9 +59,11 @@ def of_request(engine: LocalEngine, request: Request, prompt: Sequence[int]) -> 
 
 
 def _weights(source: Path | None) -> str:
-    """By name, size, beginning and time of each file: reading hundreds of gigabytes would take longer than it saves.
+    """By name, size, times and samples of each file: reading hundreds of gigabytes would take longer than it saves.
 
-    A file of the Hub's cache is stored under the checksum of its content, which says more than a time.
+    The time of the last change to the file (ctime) is set by the system alone: whoever writes into a file, or puts
+    another in its place, changes it, also where size and time of modification are made the same again. The samples are
+    for file systems that keep no such time. A file of the Hub's cache is stored under the checksum of its content.
     """
     if source is None:
         raise InputError("keys and values are saved only where one process has the whole model", "run without torchrun")
@@ -70,9 +73,13 @@ def _weights(source: Path | None) -> str:
     parts = []
     for path in paths:
         status, stored = path.stat(), Path(os.path.realpath(path))
-        identity = stored.name if stored.parent.name == "blobs" else str(status.st_mtime_ns)
+        blob = stored.name if stored.parent.name == "blobs" else ""
+        parts.append(f"{path.name} {status.st_size} {blob} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
         with path.open("rb") as file:
-            parts += [f"{path.name} {status.st_size} {identity}".encode(), file.read(HEAD)]
+            parts.append(file.read(HEAD))
+            for i in range(1, SAMPLES + 1):
+                file.seek(max(HEAD, status.st_size * i // SAMPLES - SAMPLE))
+                parts.append(file.read(SAMPLE))
     return _digest(parts)
 
 
