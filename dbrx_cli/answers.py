@@ -13,12 +13,31 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol
 
 from model.errors import InputError, ResourceError
 
+OTHER_PROMPTS = "answers to other prompts"
 FIRST = b'{"index": '  # every record begins so: how a torn one is told from a file that is something else
+
+Key = tuple[str | int | None, int | None]  # the id of a prompt, or the index where it has none
+
+
+def key(id: str | int | None, index: int) -> Key:
+    """By what a prompt is found again. An id never means an index, whatever it is."""
+    return (id, None) if id is not None else (None, index)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A prompt of the file: its place, its digest, and all else that decides about its answer: names -> values."""
+
+    index: int
+    digest: str
+    asked: Mapping[str, Any]
 
 
 class Answers(Protocol):
@@ -53,16 +72,15 @@ class AnswerFile:
 
     advice = "; the same command goes on"
 
-    def __init__(self, path: Path, prompts: Mapping[str | int, tuple[int, str]], model: str) -> None:
-        """prompts: by id, or by "#" and index where there is none, each prompt's index and digest.
-
-        `InputError` if the file cannot be written, is something else, or belongs to other prompts or another model.
+    def __init__(self, path: Path, wanted: Mapping[Key, Wanted], model: str) -> None:
+        """`InputError` if the file cannot be written, is something else, or answers what is not asked now: other
+        prompts, another model, other settings.
         """
         self.path = path
         self.answered: frozenset[int] = frozenset()
         self._file = self._open()
         try:
-            self._take_up(prompts, model)
+            self._take_up(wanted, model)
         except BaseException:
             os.close(self._file)
             raise
@@ -97,7 +115,7 @@ class AnswerFile:
             raise
         return file
 
-    def _take_up(self, prompts: Mapping[str | int, tuple[int, str]], model: str) -> None:
+    def _take_up(self, wanted: Mapping[Key, Wanted], model: str) -> None:
         with open(self.path, "rb") as file:
             data = file.read()
         *lines, tail = data.split(b"\n")  # tail: empty, or torn when a process was killed
@@ -105,11 +123,12 @@ class AnswerFile:
             raise self._foreign(len(lines) + 1)
         answered, kept = set(), []
         for number, line, values in self._answers(lines):
-            index, digest = prompts.get(values.get("id", f"#{values['index']}"), (None, None))
-            if index is None or values.get("prompt_sha256") != digest or values.get("model") != model:
-                what = "another model's answers" if values.get("model") != model else "answers to other prompts"
-                raise InputError(f"--output {self.path} holds {what} (line {number})", "choose another file")
-            answered.add(index)
+            prompt = wanted.get(key(values.get("id"), values["index"]))
+            if prompt is None or (other := _otherwise(values, prompt, model)):
+                what = other if prompt is not None else OTHER_PROMPTS
+                fault = f"--output {self.path} holds {what} (line {number})"
+                raise InputError(fault, "choose another file, or delete this one to ask anew")
+            answered.add(prompt.index)
             kept.append(line + b"\n")
         self.answered = frozenset(answered)
         if b"".join(kept) != data:
@@ -120,9 +139,9 @@ class AnswerFile:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise self._foreign(number) from None
-            if not line.startswith(FIRST) or not ({"text", "error"} & set(values)):
+            if not line.startswith(FIRST) or not ({"text", "error"} & set(values)) or not _is_key(values):
                 raise self._foreign(number)
             if "error" not in values:
                 yield number, line, values
@@ -148,6 +167,23 @@ class AnswerFile:
         os.close(self._file)
         self._file = new
         fcntl.fcntl(new, fcntl.F_SETFL, fcntl.fcntl(new, fcntl.F_GETFL) | os.O_APPEND)
+
+
+def _is_key(values: Mapping[str, Any]) -> bool:
+    return type(values["index"]) is int and type(values.get("id")) in (str, int, NoneType)
+
+
+def _otherwise(answer: Mapping[str, Any], prompt: Wanted, model: str) -> str:
+    """How what was asked differs from what is asked now, if it does."""
+    if answer.get("model") != model:
+        return "another model's answers"
+    if answer.get("prompt_sha256") != prompt.digest:
+        return OTHER_PROMPTS
+    before, now = answer.get("asked"), prompt.asked
+    if not isinstance(before, dict):
+        return "answers of an earlier version, which do not say how they were asked"
+    changed = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+    return f"answers that were asked with another {', '.join(changed)}" if changed else ""
 
 
 def _write(file: int, data: bytes) -> None:

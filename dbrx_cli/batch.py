@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dbrx_cli.answers import Answers
+from dbrx_cli.answers import Answers, Wanted
 from dbrx_cli.engine import Done, Engine, Request
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, decode
@@ -46,8 +46,13 @@ class Job:
     @property
     def digest(self) -> str:
         """Tells an answer to this prompt from one to another prompt in the same place."""
-        prompt = self.prompt if isinstance(self.prompt, str) else [[m.role, m.content] for m in self.prompt]
-        return hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16]
+        return digest(self.prompt if isinstance(self.prompt, str) else [[m.role, m.content] for m in self.prompt])
+
+    def wanted(self, flags: Mapping[str, Any]) -> Wanted:
+        """What an answer must have been asked with to count; flags: what holds for all lines, names -> values."""
+        own = {f"--{name.replace('_', '-')}": value for name, value in (self.sampling or {}).items()}
+        asked = dict(flags) | own | ({"--stop": digest(self.stop)} if self.stop else {})
+        return Wanted(self.index, self.digest, {name: value for name, value in asked.items() if value is not None})
 
     def request(self, ask: Ask) -> Request:
         """What to ask the engine; ask: from a prompt to the request that the flags make of it.
@@ -66,6 +71,11 @@ class Job:
         if seed is not None and "seed" not in own:
             own["seed"] = (seed + self.index) % 2**64
         return replace(request, params=replace(request.params, **own), stop=self.stop or request.stop)
+
+
+def digest(value: Any) -> str:
+    """Of a value of JSON: enough to tell it from another one."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_jobs(data: bytes, source: str, errors: InputErrors) -> list[Job]:
@@ -144,16 +154,28 @@ def _sampling(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def record(job: Job, result: Done | DbrxError) -> dict[str, Any]:
+def record(job: Job, result: Done | DbrxError, flags: Mapping[str, Any]) -> dict[str, Any]:
     """A line of the answers' file: index, the id if there was one, and the answer or what hindered it."""
     head = {"index": job.index} | ({"id": job.id} if job.id is not None else {})
     if isinstance(result, DbrxError):
         return {**head, "error": {"message": result.one_line, "code": result.exit_code}}
-    return {**head, **result.to_dict(), "prompt_sha256": job.digest}
+    wanted = job.wanted(flags)
+    return {**head, **result.to_dict(), "prompt_sha256": wanted.digest, "asked": wanted.asked}
 
 
-def run(engine: Engine, jobs: Sequence[Job], ask: Ask, answers: Answers, rows: int, report: Report) -> None:
-    """Answer what is not answered yet, `rows` prompts at a time; `DbrxError` at the end if some got no answer."""
+def run(
+    engine: Engine,
+    jobs: Sequence[Job],
+    ask: Ask,
+    flags: Mapping[str, Any],
+    answers: Answers,
+    rows: int,
+    report: Report,
+) -> None:
+    """Answer what is not answered yet, `rows` prompts at a time; `DbrxError` at the end if some got no answer.
+
+    flags: what `Job.wanted` asks for, kept in the answers.
+    """
     from dbrx_cli.engine.batched import answers as answer
 
     by_index = {job.index: job for job in jobs if job.index not in answers.answered}
@@ -163,7 +185,7 @@ def run(engine: Engine, jobs: Sequence[Job], ask: Ask, answers: Answers, rows: i
     done, tokens, started = len(jobs) - len(by_index), 0, time.perf_counter()
 
     def write(index: int, result: Done | DbrxError) -> None:
-        answers.write(record(by_index[index], result))
+        answers.write(record(by_index[index], result, flags))
         if isinstance(result, DbrxError):
             faults[index] = result
 

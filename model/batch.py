@@ -39,22 +39,22 @@ class Batch:
         self._waiting.append(row)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Row, int]]:
-        """Decode, then read one chunk of the prompts that wait; returns the id that each row got.
+    def step(self) -> list[tuple[Row, int | None]]:
+        """Decode, then read one chunk of the prompts that wait; returns the id that each row got, None for a fault.
 
         A row that is `done` has left when this returns. After an exception the batch is not to be used again.
         """
-        new: list[tuple[Row, int]] = []
+        new: list[tuple[Row, int | None]] = []
         if self._active:
             column = torch.tensor([[row.ids[-1]] for row in self._active], device=self._network.device)
             logits = self._network(column, past_key_values=self.cache).logits[:, -1]
-            new += [(row, row.choose(scores)) for row, scores in zip(self._active, logits, strict=True)]
+            new += [(row, row.try_choose(scores)) for row, scores in zip(self._active, logits, strict=True)]
             for row in [row for row in self._active if row.done]:
                 self._leave(row)
         if self._joining is None:
             self._joining = self._admit()
         if self._joining is not None and (scores := self._joining.read()) is not None:
-            new += [(row, row.choose(each)) for row, each in zip(self._joining.rows, scores, strict=True)]
+            new += [(row, row.try_choose(each)) for row, each in zip(self._joining.rows, scores, strict=True)]
             for at, row in enumerate(self._joining.rows):
                 if not row.done:
                     self._active.append(row)

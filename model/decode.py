@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import InputError, ModelError
 from .kv_cache import KVCache
 from .sampling import SamplingParams, penalize, sample
 from .transformer import DbrxForCausalLM
@@ -188,6 +188,7 @@ class Row:
         self._most = min(params.max_tokens, room)
         self._penalized = params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
         self._occurred: tuple[Tensor, Tensor] | None = None  # what `penalize` asks for: seen, counts
+        self.fault: InputError | None = None  # that ended it
         self.done = bool(self.ids) and self._complete()
 
     @property
@@ -207,6 +208,14 @@ class Row:
             self._watcher(self._number, token, raw)
         self.done = self._complete()
         return token
+
+    def try_choose(self, logits: Tensor) -> int | None:
+        """As `choose`; an `InputError`, such as of a mask that lets nothing through, ends this row and is its fault."""
+        try:
+            return self.choose(logits)
+        except InputError as fault:
+            self.fault, self.done = fault, True
+            return None
 
     def _penalize(self, logits: Tensor) -> Tensor:
         if self._occurred is None:

@@ -49,7 +49,7 @@ def test_answers_are_those_of_one_by_one(cli: Cli, checkpoint: Path, prompts: Pa
     for question in some:
         record = together[QUESTIONS.index(question)]
         alone = json.loads(cli("generate", "-m", checkpoint, *COMMON[:-2], "--json", "--no-log", question).out)
-        assert {"index", "prompt_sha256", *alone} == set(record)
+        assert {"index", "prompt_sha256", "asked", *alone} == set(record)
         for key in ("text", "token_ids", "finish_reason", "model", "dtype"):
             assert record[key] == alone[key], key
         assert record["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -310,7 +310,7 @@ def _answer_batch(
     batch: BatchOptions,
     report: Report,
 ) -> None:
-    from dbrx_cli.answers import AnswerFile, StandardOutput
+    from dbrx_cli.answers import AnswerFile, StandardOutput, key
     from dbrx_cli.batch import Prompt, read_jobs, run
 
     assert batch.batch is not None
@@ -319,16 +319,61 @@ def _answer_batch(
     else:
         jobs = read_jobs(read_file(batch.batch, LARGEST_BATCH), batch.batch, given.input_errors)
     constraint, stop = form.constraint(), sampling.stop_strings
-    prompts = {job.id if job.id is not None else f"#{job.index}": (job.index, job.digest) for job in jobs}
-    answers = AnswerFile(batch.output_file, prompts, model.model) if batch.output_file else StandardOutput()
+    # A server says which model it has; one here is not loaded before it is known that something is to be asked.
+    engine = open_engine(model, report) if model.url is not None else None
+    flags = _asked(given, model, sampling, form, constraint, report)
+    wanted = {key(job.id, job.index): job.wanted(flags) for job in jobs}
+    name = engine.name if engine else model.model
+    answers = AnswerFile(batch.output_file, wanted, name) if batch.output_file else StandardOutput()
     with closing(answers):
         if len(answers.answered) == len(jobs):
             report.notice(f"all {len(jobs)} prompts were answered before")
             return
-        engine = open_engine(model, report)
+        engine = engine or open_engine(model, report)
         params = sampling.over(engine.defaults)
 
         def ask(prompt: Prompt) -> Request:
             return Request(given.prompt(prompt), params, stop, constraint=constraint, logprobs=form.logprobs)
 
-        run(engine, jobs, ask, answers, batch.batch_size, report)
+        run(engine, jobs, ask, flags, answers, batch.batch_size, report)
+
+
+def _asked(
+    given: PromptOptions,
+    model: EngineOptions,
+    sampling: SamplingOptions,
+    form: FormOptions,
+    constraint: Constraint | None,
+    report: Report,
+) -> dict[str, Any]:
+    """What decides about the answers of all lines: names, as a fault tells them, and values or their digests.
+
+    Flags count as they were given, so that it is known before a model is loaded.
+    """
+    from dbrx_cli.batch import digest
+
+    asked: dict[str, Any] = {f"--{name.replace('_', '-')}": value for name, value in vars(sampling).items()}
+    asked |= {
+        "--lookup": None,  # the text is the same with and without
+        "--stop": digest(sampling.stop) if sampling.stop else None,
+        "--system": digest(given.system) if given.system is not None else None,
+        "--no-system": given.no_system,
+        "--raw": given.raw,
+        "--schema": digest(constraint.json_schema) if constraint else None,
+        "--logprobs": form.logprobs,
+        "--context": model.context,
+        "--url": True if model.url is not None else None,  # where it stands may change
+    }
+    if model.url is None:
+        from dbrx_cli.engine.fingerprint import of_files
+        from dbrx_cli.engine.local import find_model
+
+        adapter = Path(model.adapter) if model.adapter is not None else None
+        asked |= {
+            "--dtype": model.dtype,
+            "--quantize": model.quantize,
+            "--revision": model.revision,
+            "--adapter": of_files(adapter) if adapter is not None and adapter.exists() else None,
+            "version of the model's files": of_files(find_model(model, report)),
+        }
+    return asked

@@ -9,18 +9,19 @@ from dbrx_cli.engine import Delta, Done, Engine, FinishReason, Request
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
-from model.errors import ContextError, DbrxError, InputError
+from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, ModelError, ResourceError
 
 if TYPE_CHECKING:
     from model.decode import Row
 
 Answer = tuple[int, Done | DbrxError]
+ENDS_ALL = (AccessError, ConnectionFault, ModelError, ResourceError)  # other prompts would meet them too
 
 
 def answers(engine: Engine, requests: Iterable[tuple[int, Request]], rows: int) -> Iterator[Answer]:
     """Answer numbered requests, `rows` at a time, and give each answer when it is complete, or its request's fault.
 
-    A request is taken when there is room for it. Faults of the model or the machine are raised.
+    A request is taken when there is room for it. Faults of the model, the machine or the connection are raised.
     """
     return _together(engine, requests, rows) if isinstance(engine, LocalEngine) else _one_by_one(engine, requests)
 
@@ -31,7 +32,9 @@ def _one_by_one(engine: Engine, requests: Iterable[tuple[int, Request]]) -> Iter
             *_, last = engine.stream(request)
             assert not isinstance(last, Delta)
             yield number, last
-        except (InputError, ContextError) as fault:
+        except ENDS_ALL:
+            raise
+        except DbrxError as fault:
             yield number, fault
 
 
@@ -59,7 +62,7 @@ def _together(engine: LocalEngine, requests: Iterable[tuple[int, Request]], rows
         for row, _ in new:
             if row.done:
                 job = jobs.pop(row)
-                yield job.number, job.done()
+                yield job.number, row.fault or job.done()
 
 
 class _Job:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
 FORMAT = 1  # of the files, and of what their numbers mean
+WEIGHTS = {".safetensors", ".gguf"}
+TEXTS = {".json", ".jinja", ".model", ".tiktoken"}
 HEAD = 64 * 1024  # bytes of each file of weights that are looked at: its header, and where tensors lie;
 SAMPLES, SAMPLE = 16, 4096  # and so many pieces of so many bytes, spread over the rest
 
@@ -58,6 +60,12 @@ def of_request(engine: LocalEngine, request: Request, prompt: Sequence[int]) -> 
     }
 
 
+def of_files(source: Path) -> str:
+    """A checkpoint's or an adapter's files, before anything of them is loaded: weights, configuration, tokenizer."""
+    texts = (p for p in sorted(source.iterdir()) if p.suffix in TEXTS and p.is_file()) if source.is_dir() else ()
+    return _digest([_weights(source).encode(), *(part for p in texts for part in (p.name.encode(), p.read_bytes()))])
+
+
 def _weights(source: Path | None) -> str:
     """By name, size, times and samples of each file: reading hundreds of gigabytes would take longer than it saves.
 
@@ -67,9 +75,7 @@ def _weights(source: Path | None) -> str:
     """
     if source is None:
         raise InputError("keys and values are saved only where one process has the whole model", "run without torchrun")
-    paths = (
-        sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".gguf")) if source.is_dir() else [source]
-    )
+    paths = sorted(p for p in source.iterdir() if p.suffix in WEIGHTS) if source.is_dir() else [source]
     parts = []
     for path in paths:
         status, stored = path.stat(), Path(os.path.realpath(path))
