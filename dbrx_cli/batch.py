@@ -70,7 +70,11 @@ class Job:
         own = dict(self.sampling or {})
         if seed is not None and "seed" not in own:
             own["seed"] = (seed + self.index) % 2**64
-        return replace(request, params=replace(request.params, **own), stop=self.stop or request.stop)
+        try:
+            params = replace(request.params, **own)
+        except ValueError as error:  # a server's bounds are narrower
+            raise InputError(f"line {self.index + 1}: {error}") from None
+        return replace(request, params=params, stop=self.stop or request.stop)
 
 
 def digest(value: Any) -> str:
@@ -200,9 +204,9 @@ def run(
             for index, result in answer(engine, requests, rows):
                 write(index, result)
                 done += isinstance(result, Done)
-                tokens += len(result.token_ids) if isinstance(result, Done) else 0
+                tokens += result.usage.completion_tokens if isinstance(result, Done) else 0
                 advance(done + len(faults), len(jobs))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DbrxError):
         report.notice(f"{done} of {len(jobs)} prompts are answered{answers.advice}")
         raise
     seconds = time.perf_counter() - started

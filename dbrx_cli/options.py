@@ -54,6 +54,8 @@ def takes(**groups: type) -> Callable[[Command], Command]:
             context = values[own_context] if own_context else values.pop(CONTEXT)
             values.pop("profile")
             try:
+                if values.get("url") is not None:
+                    _refuse_with_url(context)
                 for name, group in groups.items():
                     values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
                 command(**values)
@@ -249,6 +251,19 @@ class EngineOptions(ModelOptions):
         str | None,
         option("--url", panel=MODEL, metavar="URL", help="An OpenAI-compatible server, instead of a model here."),
     ] = None
+
+
+def _refuse_with_url(context: typer.Context) -> None:
+    """`InputError` for a flag that was typed and that no server hears of.
+
+    What environment and settings file say is for models here, and is passed over.
+    """
+    unheard = {field.name for field in fields(ModelOptions)} - {"model", "context"}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in unheard | {"lookup", "prompt_cache", "resume"} and source and source.name == "COMMANDLINE":
+            flag = max(parameter.opts, key=len)
+            raise InputError(f"{flag} has no effect with --url", "leave it out, or load the model here")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.cli import Cli
+from tests.stub_server import Server
 
 # Two workers share two cores; and nothing may ask the Hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -83,3 +86,23 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("DBRX_DATA", str(tmp_path / "dbrx-data"))
     monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "dbrx.toml"))
     return Cli(monkeypatch, capsys)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server for --url, and a client that has little patience with it."""
+    from dbrx_cli.engine import wire
+
+    for name, seconds in (
+        ("FIRST_SECONDS", 1.0),
+        ("IDLE_SECONDS", 0.4),
+        ("CONNECT_SECONDS", 1.0),
+        ("LIST_SECONDS", 1.0),
+    ):
+        monkeypatch.setattr(wire, name, seconds)
+    monkeypatch.delenv("DBRX_API_KEY", raising=False)
+    running = Server()
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()

@@ -26,6 +26,7 @@ class FakeEngine:
     """A token is a word or a run of spaces; a message costs two more. Reads 100 tokens a second, as it says."""
 
     name = "fake"
+    continues = True
     defaults = SamplingParams()
     context = CONTEXT
 

@@ -63,6 +63,7 @@ def chat(
     recorder = Recorder("chat", model.model, model.revision, settings, report.notice, enabled=not keep.no_log)
     found = _session(recorder, go_on, session)
     engine = open_engine(model, report)
+    recorder.model = engine.name
     repl = Repl(
         engine,
         conversation,

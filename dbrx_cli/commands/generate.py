@@ -253,38 +253,39 @@ def generate(
     )
     if keep.prompt_cache is not None:
         keeper(engine).load_cache(keep.prompt_cache)
-    done, fault = _show(engine, request, form, model.model)
+    done, fault = _show(engine, request, form)
     if keep.prompt_cache is not None:
         keeper(engine).save_cache(keep.prompt_cache)
     report.detail(done.summary())
     if not keep.no_log:
-        _log(model, sampling, request, done, report)
+        _log(sampling, request, done, report)
     if fault:
         raise fault
     if done.finish_reason == "interrupted":
         raise KeyboardInterrupt
 
 
-def _show(engine: Engine, request: Request, form: FormOptions, model: str) -> tuple[Done, DbrxError | None]:
+def _show(engine: Engine, request: Request, form: FormOptions) -> tuple[Done, DbrxError | None]:
     """Show the reply; the record of all of it, whatever part was shown, and what was missing in it."""
-    stream, renderer = engine.stream(request), form.renderer(model)
+    stream, renderer = engine.stream(request), form.renderer(engine.name)
     if not form.extract:
-        return show(stream, renderer), None
+        done = show(stream, renderer)
+        return done, done.error
     code = CodeOnly()
     try:
         done = show(code.of(stream), renderer)
     except DbrxError as fault:
         if code.reply is None:
             raise
-        return code.reply, fault
-    return code.reply or done, None
+        return code.reply, code.reply.error or fault
+    return code.reply or done, done.error
 
 
-def _log(model: EngineOptions, sampling: SamplingOptions, request: Request, done: Done, report: Report) -> None:
+def _log(sampling: SamplingOptions, request: Request, done: Done, report: Report) -> None:
     from dbrx_cli.store import log_generate
 
     settings = {name: value for name, value in vars(sampling).items() if value is not None}
-    log_generate(model.model, model.revision, settings, request.prompt, done, report.notice)
+    log_generate(done.model, done.revision, settings, request.prompt, done, report.notice)
 
 
 def _refuse_with_batch(prompt: str | None, given: PromptOptions, form: FormOptions, keep: KeepOptions) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from model.errors import InputError
+from model.errors import DbrxError, InputError
 from model.messages import Message
 from model.sampling import SamplingParams
 
@@ -44,7 +44,7 @@ class Likelihood:
     Penalties, constraint, temperature and cuts come after it, as in OpenAI's protocol: it tells what the model thinks.
     """
 
-    token_id: int
+    token_id: int | None  # None: a server does not tell it
     text: str  # by itself; U+FFFD for bytes that are no whole character
     logprob: float
 
@@ -101,13 +101,18 @@ class Done:
     attn: str
     dtype: str
     quantize: str
-    seed: int
+    seed: int | None  # None: a server's own choice
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if the request asked
     experts: Counters | None = None  # if they are streamed
+    error: DbrxError | None = None  # what ended the reply, or is wrong with it
 
     def to_dict(self) -> dict[str, Any]:
-        """As the contract's JSON."""
-        return asdict(self)
+        """As the contract's JSON; with `error` if there was a fault."""
+        values = asdict(replace(self, error=None))
+        del values["error"]
+        if self.error is not None:
+            values["error"] = {"message": self.error.one_line, "code": self.error.exit_code}
+        return values
 
     def summary(self) -> str:
         """The figures in one line."""
@@ -128,15 +133,19 @@ class Engine(Protocol):
     name: str  # of the model, as it was given or as the server has it
     defaults: SamplingParams  # what the checkpoint's makers recommend
     context: int  # tokens
+    continues: bool  # whether it takes `Request.continue_final`
 
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
-        """Deltas, then one Done. `ContextError` before the first if the prompt does not fit."""
+        """Deltas, then one Done. `ContextError` before the first if the prompt does not fit.
+
+        A fault before any text is raised; one behind it stands in the Done.
+        """
 
     def count(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation as it would be read."""
 
-    def unread(self, messages: Sequence[Message]) -> int:
-        """How many tokens of that conversation would be read anew: what the cache does not hold."""
+    def unread(self, messages: Sequence[Message]) -> int | None:
+        """How many tokens of that conversation would be read anew, as the cache does not hold them; None: unknown."""
 
     def close(self) -> None:
         """Give the model's memory back."""

@@ -1,41 +1,32 @@
-"""Many requests at once on the model in this process; one after the other where it is elsewhere."""
+"""Many requests at once: as rows on the model in this process; at_once.py asks a server."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dbrx_cli.engine import Delta, Done, Engine, FinishReason, Request
+from dbrx_cli.engine import Done, Engine, FinishReason, Request
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
-from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, ModelError, ResourceError
+from model.errors import ContextError, DbrxError
 
 if TYPE_CHECKING:
     from model.decode import Row
 
 Answer = tuple[int, Done | DbrxError]
-ENDS_ALL = (AccessError, ConnectionFault, ModelError, ResourceError)  # other prompts would meet them too
 
 
 def answers(engine: Engine, requests: Iterable[tuple[int, Request]], rows: int) -> Iterator[Answer]:
     """Answer numbered requests, `rows` at a time, and give each answer when it is complete, or its request's fault.
 
-    A request is taken when there is room for it. Faults of the model, the machine or the connection are raised.
+    A request is taken when there is room for it. Faults of the model, the machine or the server are raised.
     """
-    return _together(engine, requests, rows) if isinstance(engine, LocalEngine) else _one_by_one(engine, requests)
+    if isinstance(engine, LocalEngine):
+        return _together(engine, requests, rows)
+    from dbrx_cli.engine.at_once import at_once
 
-
-def _one_by_one(engine: Engine, requests: Iterable[tuple[int, Request]]) -> Iterator[Answer]:
-    for number, request in requests:
-        try:
-            *_, last = engine.stream(request)
-            assert not isinstance(last, Delta)
-            yield number, last
-        except ENDS_ALL:
-            raise
-        except DbrxError as fault:
-            yield number, fault
+    return at_once(engine, requests, rows)
 
 
 def _together(engine: LocalEngine, requests: Iterable[tuple[int, Request]], rows: int) -> Iterator[Answer]:

@@ -35,6 +35,8 @@ DEMO = "demo"
 class LocalEngine:
     """A loaded network, its tokenizer, and the cache of the conversation that it read last."""
 
+    continues = True
+
     def __init__(
         self,
         network: DbrxForCausalLM,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import ipaddress
 import json
 import os
 import queue
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,24 +24,54 @@ import httpx2
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 
 KEY = "DBRX_API_KEY"
-CONNECT_SECONDS = 10.0
-FIRST_SECONDS = 600.0  # until something comes at all: a long prompt on a slow machine takes minutes to read
-IDLE_SECONDS = 60.0  # between two lines of a reply
+CONNECT_SECONDS = 6.0  # for the connection, and once more for TLS
+LIST_SECONDS = 15.0  # for the list of models
+FIRST_SECONDS = 600.0  # of silence before the first text: a long prompt on a slow machine takes minutes to read
+IDLE_SECONDS = 60.0  # of silence between two lines of a reply
+SIGNS = 6  # how often signs of life without any text renew that patience
 LARGEST_LINE = 1 << 20  # bytes; a token's line has some hundred
 LARGEST_ANSWER = 8 << 20
 TRY_AGAIN = "try again, or see what the server logs"
+TOO_LONG = re.compile(
+    r"context|too long|maximum.*tokens|tokens.*maximum|(input|prompt) length|fewer tokens|less than.*tokens"
+)
+
+
+class OneReply(ConnectionFault):
+    """A fault of one reply: the server may well give the next one."""
+
+
+class Busy(OneReply):
+    """The server asks for patience: for so many seconds, if it says how many."""
+
+    seconds: float | None = None
+
+
+class NoPath(ConnectionFault):
+    """Nothing that speaks the protocol answers under this path."""
+
+
+class Forbidden(AccessError):
+    """The key is known, but not for this."""
+
+
+class Refused(DbrxError):
+    """The server understands the request and does not take it."""
 
 
 @dataclass(frozen=True)
 class Server:
     """Where the server is, and the key that goes there and nowhere else."""
 
-    base: str  # ends in /v1
+    bases: tuple[str, ...]  # where its paths may begin, the likeliest first; one as soon as that is known
     key: str | None = field(default=None, repr=False)
 
     @classmethod
     def at(cls, url: str) -> Server:
-        """From --url, with or without /v1, and the key from the environment."""
+        """From --url, and the key from the environment.
+
+        An address without a path, or with another one than /v1, may mean itself or /v1 behind it.
+        """
         try:
             parts = urlsplit(url.strip())
             fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port)
@@ -50,58 +82,62 @@ class Server:
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise InputError("--url holds more than an address", f"put the key into {KEY}")
         path = re.sub(r"/(chat/completions|completions|models)$", "", parts.path.rstrip("/"))
-        if not path.endswith("/v1"):
-            path += "/v1"
+        paths = (path,) if path.endswith("/v1") else (path, f"{path}/v1") if path else ("/v1", "")
         key = os.environ.get(KEY) or None
         if key is not None and not re.fullmatch(r"[!-~]+", key):
             raise AccessError(f"{KEY} holds characters that no key has", f"set {KEY} again")
-        return cls(f"{parts.scheme}://{parts.netloc}{path}", key)
+        return cls(tuple(f"{parts.scheme}://{parts.netloc}{path}" for path in paths), key)
 
     @property
     def host(self) -> str:
         """How messages name it."""
-        return urlsplit(self.base).netloc
+        return urlsplit(self.bases[0]).netloc
+
+    def each(self) -> Iterator[Server]:
+        """The server with each of its bases alone."""
+        return (replace(self, bases=(base,)) for base in self.bases)
 
     def get(self, path: str) -> Any:
-        """A parsed answer of a GET."""
+        """A parsed answer of a GET under the first base; None if it is no JSON."""
         with Answer(self, "GET", path) as answer:
             try:
-                return json.loads(answer.body(CONNECT_SECONDS))
+                return json.loads(answer.body(LIST_SECONDS))
             except (ValueError, RecursionError):
-                raise self._no_server() from None
+                return None
 
     def post(self, path: str, content: dict[str, Any]) -> Answer:
-        """A streamed answer of a POST."""
+        """A streamed answer of a POST under the first base."""
         return Answer(self, "POST", path, content)
 
-    def refusal(self, response: httpx2.Response, body: bytes) -> DbrxError:
-        """What a status other than 200 means."""
-        status, said = response.status_code, self.said(_message(body))
+    def refusal(self, status: int, said: str, asked: bool = True) -> DbrxError:
+        """What a status other than 200 means. asked: for a reply, in which `said` may speak of the model."""
+        said = self.said(said)
         answered = f"{self.host} answered {status}" + (f" ({said})" if said else "")
-        if 300 <= status < 400:
-            place = self.said(response.headers.get("location", "another place"))
-            return ConnectionFault(f"{self.host} redirects to {place}", "if you trust it, give that address to --url")
-        if status in (401, 403):
+        if status == 403:
+            return Forbidden(answered, f"set {KEY} to a key that may do this")
+        if status in (401, 402):
             return AccessError(answered, f"set {KEY} to a key that this server takes")
-        if status == 413 or (status == 400 and re.search(r"context|too long|maximum.*tokens", said, re.IGNORECASE)):
+        if status == 413 or (status in (400, 422) and TOO_LONG.search(said.lower())):
             return ContextError(answered, "shorten the prompt, or lower --max-tokens")
-        if status == 404 and "model" in said.lower():
+        if status == 404 and asked and "model" in said.lower():
             return ModelError(answered, "name one that the server has with -m, or leave -m out")
-        if status in (404, 405):
-            return ConnectionFault(answered, "check --url: the address of an OpenAI-compatible server")
+        if status in (404, 405, 501):
+            return NoPath(answered, "check --url: the address of an OpenAI-compatible server")
         if status in (400, 422):
-            return DbrxError(answered, "the server does not take this request: leave out an option")
-        return ConnectionFault(answered, TRY_AGAIN)
+            return Refused(answered, "the server does not take this request: leave out an option")
+        if status in (429, 503):
+            return Busy(answered, TRY_AGAIN)
+        return OneReply(answered, TRY_AGAIN)
 
     def said(self, text: str) -> str:
         """Words of the server on one line; if it repeats the key, the key is left out."""
-        words = " ".join(text.split())[:300]
         if self.key:
-            words = words.replace(self.key, "[key]")
-        return "".join(c for c in words if c.isprintable())
+            text = text.replace(self.key, "[key]")
+        return "".join(c for c in " ".join(text.split())[:300] if c.isprintable())
 
-    def _no_server(self) -> ConnectionFault:
-        return ConnectionFault(f"{self.host} does not answer like an OpenAI-compatible server", "check --url")
+    def no_server(self) -> NoPath:
+        """The fault of what answers, but in no form of the protocol."""
+        return NoPath(f"{self.host} does not answer like an OpenAI-compatible server", "check --url")
 
 
 class Answer:
@@ -116,7 +152,11 @@ class Answer:
         self._arrived: queue.SimpleQueue[httpx2.Response | bytes | Exception | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._response: httpx2.Response | None = None
-        arguments = (method, f"{server.base}/{path}", content)
+        self._method = method
+        self._step = ""  # of the transport, as httpcore names it
+        self._heard_at = self._text_at = time.monotonic()
+        self._patience = FIRST_SECONDS
+        arguments = (method, f"{server.bases[0]}/{path}", content)
         threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     def __enter__(self) -> Answer:
@@ -127,36 +167,48 @@ class Answer:
 
     def body(self, seconds: float) -> bytes:
         """The whole body; `DbrxError` if the status is not 200, or it has not come within so many seconds."""
-        return b"".join(self._parts(time.monotonic() + seconds))
-
-    def events(self) -> Iterator[str]:
-        """The data of each server-sent event (WHATWG HTML, 9.2); `ConnectionFault` when nothing comes for too long."""
-        deadline = time.monotonic() + FIRST_SECONDS
+        deadline = time.monotonic() + seconds
         self._head(deadline)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        patience, held = FIRST_SECONDS, ""
-        data: list[str] = []
-        while (part := self._next(deadline)) is not None:
-            assert isinstance(part, bytes)
-            try:
-                held += decoder.decode(part)
-            except UnicodeDecodeError:
-                raise ConnectionFault(f"{self._server.host} sent bytes that are not UTF-8", TRY_AGAIN) from None
-            # A carriage return at the end may be half of an end of line.
-            cut = len(held) - 1 if held.endswith("\r") else len(held)
-            *lines, rest = re.split("\r\n|\n|\r", held[:cut])
-            held = rest + held[cut:]
-            if len(held) > LARGEST_LINE or sum(map(len, data)) > LARGEST_LINE:
-                raise ConnectionFault(f"{self._server.host} sent a line without an end", TRY_AGAIN)
-            for line in lines:
-                if line.startswith("data:"):
-                    data.append(line[5:].removeprefix(" "))
-                elif not line and data:
-                    patience = IDLE_SECONDS
-                    yield "\n".join(data)
-                    data = []
-            if lines:  # a comment counts: servers send them to say that they are at work
-                deadline = time.monotonic() + patience
+        return b"".join(self._rest(deadline))
+
+    def head(self) -> None:
+        """Wait until the server takes the request; `DbrxError` if it does not."""
+        self._head(self._deadline)
+
+    def events(self) -> Iterator[tuple[str, str]]:
+        """Name and data of each server-sent event (WHATWG HTML, 9.2), behind `head`.
+
+        A body that is JSON as a whole is one event. `ConnectionFault` when nothing comes for too long.
+        """
+        name, data = "", list[str]()
+        whole: list[str] | None = None
+        speaks = False  # the protocol
+        for line in self._lines():
+            if whole is None and not speaks and line.lstrip().startswith("{"):
+                whole = []
+            if whole is not None:
+                whole.append(line)
+                continue
+            key, _, value = line.partition(":")
+            speaks = speaks or (key in ("", "data", "event", "id", "retry") and ":" in line)
+            if key == "data":
+                data.append(value.removeprefix(" "))
+            elif key == "event":
+                name = value.strip()
+            elif not line:
+                if data:
+                    yield name, "\n".join(data)
+                name, data = "", []
+        if whole is not None:
+            yield "", "\n".join(whole)
+        elif data:  # the empty line behind the last event is missing
+            yield name, "\n".join(data)
+        elif not speaks:
+            raise self._server.no_server()
+
+    def spoke(self) -> None:
+        """Text has come: from now on silence is a fault sooner."""
+        self._text_at, self._patience = time.monotonic(), IDLE_SECONDS
 
     def close(self) -> None:
         """Hang up, so that the server stops computing."""
@@ -168,49 +220,90 @@ class Answer:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def _deadline(self) -> float:
+        """When silence becomes a fault: signs of life put it off, but not for ever without any text."""
+        return min(self._heard_at + self._patience, self._text_at + SIGNS * self._patience)
+
+    def _lines(self) -> Iterator[str]:
+        """The lines of the body, each as soon as it is whole; the last one even without its end."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        held = ""
+        while (part := self._next(self._deadline)) is not None:
+            assert isinstance(part, bytes)
+            try:
+                held += decoder.decode(part)
+            except UnicodeDecodeError:
+                raise OneReply(f"{self._server.host} sent bytes that are not UTF-8", TRY_AGAIN) from None
+            # A carriage return at the end may be half of an end of line.
+            cut = len(held) - 1 if held.endswith("\r") else len(held)
+            *lines, rest = re.split("\r\n|\n|\r", held[:cut])
+            held = rest + held[cut:]
+            if len(held) > LARGEST_LINE:
+                raise OneReply(f"{self._server.host} sent a line without an end", TRY_AGAIN)
+            if lines:  # a comment counts: servers send them to say that they are at work
+                self._heard_at = time.monotonic()
+            yield from lines
+        if held:
+            yield held.removesuffix("\r")
+
     def _read(self, method: str, url: str, content: dict[str, Any] | None) -> None:
         headers = {"accept-encoding": "identity", "user-agent": "dbrx"}
         if self._server.key:
             headers["authorization"] = f"Bearer {self._server.key}"
+        body = None if content is None else json.dumps(content).encode()
+        if body is not None:
+            headers["content-type"] = "application/json"
         timeout = httpx2.Timeout(FIRST_SECONDS + IDLE_SECONDS, connect=CONNECT_SECONDS)
         try:
             with (
-                httpx2.Client(timeout=timeout, trust_env=not _is_loopback(url)) as client,
-                client.stream(method, url, json=content, headers=headers) as response,
+                httpx2.Client(timeout=timeout, trust_env=not _is_loopback(url), verify=_trusted(url)) as client,
+                client.stream(
+                    method, url, content=body, headers=headers, extensions={"trace": self._note_step}
+                ) as response,
             ):
                 self._response = response
                 self._arrived.put(response)
                 for part in response.iter_bytes():
                     if self._stop.is_set():
-                        return
+                        break
                     self._arrived.put(part)
             self._arrived.put(None)
         except Exception as error:  # told by the one who waits
             self._arrived.put(error)
+
+    def _note_step(self, name: str, _: Any) -> None:
+        self._step = name
 
     def _next(self, deadline: float) -> httpx2.Response | bytes | None:
         try:
             arrived = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             raise ConnectionFault(f"{self._server.host} sent nothing for too long", TRY_AGAIN) from None
+        if isinstance(arrived, DbrxError):
+            raise arrived
         if isinstance(arrived, Exception):
             raise self._fault(arrived) from None
         return arrived
 
-    def _head(self, deadline: float) -> httpx2.Response:
+    def _head(self, deadline: float) -> None:
         response = self._next(deadline)
         assert isinstance(response, httpx2.Response)
-        if response.status_code != 200:
-            body = b""
-            with contextlib.suppress(ConnectionFault):
-                for part in self._rest(min(deadline, time.monotonic() + CONNECT_SECONDS)):
-                    body += part
-            raise self._server.refusal(response, body)
-        return response
-
-    def _parts(self, deadline: float) -> Iterator[bytes]:
-        self._head(deadline)
-        yield from self._rest(deadline)
+        if response.status_code == 200:
+            self._heard_at = time.monotonic()
+            return
+        body = b""
+        with contextlib.suppress(ConnectionFault):
+            for part in self._rest(min(deadline, time.monotonic() + CONNECT_SECONDS)):
+                body += part
+        if 300 <= response.status_code < 400:
+            place = self._server.said(response.headers.get("location", "another place"))
+            raise NoPath(f"{self._server.host} redirects to {place}", "if you trust it, give that address to --url")
+        fault = self._server.refusal(response.status_code, _message(body), self._method == "POST")
+        if isinstance(fault, Busy):
+            with contextlib.suppress(ValueError):  # it may be a date as well
+                fault.seconds = max(0.0, float(response.headers.get("retry-after", "")))
+        raise fault
 
     def _rest(self, deadline: float) -> Iterator[bytes]:
         total = 0
@@ -223,26 +316,70 @@ class Answer:
     def _fault(self, error: Exception) -> ConnectionFault:
         """A fault of the transport; its own text may hold headers and is not repeated."""
         host = self._server.host
+        causes = list(_causes(error))
+        untrusted = next((cause for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)), None)
+        if untrusted is not None:
+            return ConnectionFault(
+                f"the certificate of {host} is not trusted ({untrusted.verify_message.rstrip('.')})",
+                "set SSL_CERT_FILE to the certificate of who signed it, if you trust that",
+            )
+        if self._step.endswith("start_tls.failed"):
+            reason = next((cause.reason for cause in causes if isinstance(cause, ssl.SSLError)), None)
+            why = f" ({reason.replace('_', ' ').lower()})" if reason else ""
+            return ConnectionFault(f"{host} does not answer in TLS{why}", "check --url: is it http://?")
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
             return ConnectionFault(f"{host} cannot be reached", "check --url and that the server runs")
         if isinstance(error, httpx2.TimeoutException):
             return ConnectionFault(f"{host} stopped answering", TRY_AGAIN)
         if isinstance(error, httpx2.HTTPError):
-            return ConnectionFault(f"{host} broke off the connection", TRY_AGAIN)
+            plain = self._response is None and self._server.bases[0].startswith("http:")
+            return OneReply(f"{host} broke off the connection", TRY_AGAIN + (" (or is it https://?)" if plain else ""))
         return ConnectionFault(f"{host} cannot be asked ({type(error).__name__})", "check --url")
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _trusted(url: str) -> ssl.SSLContext:
+    """Whose certificates are trusted: SSL_CERT_FILE's, SSL_CERT_DIR's, else the system's; on this machine too."""
+    if not url.startswith("https:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # is not used, and trusts nobody
+    return _read_trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@functools.lru_cache(maxsize=1)  # it takes a while, and a batch asks often
+def _read_trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
+    try:
+        return httpx2.create_ssl_context()  # looks at both variables itself
+    except OSError as error:
+        which, path = ("SSL_CERT_FILE", file) if file else ("SSL_CERT_DIR", folder)
+        raise InputError(f"{which} {path!r} cannot be read: {error.strerror or error}", f"set {which} again") from None
+
+
 def _message(body: bytes) -> str:
-    """What an error's body says: OpenAI's form, others' forms, or its first words."""
+    """What an error's body says, or its first words."""
     text = body[:65536].decode("utf-8", "replace")
     try:
-        value = json.loads(text)
+        return words_of(json.loads(text))
     except (ValueError, RecursionError):
         return "" if text.lstrip().startswith("<") else text
-    for key in ("error", "detail", "message"):
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-    return value if isinstance(value, str) else json.dumps(value)
+
+
+def words_of(error: Any) -> str:
+    """What an error says in OpenAI's form, FastAPI's (a list of faults, each with its place), or another one."""
+    if isinstance(error, list):
+        return "; ".join(words_of(part) for part in error[:5])
+    if isinstance(error, dict):
+        if isinstance(error.get("msg"), str):
+            place = error.get("loc")
+            return ".".join(map(str, place)) + f": {error['msg']}" if isinstance(place, list) else error["msg"]
+        for key in ("error", "detail", "message", "errors"):
+            if error.get(key):
+                return words_of(error[key])
+    return error if isinstance(error, str) else json.dumps(error)
 
 
 def _is_loopback(url: str) -> bool:

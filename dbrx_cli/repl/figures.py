@@ -18,8 +18,8 @@ def tokens(repl: Repl, argument: str) -> None:
     repl.report.line(f"{used} of {engine.context} tokens are used by {count(len(messages), 'message')}")
     if repl.conversation.skipped:
         repl.report.line(f"{count(repl.conversation.skipped, 'old message')} are no longer read")
-    if messages:
-        repl.report.line(f"not in the cache, and read with the next message: {repl.reading(repl.conversation)}")
+    if messages and (reads := repl.reading(repl.conversation, "not in the cache, and read with the next message: {}")):
+        repl.report.line(reads)
 
 
 def stats(repl: Repl, argument: str) -> None:

@@ -57,7 +57,7 @@ def take_up(repl: Repl, session: Session) -> None:
     repl.conversation = Conversation(session.system, session.turns)
     repl.used = repl.engine.count(repl.conversation.messages) if session.turns else 0
     name = session.name or str(session.id)
-    reads = f"; the next message reads {repl.reading(repl.conversation)} more" if session.turns else ""
+    reads = repl.reading(repl.conversation, "; the next message reads {} more") if session.turns else ""
     repl.report.notice(f"session {safe(name)}, {count(len(session.turns), 'message')}{reads}")
     if session.model != repl.name:
         repl.report.notice(f"it was held with {safe(session.model)}, and goes on with {safe(repl.name)}")

@@ -111,7 +111,9 @@ class Repl:
         if done.text or not interrupted:
             self.replies.append(done)
             self.used = done.usage.prompt_tokens + done.usage.completion_tokens
-            self.change(fitted.extend(done.text) if go_on else fitted.answer(done.text), done)
+            self.change(fitted.extend(done.text.removeprefix(before)) if go_on else fitted.answer(done.text), done)
+        if done.error is not None:
+            raise done.error
         self._tell_end(done)
         if interrupted and not self.interactive:
             raise KeyboardInterrupt
@@ -141,13 +143,15 @@ class Repl:
             self.session_name = None
             self.recorder.store().rename(self.recorder.id, name)
 
-    def reading(self, conversation: Conversation) -> str:
-        """How many tokens a conversation costs to read, and about how long it takes."""
+    def reading(self, conversation: Conversation, form: str = "{}") -> str:
+        """How many tokens a conversation costs to read, and about how long it takes; nothing if that is not known."""
         tokens = self.engine.unread(conversation.messages)
+        if tokens is None:
+            return ""
         # Few tokens are read slowly, each step costs the same: the reply that read most shows the speed.
         most = max(self.replies, key=lambda done: done.usage.prompt_tokens - done.usage.cached_tokens, default=None)
         speed = most.timings.prefill_tokens_per_s if most else 0.0
-        return f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}"
+        return form.format(f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
 
     def _loop(self, read: Callable[[], str]) -> None:
         while self.running:
@@ -185,11 +189,13 @@ class Repl:
         if self.interactive and self.running:
             if done.finish_reason == "interrupted":
                 self.leave_at_interrupt = True
+                advice = "/continue goes on, " if self.engine.continues else ""
                 self.report.notice(
-                    "stopped; /continue goes on, Ctrl-C again leaves" if done.text else "stopped before the reply began"
+                    f"stopped; {advice}Ctrl-C again leaves" if done.text else "stopped before the reply began"
                 )
             elif done.finish_reason == "length":
-                self.report.notice("the reply has reached its limit; /continue goes on")
+                advice = "; /continue goes on" if self.engine.continues else ""
+                self.report.notice(f"the reply has reached its limit{advice}")
         self.report.detail(done.summary())
 
     @property

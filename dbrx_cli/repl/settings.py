@@ -54,7 +54,9 @@ def current(repl: Repl, name: str) -> str:
     if name == "markdown":
         return "on" if repl.markdown else "off"
     value = getattr(repl.params, name)
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none" if name == "seed" else "the server's default"
+    return str(value)
 
 
 def show(repl: Repl, argument: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def regenerate(repl: Repl, argument: str) -> None:
     question = _last_question(repl)
     asked = repl.conversation.before(question + 1)
-    repl.report.notice(f"another reply to {quote(asked.turns[-1].content, 30)}; reads {repl.reading(asked)}")
+    repl.report.notice(f"another reply to {quote(asked.turns[-1].content, 30)}{repl.reading(asked, '; reads {}')}")
     if repl.params.greedy or repl.params.seed is not None:
         why = "the temperature is 0" if repl.params.greedy else f"the seed is {repl.params.seed}"
         repl.report.notice(f"{why}, so the reply will be the same; /set changes that")
@@ -29,7 +29,7 @@ def regenerate(repl: Repl, argument: str) -> None:
 def go_on(repl: Repl, argument: str) -> None:
     if not repl.conversation.turns or repl.conversation.turns[-1].role != "assistant":
         raise InputError("there is no reply to go on with")
-    repl.report.notice(f"going on; reads {repl.reading(repl.conversation)}")
+    repl.report.notice(f"going on{repl.reading(repl.conversation, '; reads {}')}")
     repl.answer(repl.conversation, go_on=True)
 
 
@@ -44,7 +44,8 @@ def edit(repl: Repl, argument: str) -> None:
         return
     asked = repl.conversation.before(question).ask(new)
     repl.report.line(f">>> {safe(new)}")
-    repl.report.notice(f"reads {repl.reading(asked)}")
+    if reads := repl.reading(asked, "reads {}"):
+        repl.report.notice(reads)
     repl.answer(asked)
 
 
@@ -74,7 +75,7 @@ def system(repl: Repl, argument: str) -> None:
         text = repl.conversation.system
         repl.report.line("(the checkpoint's default)" if text is None else safe(text) or "(none)")
         return
-    again = f"; the next message will read {repl.reading(changed)}" if changed.turns else ""
+    again = repl.reading(changed, "; the next message will read {}") if changed.turns else ""
     repl.change(changed)
     repl.report.notice(f"system message set{again}")
 
@@ -83,9 +84,9 @@ def read(repl: Repl, argument: str) -> None:
     if not argument:
         raise InputError("/read needs the name of a file", "type /read FILE")
     text = attached([str(Path(argument).expanduser())], "strict") + "\n\n"
-    reads = repl.reading(repl.conversation.ask("".join([*repl.files, text])))
+    reads = repl.reading(repl.conversation.ask("".join([*repl.files, text])), ": reads {}")
     repl.files.append(text)
-    repl.report.notice(f"{quote(argument, 30)} goes before your next message: reads {reads}")
+    repl.report.notice(f"{quote(argument, 30)} goes before your next message{reads}")
 
 
 def _last_question(repl: Repl) -> int:

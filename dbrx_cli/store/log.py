@@ -35,7 +35,8 @@ class Recorder:
     ) -> None:
         self.enabled = enabled
         self.id: int | None = None
-        self._what = (kind, model, revision, dict(settings))
+        self.model = model
+        self._what = (kind, revision, dict(settings))
         self._notify = notify
         self._path = path
         self._store: Store | None = None
@@ -86,7 +87,8 @@ class Recorder:
                 self.id = None
         else:
             was = None
-        id = store.begin(*self._what)
+        kind, revision, settings = self._what
+        id = store.begin(kind, self.model, revision, settings)
         store.save(id, system, turns, timings)
         self.id = id
         if was:

@@ -1,0 +1,76 @@
+"""Many requests to a server at once: it computes them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+from dbrx_cli.engine import Done, Engine, Request
+from dbrx_cli.engine.wire import Busy, Forbidden, OneReply
+from model.errors import AccessError, ConnectionFault, DbrxError, ModelError, ResourceError
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # s, before a busy server is asked again, if it does not say itself
+LONGEST_PAUSE = 60.0
+
+
+def at_once(
+    engine: Engine, requests: Iterable[tuple[int, Request]], rows: int
+) -> Iterator[tuple[int, Done | DbrxError]]:
+    """See `batched.answers`: in `rows` threads, each of which waits for one reply after the other.
+
+    When the caller goes (Ctrl-C too), the replies that are under way are broken off.
+    """
+    line, lock, stop = iter(requests), Lock(), Event()
+    ready: SimpleQueue[tuple[int, Done | Exception] | None] = SimpleQueue()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                numbered = next(line, None)
+            if numbered is None:
+                break
+            ready.put((numbered[0], _whole(engine, numbered[1], stop)))
+        ready.put(None)
+
+    for _ in range(rows):
+        Thread(target=work, daemon=True).start()
+    working, answered = rows, False
+    try:
+        while working:
+            found = ready.get()
+            if found is None:
+                working -= 1
+                continue
+            number, result = found
+            answered = answered or isinstance(result, Done)
+            if isinstance(result, Exception) and not (isinstance(result, DbrxError) and _of_one(result, answered)):
+                raise result
+            yield number, result
+    finally:
+        stop.set()
+        engine.close()
+
+
+def _whole(engine: Engine, request: Request, stop: Event) -> Done | Exception:
+    """The closing record of a reply, or what kept it from its end. A server that is busy is asked again, in time."""
+    for pause in (*PAUSES, None):
+        try:
+            *_, last = engine.stream(request)
+            assert isinstance(last, Done)
+            return last.error or last
+        except Busy as fault:
+            if pause is None or stop.wait(min(pause if fault.seconds is None else fault.seconds, LONGEST_PAUSE)):
+                return fault
+        except Exception as error:  # raised by the one who waits
+            return error
+    raise AssertionError
+
+
+def _of_one(fault: DbrxError, answered: bool) -> bool:
+    """Whether a fault is one request's own. One that may be all requests' is not, until another got its answer."""
+    if isinstance(fault, Forbidden):
+        return answered
+    return isinstance(fault, OneReply) or not isinstance(
+        fault, AccessError | ConnectionFault | ModelError | ResourceError
+    )
