@@ -135,6 +135,7 @@ def test_ctrl_c_in_the_middle_keeps_what_came() -> None:
 class Fixed:
     """An engine that says what it is told to."""
 
+    name = "fixed"
     context = 1000
 
     def __init__(self, text: str) -> None:
