@@ -198,7 +198,7 @@ class ModelOptions(WhichModel):
     ] = None
     offload: Annotated[
         OffloadName,
-        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto, on a CPU: on disk, if they must."),
+        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto: on disk, where a CPU computes."),
     ] = "auto"
     expert_cache: Annotated[
         str | None,
