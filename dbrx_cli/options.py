@@ -198,7 +198,7 @@ class ModelOptions(WhichModel):
     ] = None
     offload: Annotated[
         OffloadName,
-        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto: on disk, where a CPU computes."),
+        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto: on disk, on a CPU."),
     ] = "auto"
     expert_cache: Annotated[
         str | None,
