@@ -27,9 +27,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY)  ## write docs/cli.md and the README's table of machines from the program
+docs: $(READY)  ## write docs/cli.md and the tables of machines and of adapter options from the program
 	$(BIN)/python -m tests.make_cli_docs
 	$(BIN)/python -m tests.make_plan_table
+	$(BIN)/python -m tests.make_adapter_table
 
 fidelity: $(READY)  ## compare with the reference implementation and print every figure
 	$(BIN)/python -m tests.fidelity

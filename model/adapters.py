@@ -8,38 +8,36 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .adapter_config import CONFIG, MAX_RANK, MERGE, LoraConfig, other_adapter
 from .checkpoint import FLOATS, Checkpoint
 from .config import DbrxConfig
 from .errors import ModelError
 from .formats import Weights, WrappedWeights
-from .safetensors_file import read_json, shown
+from .safetensors_file import shown
 
 if TYPE_CHECKING:
     from .transformer import DbrxForCausalLM
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 KEY = re.compile(
     r"(?:base_model\.model\.)?(transformer\.blocks\.(\d{1,6})\."
     r"(?:norm_attn_norm\.attn\.(?:Wqkv|[qkv]_proj|out_proj)|ffn\.router\.layer))\.lora_([AB])(?:\.default)?\.weight",
     re.ASCII,
 )
-# Settings that would change the numbers in ways that are not computed here, and what they must be.
-PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None), "lora_bias": (False, None),
-    "modules_to_save": (None, []), "layer_replication": (None, []), "target_parameters": (None, []),
-}  # fmt: skip
-MAX_RANK = 4096
+# What velora_config and monteclora_config keep for training.
+TRAINING = re.compile(r".*\.lora_(?:velora_embed|monteclora_sampler)\b.*")
+# The module that a tensor belongs to, whatever kind of change it is part of.
+MODULE = re.compile(r"(?:base_model\.model\.)?(.+?)\.(?:base_layer|lora_\w+|modules_to_save|token_adapter)\b.*")
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,17 @@ def read_adapter(folder: str | Path, config: DbrxConfig) -> Changes:
 
     `ModelError` if it is damaged, does not fit, or changes what adapters cannot change here.
     """
-    folder = Path(folder).expanduser()
-    if not (folder / CONFIG).is_file():
-        raise ModelError(
-            f"{folder}: holds no {CONFIG}", "--adapter takes the folder of a LoRA adapter, as peft saves it"
-        )
-    settings = read_json(folder / CONFIG)
-    _check_settings(settings, folder / CONFIG)
+    folder = Path(os.path.expanduser(folder))
+    if other := other_adapter(folder):
+        raise other
+    settings = LoraConfig(folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         raise ModelError(f"{folder}: holds no {WEIGHTS}", "save the adapter with safe_serialization=True")
     pairs: dict[str, dict[str, Tensor]] = {}
     with Checkpoint.open(folder, WEIGHTS) as checkpoint:
         for name, info in checkpoint.tensors.items():
+            if TRAINING.fullmatch(name):
+                continue
             found = KEY.fullmatch(name)
             if found is None:
                 raise _unsupported(folder / WEIGHTS, name)
@@ -100,28 +97,18 @@ def digest(changes: Changes) -> str:
     return found.hexdigest() if changes else "none"
 
 
-def _check_settings(settings: dict[str, Any], path: Path) -> None:
-    if settings.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {shown(repr(settings.get('peft_type')))}; only LORA is supported")
-    for key, allowed in PLAIN.items():
-        if settings.get(key) not in allowed:
-            raise ModelError(
-                f"{path}: {key} is {shown(repr(settings[key]))}, which is not supported",
-                "merge the adapter with peft (merge_and_unload), and load the result",
-            )
-
-
 def _unsupported(path: Path, name: str) -> ModelError:
     if ".experts." in name:
         return ModelError(
-            f"{path}: changes experts ({shown(name)}); adapters can change attention and routers only",
-            "merge it with peft (merge_and_unload), and load the result",
+            f"{path}: changes experts ({shown(name)}); adapters can change attention and routers only", MERGE
         )
-    return ModelError(f"{path}: {shown(name)} belongs to no matrix of attention and no router of DBRX")
+    found = MODULE.fullmatch(name)
+    what = shown(found[1] if found else name)
+    return ModelError(f"{path}: {what} belongs to no matrix of attention and no router of DBRX", MERGE)
 
 
 def _change(
-    module: str, pair: dict[str, Tensor], settings: dict[str, Any], config: DbrxConfig, path: Path
+    module: str, pair: dict[str, Tensor], settings: LoraConfig, config: DbrxConfig, path: Path
 ) -> tuple[str, LowRank]:
     """The weight that a module's pair of matrices changes, and how."""
     head = config.head_dim
@@ -144,23 +131,13 @@ def _change(
             f"[{rows}, {config.d_model}]",
             "an adapter fits the model that it was trained with only",
         )
-    alpha = _alpha(module, settings, path)
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if not settings.selects(module):
+        raise ModelError(
+            f"{path}: changes {module}, which target_modules, exclude_modules or layers_to_transform leaves out",
+            f"peft would leave it out, too: take it into {CONFIG}, or its matrices out of the file",
+        )
     fused = re.sub(r"[qkv]_proj$", "Wqkv", module)
-    return f"{fused}.weight", LowRank(first_row, a, b * scale)
-
-
-def _alpha(module: str, settings: dict[str, Any], path: Path) -> float:
-    """lora_alpha, or that of the last pattern of alpha_pattern that names the module; patterns are plain suffixes."""
-    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if not re.fullmatch(r"[\w.]+", pattern):
-            raise ModelError(f"{path}: alpha_pattern {shown(pattern)} is a regular expression, which is not supported")
-        if module == pattern or module.endswith("." + pattern):
-            alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelError(f"{path.parent / CONFIG}: lora_alpha is {shown(repr(alpha))}, not a number")
-    return float(alpha)
+    return f"{fused}.weight", LowRank(first_row, a, b * settings.scale(module, rank))
 
 
 class AdaptedWeights(WrappedWeights):

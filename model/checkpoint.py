@@ -245,6 +245,10 @@ def _nothing_to_load(folder: Path) -> ModelError:
         return next((folder / name for name in names if re.fullmatch(pattern, name)), None)
 
     if "adapter_config.json" in names:
+        from .adapter_config import is_mlx_adapter, mlx_adapter
+
+        if is_mlx_adapter(names):
+            return mlx_adapter(folder)
         _, what, hint = OTHER_LAYOUTS[0]
         return ModelError(f"{folder}: holds {what}, not a whole model", hint)
     if first(r".*-\d+-of-\d+\.safetensors"):

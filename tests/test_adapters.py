@@ -1,9 +1,15 @@
-"""LoRA adapters: the logits of weights to which the change was added by hand; hostile ones are refused."""
+"""LoRA adapters: the logits of weights to which the change was added by hand, and those of peft; others are refused.
+
+What peft computed is in tests/data (tests/reference/make_adapter_golden.py).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +17,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import DbrxForCausalLM
+from model.adapter_config import FOLLOWED, PLAIN, WITHOUT_EFFECT, LoraConfig
 from model.adapters import attach, read_adapter
 from model.config import DbrxConfig
 from model.errors import ModelError
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
+from tests import make_adapter_table
 from tests.cli import Cli
 from tests.conftest import TINY
 from tests.gguf_files import write_gguf
-from tests.weights import make_checkpoint
+from tests.weights import adapter_weights, make_checkpoint
 
 torch.set_num_threads(1)
 
@@ -104,7 +112,7 @@ def test_merged_it_gives_the_logits_of_the_sum(base: Path, tmp_path: Path, modul
     [
         ({"lora_alpha": 3}, 4, 0.75),
         ({"use_rslora": True}, 4, 4.0),
-        ({"use_rslora": True, "lora_alpha": 3}, 2, 3 / math.sqrt(2)),
+        ({"use_rslora": True, "lora_alpha": 3, "r": 2}, 2, 3 / math.sqrt(2)),
         ({"rank_pattern": {"Wqkv": 8}}, 8, 1.0),
         ({"alpha_pattern": {"attn.Wqkv": 2}}, 4, 0.5),
         ({"alpha_pattern": {"out_proj": 2}}, 4, 2.0),
@@ -115,6 +123,93 @@ def test_scales(base: Path, tmp_path: Path, settings: dict[str, Any], rank: int,
     network = DbrxForCausalLM.from_pretrained(base, adapter=write(tmp_path / "a", tensors, **settings))
     for name, expected in dense(base, tensors, scale).items():
         torch.testing.assert_close(network.state_dict()[name], expected, rtol=0, atol=1e-5)
+
+
+DATA = Path(__file__).parent / "data"
+GOLDEN: dict[str, Any] = json.loads((DATA / "adapter_golden.json").read_text())
+
+
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of a case, as peft saved it."""
+    found = {**GOLDEN["defaults"], **case["settings"]}
+    return {key: value for key, value in found.items() if key not in case["without"]}
+
+
+@pytest.fixture(scope="module")
+def peft_logits(base: Path) -> dict[str, Tensor]:
+    """By case; those of the base agree, so that differences are the adapters'."""
+    found = load_file(DATA / "adapter_golden.safetensors")
+    torch.testing.assert_close(logits(DbrxForCausalLM.from_pretrained(base))[0], found["base"], rtol=0, atol=2e-4)
+    return found
+
+
+@pytest.mark.parametrize("name", GOLDEN["understood"])
+def test_it_gives_the_logits_of_peft(base: Path, peft_logits: dict[str, Tensor], tmp_path: Path, name: str) -> None:
+    """Every option that is understood: which, rank, scale, and which of several patterns counts."""
+    case = GOLDEN["understood"][name]
+    tensors = {key: torch.from_numpy(value) for key, value in adapter_weights(case["shapes"]).items()}
+    folder = write(tmp_path / "a", tensors, **settings_of(case))
+    network = DbrxForCausalLM.from_pretrained(base, adapter=folder)
+    torch.testing.assert_close(logits(network)[0], peft_logits[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", GOLDEN["refused"])
+def test_what_peft_computes_in_another_way_is_refused(tmp_path: Path, name: str) -> None:
+    """With what peft saved; as plain LoRA its logits would be far off, as the reference measured."""
+    case = GOLDEN["refused"][name]
+    option = next(key for key in case["settings"] if key in PLAIN)
+    folder = write(tmp_path / "a", pairs(("Wqkv",)), **settings_of(case))
+    with pytest.raises(ModelError, match=f"{option} is ") as error:
+        read_adapter(folder, DbrxConfig.from_dict(TINY))
+    assert case["plain_lora_is_off_by"] > 1 and error.value.hint
+    # Where the way out is to merge with peft, peft's own reload and merge are right.
+    assert ("merge it with peft" in error.value.hint) == (case.get("merged_is_off_by") == 0)
+
+
+def test_every_option_is_decided_and_the_table_is_the_codes() -> None:
+    assert not FOLLOWED.keys() & PLAIN.keys() and not WITHOUT_EFFECT.keys() & {*FOLLOWED, *PLAIN}
+    assert set(GOLDEN["options"]) | {"merge_weights", "enable_lora"} == {*FOLLOWED, *PLAIN, *WITHOUT_EFFECT}
+    assert make_adapter_table.FORMATS.read_text("utf-8") == make_adapter_table.page(), "run `make docs`"
+
+
+@pytest.mark.reference
+def test_every_option_of_the_newest_peft_is_decided() -> None:
+    """Where peft is installed: a new release has new options."""
+    peft = pytest.importorskip("peft")
+    options = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert options <= {*FOLLOWED, *PLAIN, *WITHOUT_EFFECT}
+
+
+MODULES = [
+    f"transformer.blocks.{layer}.{name}"
+    for layer in (0, 1, 11)
+    for name in ("norm_attn_norm.attn.Wqkv", "norm_attn_norm.attn.out_proj", "ffn.router.layer")
+]
+PATTERNS = [
+    "Wqkv", "qkv", "attn.Wqkv", "layer", "router.layer", "out_proj", *MODULES[:5], "norm.attn_norm.attn.Wqkv",
+    "^transformer.blocks.1.ffn.router.layer", "^attn.Wqkv", "Wqkv$", "$", "", r"blocks\.1\..*", r"blocks\.1.*",
+    "Wqkv|layer", "(Wqkv|out_proj)", r".*\.[01]\..*(q|v|y|r)$", r"\d+\.ffn\..+", r"(?:\w+\.)*layer", "1.*", ".*",
+    r"(?!.*router).*", "[^.]+", r"\w{4}", r"Wqk\w?", r"transformer\.blocks\.(?:1|11)\..+", "blocks.1",
+]  # fmt: skip
+
+
+def test_the_pattern_that_counts_is_that_of_pefts_rule(tmp_path: Path) -> None:
+    """peft's get_pattern_key: the first key for which this expression matches."""
+    path, rng = tmp_path / "adapter_config.json", random.Random(1)
+    for drawn in [[pattern] for pattern in PATTERNS] + [rng.sample(PATTERNS, 3) for _ in range(40)]:
+        alphas = {pattern: 9 + i for i, pattern in enumerate(drawn)}
+        path.write_text(json.dumps({**SETTINGS, "r": 1, "alpha_pattern": alphas}))
+        config = LoraConfig(path)
+        for module in MODULES:
+            first = next((key for key in drawn if re.match(rf"(.*\.)?({key})$", module)), None)
+            assert config.scale(module, 1) == alphas.get(first, 8), (drawn, module)
+
+
+def test_an_expression_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.adapter_config.MATCHING_S", 0.05)
+    folder = write(tmp_path / "a", pairs(("Wqkv",)), alpha_pattern={r"(.|.)*" * 9 + "[xyz]": 2})
+    with pytest.raises(ModelError, match="takes too long to match"):
+        read_adapter(folder, DbrxConfig.from_dict(TINY))
 
 
 def test_the_type_stays_that_of_the_weights(base: Path, tmp_path: Path) -> None:
@@ -138,7 +233,7 @@ def test_over_a_gguf(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 64, generator=rng), torch.randn(64, 2, generator=rng)
     name = "base_model.model.transformer.blocks.1.norm_attn_norm.attn.out_proj"
-    folder = write(tmp_path / "a", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, lora_alpha=2)
+    folder = write(tmp_path / "a", {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, r=2, lora_alpha=2)
     plain = DbrxForCausalLM.from_pretrained(path).state_dict()
     adapted = DbrxForCausalLM.from_pretrained(path, adapter=folder).state_dict()
     name = name.removeprefix("base_model.model.") + ".weight"
@@ -238,15 +333,53 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other_kind": (changed(peft_type="LOHA"), "peft_type is 'LOHA'"),
     "dora": (changed(use_dora=True), "use_dora is True"),
-    "bias": (changed(bias="all"), "bias is 'all'"),
+    "bias": (changed(bias="some"), "bias is 'some'"),
     "whole_modules": (changed(modules_to_save=["lm_head"]), "modules_to_save"),
-    "transposed": (changed(fan_in_fan_out=True), "fan_in_fan_out"),
     "alpha_text": (changed(lora_alpha="8"), "lora_alpha is '8', not a number"),
     "alpha_infinite": (changed(lora_alpha=1e999), "lora_alpha is inf"),
     "alpha_absent": (changed(lora_alpha=None), "lora_alpha is None"),
-    "pattern_is_regex": (changed(alpha_pattern={"(a+)+$": 2}), "is a regular expression"),
+    "alpha_huge": (changed(lora_alpha=10**400), "lora_alpha is 1000"),
+    "alpha_nan": (changed(lora_alpha=math.nan), "lora_alpha is nan, not a number"),
+    "alpha_is_true": (changed(lora_alpha=True), "lora_alpha is True, not a number"),
+    "rank_text": (changed(r="4"), "r is '4', not a whole number"),
+    "rank_fraction": (changed(r=4.0), "r is 4.0, not a whole number"),
+    "rank_of_another": (changed(r=8), "r is 8, but .* has matrices of rank 4"),
+    "rank_absent": (changed(r=None), "r is None, not a whole number"),
+    "rank_pattern_of_another": (changed(rank_pattern={"Wqkv": 8}), "rank_pattern is 8, but"),
+    "rank_pattern_text": (changed(rank_pattern={"Wqkv": "4"}), r"rank_pattern\['Wqkv'\] is '4', not a whole number"),
+    "patterns_listed": (changed(alpha_pattern=["Wqkv"]), r"alpha_pattern is \['Wqkv'\], not a table"),
+    "rslora_text": (changed(use_rslora="true"), "use_rslora is 'true', not true or false"),
+    "targets_number": (changed(target_modules=3), "target_modules is 3, not a list of names"),
+    "layers_text": (changed(layers_to_transform="1"), "layers_to_transform is '1', not a list of whole numbers"),
+    "pattern_broken": (changed(alpha_pattern={"(a": 2}), r"alpha_pattern holds '\(a', which is no expression"),
+    "pattern_deep": (changed(alpha_pattern={"(?:" * 1000 + ")" * 1000: 2}), "which is no expression that is read here"),
+    "pattern_fuzzy": (changed(alpha_pattern={"Wqku{e<=1}": 2}), "which is no expression that is read here"),
+    "pattern_counted": (changed(alpha_pattern={"(((a?){99}){99}){99}": 2}), "which is no expression that is read here"),
+    "pattern_with_flags": (changed(alpha_pattern={"(?i)wqkv": 2}), "which is no expression that is read here"),
+    "not_targeted": (changed(target_modules=["out_proj"]), "changes .*Wqkv, which target_modules"),
+    "excluded": (changed(exclude_modules="transformer.*"), "which target_modules, exclude_modules or"),
+    "another_layer": (changed(target_modules=["Wqkv"], layers_to_transform=[1]), "blocks.0.*which target_modules"),
+    "another_list": (
+        changed(target_modules=["Wqkv"], layers_to_transform=[0, 2], layers_pattern="layers"), "which target_modules",
+    ),
+    "initialization": (changed(init_lora_weights="of_next_year"), "init_lora_weights is 'of_next_year'"),
+    "variant_with_defaults": (changed(use_bdlora={}), "use_bdlora is {}"),
+    "parts": (changed(enable_lora=[True, False, True]), "enable_lora is"),
+    "option_of_next_year": (changed(use_xlora2=True), "use_xlora2 is True, and no option that is known here"),
+    "nothing": (lambda folder: write(folder, {}), "holds no tensors"),
     "experts": (holding(**{f"{B1}ffn__experts__mlp__w1__lora_A__weight": torch.ones(2)}), "changes experts"),
-    "head": (holding(base_model__model__lm_head__lora_A__weight=torch.ones(2)), "belongs to no matrix"),
+    "head": (holding(base_model__model__lm_head__lora_A__weight=torch.ones(2)), "lm_head belongs to no matrix"),
+    "head_beside_its_base": (
+        holding(base_model__model__lm_head__base_layer__weight=torch.ones(2)), "lm_head belongs to no matrix",
+    ),
+    "embedding": (
+        holding(base_model__model__transformer__wte__lora_embedding_A=torch.ones(2)), "transformer.wte belongs to no",
+    ),
+    "tokens": (
+        holding(base_model__model__transformer__wte__token_adapter__trainable_tokens_delta=torch.ones(2)),
+        "transformer.wte belongs to no matrix",
+    ),
+    "bias_of_b": (holding(**{f"{B1}norm_attn_norm__attn__Wqkv__lora_B__bias": torch.ones(2)}), "belongs to no matrix"),
     "norm": (holding(**{f"{B1}norm_attn_norm__norm_1__lora_A__weight": torch.ones(2)}), "belongs to no matrix"),
     "escapes": (holding(**{"\x1b[31m": torch.ones(2)}), r"\\x1b"),
     "layer_beyond": (
@@ -276,6 +409,64 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, defect: str) -> 
     with pytest.raises(ModelError, match=message) as error:
         read_adapter(folder, DbrxConfig.from_dict(TINY))
     assert error.value.message.startswith(str(folder)) and error.value.message.isprintable()
+
+
+def test_unknown_options_that_say_nothing_are_taken(tmp_path: Path) -> None:
+    off = {"use_new": False, "new_config": None, "new_list": [], "new_table": {}, "new_text": ""}
+    assert read_adapter(write(tmp_path / "a", pairs(("Wqkv",)), **off), DbrxConfig.from_dict(TINY))
+
+
+def mlx(folder: Path) -> Path:
+    """A folder that has the names of mlx_lm.lora."""
+    folder.mkdir()
+    lora = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(lora))
+    name = "transformer.blocks.0.norm_attn_norm.attn.Wqkv.lora_{}"
+    save_file(
+        {name.format("a"): torch.ones(48, 8), name.format("b"): torch.ones(8, 64)}, folder / "adapters.safetensors"
+    )
+    return folder
+
+
+def llama_cpp(path: Path) -> Path:
+    """A LoRA adapter as llama.cpp's convert_lora_to_gguf.py writes it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "dbrx")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 16.0)
+    for letter, shape in (("a", (4, 64)), ("b", (128, 4))):
+        writer.add_tensor(f"blk.0.attn_qkv.weight.lora_{letter}", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_other_adapters_are_named_with_their_way_in(base: Path, tmp_path: Path) -> None:
+    """Given with --adapter; the first two given with -m, too."""
+    of_mlx, of_llama_cpp = mlx(tmp_path / "mlx"), llama_cpp(tmp_path / "lora.gguf")
+    several = tmp_path / "several"
+    several.mkdir()
+    inner = write(several / "checkpoint-5", pairs(("Wqkv",)))
+    expected = {
+        of_mlx: ("is an adapter of mlx-lm", f"mlx_lm.fuse --model BASE --adapter-path {of_mlx}"),
+        of_llama_cpp: ("is a LoRA adapter of llama.cpp", "the one that this was converted from"),
+        write_gguf(tmp_path / "m.gguf"): ("is a GGUF file, not an adapter", "as peft saves it"),
+        base: ("is a whole model, not an adapter", "give it with -m"),
+        several: ("holds no adapter_config.json", f"--adapter {inner}"),
+        inner / "adapter_model.safetensors": ("is a file, not a folder", "takes the folder"),
+        Path("~nobody-of-this-name/a"): ("holds no adapter_config.json", "as peft saves it"),
+    }
+    for path, (message, hint) in expected.items():
+        with pytest.raises(ModelError, match=message) as error:
+            read_adapter(path, DbrxConfig.from_dict(SMALL))
+        assert hint in (error.value.hint or "") and error.value.message.startswith(str(path))
+    for path, message in ((of_mlx, "is an adapter of mlx-lm"), (of_llama_cpp, "is a LoRA adapter of llama.cpp")):
+        with pytest.raises(ModelError, match=message):
+            DbrxForCausalLM.from_pretrained(path)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ def make_weights(config: dict[str, Any], seed: int) -> dict[str, Array]:
     return {
         name: _round_to_bfloat16(_values(config, seed, name, shape, common))
         for name, shape in parameter_shapes(config).items()
+    }
+
+
+def adapter_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+    """Tensors of an adapter by their names, exact in bfloat16."""
+    return {
+        name: _round_to_bfloat16(_normal(0, name, tuple(shape)) / sqrt(shape[-1])) for name, shape in shapes.items()
     }
 
 

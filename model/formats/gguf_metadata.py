@@ -34,6 +34,11 @@ PRE_TOKENIZERS: Mapping[str, Any] = {
 
 def check_architecture(file: GgufFile) -> None:
     """`ModelError` names the architecture where it is not DBRX."""
+    if file.values.get("general.type") == "adapter":
+        raise file.fault(
+            "is a LoRA adapter of llama.cpp, not a model",
+            "give the base with -m, and with --adapter the folder that this was converted from, as peft saves it",
+        )
     architecture = file.value("general.architecture", str)
     if architecture == "dbrx":
         return
