@@ -225,7 +225,7 @@ def hub_access(model: WhichModel) -> Check:
         return Check.problem("hub", error, access="bad token")
     except ConnectionFault as error:
         return Check.problem("hub", error, access="unreachable")
-    return Check("hub", "ok", f"{hub.endpoint} gives {model.model} at {answers[0][:12]}", facts={"access": "ok"})
+    return Check("hub", "ok", f"{hub.shown} gives {model.model} at {answers[0][:12]}", facts={"access": "ok"})
 
 
 def _refused(hub: Any, error: Any) -> Check:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,52 @@ def test_what_is_there_is_refused_before_the_first_byte(server: FakeHub, tmp_pat
             assert "move it away" in str(caught.value.hint)
         assert {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in here.iterdir()} == before
     assert server.bytes_sent == 0
+
+
+def test_the_folder_itself_is_a_file(server: FakeHub, tmp_path: Path) -> None:
+    for name, make in {"file": lambda path: path.write_bytes(MINE), "dangling": lambda p: p.symlink_to("no")}.items():
+        make(tmp_path / name)
+        with pytest.raises(InputError, match="is not a folder"):
+            models.download(NAME, to=tmp_path / name)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    same(models.download(NAME, to=tmp_path / "link"), checkpoint())
+
+
+def test_links_of_the_cache_are_not_written_through(server: FakeHub, tmp_path: Path) -> None:
+    """But the model's whole folder may lie on another disk."""
+    storage = Path(constants.HF_HUB_CACHE) / "models--acme--tiny-dbrx"
+    commit = server.repos[NAME].refs["main"]
+    (tmp_path / "mine").mkdir()
+    for name in ("main", "config.json", f"{commit}.json"):
+        (tmp_path / "mine" / name).write_bytes(MINE)
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    for place in ("refs", "blobs", "snapshots", f"snapshots/{commit}", ".dbrx"):
+        (storage / place).parent.mkdir(parents=True)
+        (storage / place).symlink_to(tmp_path / "mine")
+        with pytest.raises(InputError, match="link out of the cache"):
+            models.download(NAME)
+        shutil.rmtree(storage)
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+    (tmp_path / "disk" / storage.name).mkdir(parents=True)
+    storage.symlink_to(tmp_path / "disk" / storage.name)
+    same(models.download(NAME), checkpoint())
+
+
+@pytest.mark.timeout(20)
+def test_pipes_do_not_block(server: FakeHub, tmp_path: Path) -> None:
+    folder, here = models.download(NAME), models.download(NAME, to=tmp_path / "here")
+    notes = here / ".cache" / "huggingface"
+    for path in (
+        folder.parents[1] / "refs" / "main", folder.parents[1] / ".dbrx" / f"{folder.name}.json",
+        folder / "model.safetensors.index.json", notes / ".dbrx" / f"{folder.name}.json",
+        notes / "download" / "README.md.metadata",
+    ):  # fmt: skip
+        path.unlink()
+        os.mkfifo(path)
+    models.missing_files(folder), models.missing_files(here)
+    same(models.download(NAME, verify=True), checkpoint())
+    same(models.download(NAME, to=here, verify=True), checkpoint())
 
 
 def test_what_a_download_put_there_is_updated(server: FakeHub, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelE
 from .listing import COMMIT, HubFile, check_together
 from .patience import AGAIN, Patience, Transient
 
-LARGEST_ANSWER = 64 << 20  # bytes of JSON; the listing of a real repository has some KB
-MOST_PAGES = 1000
+LARGEST_ANSWER = 4 << 20  # bytes of JSON; the listing of a real repository has some KB, a page of 1000 files 0.4 MB
+MOST_PAGES = 100
 
 
 class NoSuchRevision(ModelError):
@@ -122,7 +122,7 @@ class Hub:
         return f"{self.endpoint}/api/models/{self.name}"
 
     @property
-    def _shown(self) -> str:
+    def shown(self) -> str:
         """The endpoint as messages name it: without a user and a password."""
         return re.sub(r"(?<=//)[^/]*@", "", self.endpoint)
 
@@ -168,20 +168,20 @@ class Hub:
             # The link to the storage ran out, most likely: the next attempt asks the Hub for a new one.
             return Transient(ConnectionFault(f"{response.url.host} answered {said}", AGAIN))
         if code == "RevisionNotFound":
-            return NoSuchRevision(f"{self.name} has no such revision: {self._shown} answered {said}")
+            return NoSuchRevision(f"{self.name} has no such revision: {self.shown} answered {said}")
         if code == "EntryNotFound":
-            return NoSuchFile(f"{self.name} has no such file: {self._shown} answered {said}")
+            return NoSuchFile(f"{self.name} has no such file: {self.shown} answered {said}")
         if code in ("GatedRepo", "RepoNotFound") or status in (401, 403):
             return self._no_access(code, said)
-        return ConnectionFault(f"{self._shown} answered {said} for {self.name}", "check HF_ENDPOINT, or try later")
+        return ConnectionFault(f"{self.shown} answered {said} for {self.name}", "check HF_ENDPOINT, or try later")
 
     def _no_access(self, code: str, said: str) -> AccessError:
         others = "give a local folder or another Hub id (org/name), or set HF_ENDPOINT to a mirror that has it"
         if not self.token:
             others += "; no HF_TOKEN is set: set one if you were given access"
         if code == "GatedRepo" and not self.name.startswith("databricks/"):  # those are closed: nobody can ask
-            others = f"ask for access at {self._shown}/{self.name}, or {others}"
-        fault = NoAccess(f"the Hub gives no access to {self.name}: {self._shown} answered {said}", others)
+            others = f"ask for access at {self.shown}/{self.name}, or {others}"
+        fault = NoAccess(f"the Hub gives no access to {self.name}: {self.shown} answered {said}", others)
         fault.code = code
         return fault
 
@@ -198,7 +198,7 @@ class Hub:
         return "".join(c for c in words if c.isprintable())
 
     def _not_a_hub(self) -> ConnectionFault:
-        return ConnectionFault(f"{self._shown} does not answer like a Hugging Face Hub", "check HF_ENDPOINT")
+        return ConnectionFault(f"{self.shown} does not answer like a Hugging Face Hub", "check HF_ENDPOINT")
 
 
 def _origin(url: str) -> tuple[str, str, int | None] | None:

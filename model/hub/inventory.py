@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
-from ..safetensors_file import read_json
+from ..safetensors_file import read_json, read_text
 from .layout import OURS, THEIRS, cache_folder, in_blobs, missing_files, obstacle
 
 KIND = "dbrx"
@@ -109,8 +109,8 @@ def _refs(folder: Path) -> Iterator[tuple[str, str]]:
     for path in folder.rglob("*"):
         if path.is_file():
             try:
-                yield path.relative_to(folder).as_posix(), path.read_text("utf-8").strip()
-            except (OSError, ValueError):
+                yield path.relative_to(folder).as_posix(), read_text(path).strip()
+            except ModelError:
                 continue
 
 

@@ -18,11 +18,12 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError, ModelError
+from ..safetensors_file import read_text
 from .listing import COMMIT, ETAG, HubFile, check_together, is_safe
 
 PIECE = 1 << 20
@@ -107,7 +108,10 @@ class CacheSnapshot:
             os.replace(blob, pointer)  # as other clients do on such a file system
 
     def refuse(self, file: HubFile) -> None:
-        """Nothing in the cache is the user's own."""
+        """Nothing in the cache is the user's own, but a folder of it may be a link that leads to what is."""
+        for path in (self.root / file.path, self.blob(file), self.tree_path, self.storage / "refs" / "name"):
+            if (part := obstacle(self.storage, path)) is not None:
+                raise InputError(f"{part} is not a folder, or is a link out of the cache", "remove it")
 
 
 class PlainFolder:
@@ -159,6 +163,8 @@ class PlainFolder:
     def in_the_way(self, file: HubFile) -> str | None:
         """Why a file must not take its place: something lies there that is not as a download left it."""
         path = self.blob(file)
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            return f"{self.root} is not a folder"
         for way in (path, self.lock(file), self.tree_path):
             if (part := obstacle(self.root, way)) is not None:
                 return f"{part} is not a folder, or is a link"
@@ -202,8 +208,8 @@ def cached_commit(name: str, revision: str) -> str | None:
         return revision
     ref = cache_folder() / f"models--{name.replace('/', '--')}" / "refs" / revision
     try:
-        commit = ref.read_text("utf-8").strip()
-    except (OSError, ValueError):
+        commit = read_text(ref).strip()
+    except ModelError:
         return None
     return commit if COMMIT.fullmatch(commit) else None
 
@@ -230,7 +236,7 @@ def write_tree(path: Path, files: Iterable[HubFile]) -> None:
 def read_tree(path: Path) -> list[HubFile] | None:
     """A kept listing, or None if there is none that can be read and makes sense."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_text(path))
         if content["format_version"] != 1:
             return None
         files = [
@@ -241,7 +247,7 @@ def read_tree(path: Path) -> list[HubFile] | None:
             for name, entry in content["files"].items()
         ]  # fmt: skip
         check_together(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError):
         return None
     return files
 
@@ -282,9 +288,9 @@ def _weights(folder: Path, listed: Iterable[str]) -> set[str]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:
-            names = set(json.loads(indexes[0].read_text("utf-8"))["weight_map"].values())
+            names = set(json.loads(read_text(indexes[0]))["weight_map"].values())
             return {name for name in names if isinstance(name, str) and is_safe(name)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError):
             return {f"{indexes[0].name} (cannot be read)"}
     names = set(matching(_at_top(listed), ["*.safetensors"]))
     if not names and not any(file_size(path) is not None for path in folder.glob("*.safetensors")):
@@ -319,9 +325,9 @@ def file_size(path: Path) -> int | None:
 def note(folder: Path, path: str) -> tuple[str, float] | None:
     """What a plain folder's notes say of a file: its etag, and until when (seconds since 1970) nobody changed it."""
     try:
-        lines = (folder / ".cache" / "huggingface" / "download" / f"{path}.metadata").read_text("utf-8").splitlines()
+        lines = read_text(folder / ".cache" / "huggingface" / "download" / f"{path}.metadata").splitlines()
         return (lines[1], float(lines[2])) if ETAG.fullmatch(lines[1]) else None
-    except (OSError, ValueError, IndexError):
+    except (ModelError, ValueError, IndexError):
         return None
 
 
@@ -360,12 +366,16 @@ def hasher(etag: str, size: int) -> Any:
     return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
-def digest(path: Path, etag: str) -> str:
-    """The checksum of a file, of the kind that `etag` is."""
-    with path.open("rb") as stream:
-        checksum = hasher(etag, os.fstat(stream.fileno()).st_size)
-        while piece := stream.read(PIECE):
-            checksum.update(piece)
+def digest(path: Path, etag: str, watch: Callable[[int], None] = lambda n: None) -> str | None:
+    """The checksum of a file, of the kind that `etag` is, None if it cannot be read; `watch` hears of bytes."""
+    try:
+        with path.open("rb") as stream:
+            checksum = hasher(etag, os.fstat(stream.fileno()).st_size)
+            while piece := stream.read(PIECE):
+                checksum.update(piece)
+                watch(len(piece))
+    except OSError:
+        return None
     return str(checksum.hexdigest())
 
 

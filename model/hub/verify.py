@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from .layout import PIECE, file_size, hasher, in_blobs, missing_files, names_in, note, tree_of
+from .layout import digest, file_size, in_blobs, missing_files, names_in, note, tree_of
 from .listing import ETAG
 from .progress import Progress, Silent
 
@@ -41,7 +42,7 @@ def verify_cached(folder: Path, progress: Progress | None = None) -> list[Proble
         etag = _expected(folder, name) or (listed[name].etag if name in listed else None)
         if name in listed and sizes[name] != listed[name].size:
             problems.append(Problem(name, f"{sizes[name]:,} bytes instead of {listed[name].size:,}"))
-        elif etag is not None and _checksum(folder, name, etag, progress) != etag:
+        elif etag is not None and digest(folder / name, etag, partial(progress.advance, name)) != etag:
             problems.append(Problem(name, "wrong checksum"))
     return sorted(problems, key=lambda problem: problem.name)
 
@@ -66,15 +67,3 @@ def _expected(folder: Path, name: str) -> str | None:
         return noted[0] if noted else None
     etag = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
     return etag if ETAG.fullmatch(etag) else None
-
-
-def _checksum(folder: Path, name: str, etag: str, progress: Progress) -> str | None:
-    try:
-        with (folder / name).open("rb") as stream:
-            checksum = hasher(etag, os.fstat(stream.fileno()).st_size)
-            while piece := stream.read(PIECE):
-                checksum.update(piece)
-                progress.advance(name, len(piece))
-    except OSError:
-        return None
-    return str(checksum.hexdigest())
