@@ -7,21 +7,24 @@ keep: a keyword it does not know how to enforce makes the schema an error instea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InputError
+from .json_schema import CONTROL, ROOT, overlapping, parts, rewritten, strings
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
     from torch import Tensor
 
     from .tokenizer import Tokenizer
 
 MAX_SCHEMA = 4 * 1024 * 1024  # bytes
+STUCK = "the schema leaves nothing that could come next: the reply cannot be completed"
 # Between two parts of the JSON: one space, or a new line with its indentation. Without a bound a model that likes
 # white space would write nothing else, and a greedy one for ever.
+ESCAPES = 'nrbtf"\\'  # in strings
 WHITE_SPACE = r"(\x20|\n\x20{0,32})"
 
 
@@ -39,9 +42,7 @@ def read_schema(text: str, name: str) -> dict[str, Any]:
 
 def check_schema(schema: Mapping[str, Any], name: str = "the schema") -> None:
     """`InputError` if the schema is wrong, contradicts itself, or has a keyword that cannot be enforced."""
-    from llguidance import LLMatcher
-
-    _fault(LLMatcher.validate_grammar(_grammar(schema, name)), name)
+    _grammar(schema, name)
 
 
 class SchemaMask:
@@ -59,46 +60,88 @@ class SchemaMask:
         self._row(0)
 
     def __call__(self, row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
-        """See `LogitsMask`."""
-        import numpy as np
-        import torch
-
-        matcher = self._row(row).read(ids)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        _fault(matcher.get_error(), "the schema")
-        allowed = torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little")).bool()
+        """See `LogitsMask`. `InputError` if nothing could come next."""
+        allowed = self._row(row).read(ids).allowed()
         if not allowed.any():
-            raise InputError("the schema cannot be met: the model has no token that could come next", "change it")
+            raise InputError(STUCK, "change it, or try another --seed")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+    def leads_on(self, row: int, ids: Sequence[int]) -> bool:
+        """See `LooksAhead`: whether something fits behind the newest token."""
+        state = self._row(row).read(ids)
+        while not state.stopped:
+            allowed = state.allowed()
+            if (allowed & ~self._vocabulary.blank).any():
+                return True
+            if not allowed.any():
+                return False
+            # White space is allowed where the parser does not know yet that nothing could come behind it.
+            ids = [*ids, int(allowed.nonzero()[0])]
+            state = self._row(row).read(ids)
+        return not state.failed
 
     def complete(self, row: int, ids: Sequence[int]) -> bool:
         """Whether the JSON is whole and nothing can follow it (see `Stopper`)."""
-        return bool(self._row(row).read(ids).is_stopped())
+        state = self._row(row).read(ids)
+        return state.stopped and not state.failed
 
     def _row(self, row: int) -> _Row:
         if row not in self._rows:
-            self._rows[row] = _Row(self._vocabulary, self._grammar)
+            self._rows[row] = _Row(self._vocabulary, self._grammar, self._vocab_size)
         return self._rows[row]
 
 
 class _Row:
-    """The parser of one reply, and how much it has read."""
+    """The parser of one reply, and what it has read."""
 
-    def __init__(self, vocabulary: LLTokenizer, grammar: str) -> None:
-        from llguidance import LLMatcher
-
-        self._matcher = LLMatcher(vocabulary, grammar, log_level=0)
-        self._read = 0
+    def __init__(self, vocabulary: _Vocabulary, grammar: str, vocab_size: int) -> None:
+        self._vocabulary, self._grammar, self._vocab_size = vocabulary.tokens, grammar, vocab_size
+        self._begin()
         _fault(self._matcher.get_error(), "the schema")
 
-    def read(self, ids: Sequence[int]) -> LLMatcher:
-        """Take in what is new since the last call."""
-        new = list(ids[self._read :])
-        if new and not self._matcher.is_stopped():
-            self._matcher.consume_tokens(new)
-            _fault(self._matcher.get_error(), "the schema")
-        self._read = len(ids)
-        return self._matcher
+    def _begin(self) -> None:
+        from llguidance import LLMatcher
+
+        self._matcher = LLMatcher(self._vocabulary, self._grammar, log_level=0)
+        self._read: list[int] = []
+        self._allowed: Tensor | None = None  # behind what was read
+
+    def read(self, ids: Sequence[int]) -> _Row:
+        """Take in what is new since the last call; begin anew where something was taken back."""
+        known = len(self._read)
+        if len(ids) < known or self._read[-1:] != list(ids[known - 1 : known]):
+            self._begin()
+            known = 0
+        new = list(ids[known:])
+        if new:
+            if not self.stopped:
+                self._matcher.consume_tokens(new)
+            self._read += new
+            self._allowed = None
+        return self
+
+    def allowed(self) -> Tensor:
+        """Which ids may come next, [vocab] bool; none in a dead end."""
+        import numpy as np
+        import torch
+
+        if self._allowed is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if self.failed:  # it finds out when it looks for a token
+                bits = np.zeros_like(bits)
+            mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+            self._allowed = torch.from_numpy(mask).bool()
+        return self._allowed
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is read: the JSON is whole, or the parser has failed."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the parser knows that what it read leads nowhere."""
+        return bool(self._matcher.is_error())
 
 
 class _Tokens:
@@ -118,50 +161,75 @@ class _Tokens:
         return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
 
 
+class _Vocabulary(NamedTuple):
+    tokens: LLTokenizer
+    blank: Tensor  # which ids are white space, [vocab] bool
+
+
 @lru_cache(maxsize=1)  # it takes a third of a second with 100,000 tokens
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> _Vocabulary:
+    import torch
     from llguidance import LLTokenizer, TokenizerWrapper
 
     tokens = _Tokens(tokenizer, vocab_size)
-    return LLTokenizer(
+    made = LLTokenizer(
         TokenizerWrapper(tokens),
         n_vocab=vocab_size + 1,
         eos_token=[*tokenizer.eos_token_ids] or [tokens.eos_token_id],
         slices=LLTokenizer.json_slices(),
     )
+    return _Vocabulary(made, torch.tensor([bool(t) and not t.strip() for t in tokens.tokens[:vocab_size]]))
 
 
 def _grammar(schema: Mapping[str, Any], name: str) -> str:
     from llguidance import LLMatcher
 
-    # The library takes its own options from this key of a schema; a user's schema has no say in them.
-    schema = {key: value for key, value in schema.items() if key != "x-guidance"}
-    for part in _parts(schema):
+    for part in parts(schema):
         least, named = part.get("minProperties"), part.get("required")
         if isinstance(least, int) and least > max(1, len(named) if isinstance(named, list) else 0):
             raise InputError(f"{name}: minProperties cannot be enforced: a name could come twice", "use `required`")
+    ready = rewritten(schema, name)
+    grammar = _compiled(ready, name, _escapes(ready, name))
+    _fault(LLMatcher.validate_grammar(grammar), name)
+    if cases := overlapping(ready, lambda probe: _is_empty(probe, name)):
+        told = " and ".join(str(case + 1) for case in cases)
+        raise InputError(f"{name}: cases {told} of oneOf may both fit one value", "make them differ, or use anyOf")
+    return grammar
+
+
+def _compiled(schema: dict[str, Any], name: str, escapes: str) -> str:
+    from llguidance import LLMatcher
+
+    # oneOf as anyOf: that only one case fits is checked apart, and through references too.
+    options: Any = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True, "json_allowed_escapes": escapes}
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         _fault(str(error), name)
         raise
     return grammar
 
 
-def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """All objects inside a JSON value."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield value
-            waiting += value.values()
-        elif isinstance(value, list):
-            waiting += value
+def _is_empty(schema: dict[str, Any], name: str) -> bool:
+    from llguidance import LLMatcher
+
+    return LLMatcher.validate_grammar(_compiled(schema, name, ESCAPES)).startswith("Unsatisfiable schema")
+
+
+def _escapes(schema: Mapping[str, Any], name: str) -> str:
+    """Which escapes strings may have. Without \\u no name can be spelled in two ways, and so come twice."""
+    if not any(map(CONTROL.search, strings(schema))):
+        return ESCAPES
+    for part in parts(schema):
+        listed = part.get("properties") or part.get("required")
+        if listed and (part.get("additionalProperties") is not False or part.get("patternProperties")):
+            fault = f"{name}: control characters cannot be kept beside properties that are not listed"
+            raise InputError(fault, "set additionalProperties to false, or leave the characters out")
+    return ESCAPES + "u"
 
 
 def _fault(message: str, name: str) -> None:
     if message:
-        message = " ".join(message.split())
+        message = " ".join(message.split()).replace(f"json-schema:///#/$defs/{ROOT}", "#")
         short = message if len(message) <= 200 else message[:200] + " ..."
         raise InputError(f"{name}: {short}", "change the schema: what cannot be enforced is not ignored")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class LogitsMask(Protocol):
         ids: all that the row's reply has so far. From call to call it only grows, mostly by one, by many where a
         reply is taken up; drafts that were not accepted are never shown.
         """
+
+
+@runtime_checkable
+class LooksAhead(LogitsMask, Protocol):
+    """A `LogitsMask` that knows, too, of tokens that it allows but that lead nowhere."""
+
+    def leads_on(self, row: int, ids: Sequence[int]) -> bool:
+        """Whether the row can go on behind the newest of `ids`; if not, that one is taken back and never told again."""
 
 
 class Watcher(Protocol):
@@ -202,11 +210,22 @@ class Row:
         scores = self._penalize(raw) if self._penalized else raw
         if self._mask is not None:
             scores = self._mask(self._number, self.ids, scores)
-        token = sample(_finite(scores), self.params, self._generator)
+        token = self._pick(scores)
         self.ids.append(token)
         if self._watcher is not None:
             self._watcher(self._number, token, raw)
         self.done = self._complete()
+        return token
+
+    def _pick(self, scores: Tensor) -> int:
+        """A token, one behind which the reply can go on."""
+        token = sample(_finite(scores), self.params, self._generator)
+        if isinstance(self._mask, LooksAhead):
+            while not self._mask.leads_on(self._number, [*self.ids, token]):
+                scores = scores.index_fill(0, torch.tensor([token], device=scores.device), float("-inf"))
+                if not scores.max().isfinite():
+                    raise InputError("nothing that is allowed next leads on: the reply cannot be completed")
+                token = sample(scores, self.params, self._generator)
         return token
 
     def try_choose(self, logits: Tensor) -> int | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from model import DbrxForCausalLM, KVCache, SamplingParams
 from model.batch import Batch, common_prefix
-from model.decode import Row, decode, prefill
+from model.decode import LogitsMask, Row, decode, prefill
+from model.errors import InputError
 from tests import fidelity
 
 torch.set_num_threads(1)
@@ -42,7 +43,8 @@ def run(batch: Batch, rows: Sequence[Row]) -> None:
         batch.add(row)
     while len(batch):
         for row, token in batch.step():
-            told[id(row)].append(token)
+            assert (token is None) == (row.fault is not None)
+            told[id(row)] += [token] if token is not None else []
     assert [told[id(row)] for row in rows] == [row.ids for row in rows]
     assert all(row.done for row in rows)
 
@@ -131,6 +133,53 @@ def test_each_row_has_its_own_sampling_mask_and_stopper(network: DbrxForCausalLM
     assert not any(token % 2 for token in rows[0].ids)
     assert rows[1].ids == plain[:4] and rows[3].ids == plain
     assert len(set(rows[2].ids)) == 12 and not set(rows[2].ids) & {1, 2, 3}
+
+
+def test_a_row_whose_mask_lets_nothing_through_leaves_the_others_alone(network: DbrxForCausalLM) -> None:
+    def stuck_after(length: int) -> LogitsMask:
+        def mask(row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
+            if len(ids) == length:
+                raise InputError("stuck")
+            return logits
+
+        return mask
+
+    rows = [Row(network, [1, 2, 3], GREEDY, mask=stuck_after(0)), Row(network, [1, 2, 3], GREEDY),
+            Row(network, [4, 5], GREEDY, mask=stuck_after(3)), Row(network, [4, 5], GREEDY)]  # fmt: skip
+    run(Batch(network, 2), rows)
+    assert [row.fault is not None for row in rows] == [True, False, True, False]
+    assert rows[1].ids == alone(network, [1, 2, 3], GREEDY) and rows[3].ids == alone(network, [4, 5], GREEDY)
+    assert rows[0].ids == [] and rows[2].ids == rows[3].ids[:3]
+
+
+class NeverOdd:
+    """Allows all, and lets nothing follow an odd id."""
+
+    def __call__(self, row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
+        assert not any(token % 2 for token in ids)
+        return logits
+
+    def leads_on(self, row: int, ids: Sequence[int]) -> bool:
+        return ids[-1] % 2 == 0
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.5, max_tokens=12)], ids=["greedy", "sampled"])
+def test_a_token_that_leads_nowhere_is_taken_back(network: DbrxForCausalLM, params: SamplingParams) -> None:
+    def only_even(row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
+        return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
+
+    rows = [Row(network, [1, 2, 3], params, mask=mask) for mask in (NeverOdd(), only_even)]
+    run(Batch(network, 2), rows)
+    assert len(rows[0].ids) == 12 and not any(token % 2 for token in rows[0].ids)
+    if params is GREEDY:
+        assert rows[0].ids == rows[1].ids
+
+    class Nothing(NeverOdd):
+        def leads_on(self, row: int, ids: Sequence[int]) -> bool:
+            return False
+
+    run(Batch(network, 2), [nothing := Row(network, [1, 2, 3], params, mask=Nothing())])
+    assert nothing.fault is not None and nothing.ids == []
 
 
 def test_the_context_is_never_left(network: DbrxForCausalLM) -> None:

@@ -151,6 +151,9 @@ def write(
         liked = allowed & likes
         choice = liked if liked.any() and rng.random() < 0.5 else allowed
         ids.append(rng.choice(choice.nonzero().flatten().tolist()))
+        while not mask.leads_on(0, ids):  # as decoding does
+            allowed[ids.pop()] = False
+            ids.append(rng.choice(allowed.nonzero().flatten().tolist()))
         if ids[-1] in tokenizer.eos_token_ids:
             return tokenizer.decode(ids[:-1])
         assert tokenizer.decode_bytes(ids[-1], skip_special_tokens=True)
