@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from dbrx_cli.engine import Delta, Done, Request, Timings, Usage
 from model.errors import ConnectionFault, ContextError, DbrxError, InputError
 from model.sampling import SamplingParams
 from tests.cli import Cli, Result
+
+DONE = Done("", [], "stop", Usage(1, 0, 1), Timings(0, 0, 0, 0, 0), "m", None, "remote", "remote", "remote", 0)
 
 
 class Engine:
@@ -37,9 +40,11 @@ class Engine:
         text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1].content
         if text in self.faults:
             raise self.faults[text]
-        nothing = Timings(0, 0, 0, 0, 0)
         yield Delta(text, None)
-        yield Done(text, [], "stop", Usage(1, 0, 1), nothing, self.name, None, "remote", "remote", "remote", 0)
+        yield replace(DONE, text=text, model=self.name)
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -59,7 +64,9 @@ class Batch:
 
     def __call__(self, lines: list[Any], *flags: str | Path) -> Result:
         (self.folder / "prompts").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return self.cli("generate", "--batch", self.folder / "prompts", "--output", self.out, *flags)
+        return self.cli(
+            "generate", "--batch", self.folder / "prompts", "--output", self.out, "--batch-size", "1", *flags
+        )
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -187,3 +194,26 @@ def test_a_line_that_is_refused_does_not_end_the_batch(batch: Batch, engine: Eng
 def test_a_server_that_is_gone_ends_the_batch(batch: Batch) -> None:
     result = batch([{"prompt": "one"}, {"prompt": "gone"}, {"prompt": "three"}], *URL)
     assert result.code == 7 and [record["text"] for record in batch.records] == ["one"]
+
+
+def test_an_empty_reply_is_told(cli: Cli, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"stop": "the model ended it", "length": "--max-tokens ended it", "stop_string": "a stop string ended it"}
+
+    def say(done: Done) -> None:
+        def stream(request: Request) -> Generator[Delta | Done, None, None]:
+            yield Delta(done.text, None)
+            yield done
+
+        monkeypatch.setattr(engine, "stream", stream)
+
+    for text in ("", " \n"):
+        for reason, told in reasons.items():
+            say(replace(DONE, text=text, finish_reason=reason))  # type: ignore[arg-type]
+            for flags in ((), ("--raw",), ("--json",), ("--no-stream",)):
+                result = cli("generate", *URL, "--no-log", *flags, "hi")
+                assert result.code == 0 and f"the reply is empty: {told} before any text" in result.fault
+            assert cli("generate", *URL, "--no-log", "-q", "hi").err == ""
+            assert "no fenced code block" in cli("generate", *URL, "--no-log", "-x", "hi").fault
+    say(replace(DONE, text="```\n```"))
+    result = cli("generate", *URL, "--no-log", "-x", "hi")
+    assert result.code == 0 and "the code block is empty" in result.fault

@@ -7,14 +7,17 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dbrx_cli.engine import resume as resume_module
+from model.errors import InputError
 from tests.cli import Cli
 from tests.forks import Forks
 
@@ -225,3 +228,85 @@ def test_a_full_disk_costs_the_file_and_not_the_reply(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     again = cli(*command_of(tiny_checkpoint, tmp_path / "state", "--seed", "3"))
     assert text_of(again.out.encode()) == text_of(result.out.encode())
+
+
+def test_damage_never_costs_what_the_file_holds(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flips and cuts at 120 places: what is whole is taken up; where the beginning is not, the file is kept aside."""
+    made = list[resume_module.Journal]()
+    begin = resume_module.Journal.__init__
+
+    def keep_arguments(self: resume_module.Journal, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        self.arguments = arguments, named  # type: ignore[attr-defined]
+        made.append(self)
+
+    monkeypatch.setattr(resume_module.Journal, "__init__", keep_arguments)
+    state = tmp_path / "state"
+    assert cli(*command_of(tiny_checkpoint, state)).code == 0
+    monkeypatch.undo()
+    content, rng = state.read_bytes(), random.Random(5)
+    (_, request, _, layout), _ = made[0].arguments  # type: ignore[attr-defined]
+    with resume_module.Journal(state, request, 1, layout, print) as whole:
+        ids, seed = whole.ids, whole.seed
+    outcomes = set()
+    for i in range(120):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        at, bad = rng.randrange(len(content) if i % 2 else 3000), bytearray(content)
+        if i % 3:
+            bad[at] ^= 1 << rng.randrange(8)
+        else:
+            del bad[at:]
+        path, told = folder / "state", list[str]()
+        path.write_bytes(bad)
+        try:
+            with resume_module.Journal(path, request, 1, layout, told.append) as journal:
+                assert journal.ids == ids[: len(journal.ids)]
+        except InputError as fault:  # the first bytes: it could be anything
+            assert "no file of saved" in fault.message and path.read_bytes() == bad
+            outcomes.add("refused")
+            continue
+        kept = folder / "state.damaged-1"
+        outcomes.add("kept" if kept.exists() else "taken up")
+        assert not kept.exists() or (kept.read_bytes() == bad and "kept as state.damaged-1" in told[0])
+        assert kept.exists() or not bad or journal.seed == seed
+    assert outcomes == {"refused", "kept", "taken up"}
+
+
+def test_a_damaged_beginning_is_told_and_kept(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, always: None) -> None:
+    state = tmp_path / "state"
+    command = command_of(tiny_checkpoint, state, "--seed", "3")
+    whole = cli(*command)
+    for number in (1, 2):
+        bad = bytearray(state.read_bytes())
+        bad[200] ^= 1
+        state.write_bytes(bad)
+        again = cli(*command)
+        assert again.code == 0 and f"kept as state.damaged-{number}" in again.fault
+        assert text_of(again.out.encode()) == text_of(whole.out.encode())
+        assert (tmp_path / f"state.damaged-{number}").read_bytes() == bad
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--prompt-cache"])
+def test_a_file_of_something_else_is_refused_before_the_model_is_loaded(cli: Cli, tmp_path: Path, flag: str) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("Dear diary")
+    notes.chmod(0o644)
+    result = cli("generate", "-m", tmp_path / "no-model", flag, notes, "hi")
+    assert result.code == 2 and "no file of saved keys and values" in result.fault
+    assert notes.read_text() == "Dear diary" and notes.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_notice_stands_before_the_text(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    command = ("generate", "-m", tiny_checkpoint, "--raw", "-n", "9", "--seed", "3", "--resume", state, "Seven seas")
+    whole = cli(*command).out
+    state.write_bytes(state.read_bytes()[: state.stat().st_size * 2 // 3])
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as on a terminal, where both go to one place
+    both = cli(*command).out
+    assert both.startswith("dbrx: ") and "goes on behind" in both.splitlines()[0]
+    assert both.split("\n", 1)[1] == whole

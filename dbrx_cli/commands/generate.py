@@ -242,6 +242,11 @@ def generate(
     text = given.read(prompt)
     constraint = form.constraint()
     stop = sampling.stop_strings
+    for path in (keep.prompt_cache, keep.resume):
+        if path is not None and model.url is None:
+            from dbrx_cli.engine.saved import refuse_foreign
+
+            refuse_foreign(path)  # before the model is loaded
     engine = open_engine(model, report)
     request = Request(
         given.prompt(text),
@@ -253,7 +258,7 @@ def generate(
     )
     if keep.prompt_cache is not None:
         keeper(engine).load_cache(keep.prompt_cache)
-    done, fault = _show(engine, request, form)
+    done, fault = _show(engine, request, form, report)
     if keep.prompt_cache is not None:
         keeper(engine).save_cache(keep.prompt_cache)
     report.detail(done.summary())
@@ -265,11 +270,12 @@ def generate(
         raise KeyboardInterrupt
 
 
-def _show(engine: Engine, request: Request, form: FormOptions) -> tuple[Done, DbrxError | None]:
+def _show(engine: Engine, request: Request, form: FormOptions, report: Report) -> tuple[Done, DbrxError | None]:
     """Show the reply; the record of all of it, whatever part was shown, and what was missing in it."""
     stream, renderer = engine.stream(request), form.renderer(engine.name)
     if not form.extract:
         done = show(stream, renderer)
+        _tell_if_empty("the reply", done, report)
         return done, done.error
     code = CodeOnly()
     try:
@@ -278,7 +284,15 @@ def _show(engine: Engine, request: Request, form: FormOptions) -> tuple[Done, Db
         if code.reply is None:
             raise
         return code.reply, code.reply.error or fault
+    _tell_if_empty("the code block", done, report)
     return code.reply or done, done.error
+
+
+def _tell_if_empty(what: str, done: Done, report: Report) -> None:
+    """Nothing on stdout looks like a fault of the program, or of the pipe."""
+    why = {"stop": "the model ended it", "length": "--max-tokens ended it", "stop_string": "a stop string ended it"}
+    if not done.text.strip() and done.error is None and done.finish_reason in why:
+        report.notice(f"{what} is empty: {why[done.finish_reason]} before any text")
 
 
 def _log(sampling: SamplingOptions, request: Request, done: Done, report: Report) -> None:

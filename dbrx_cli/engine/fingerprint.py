@@ -61,9 +61,13 @@ def of_request(engine: LocalEngine, request: Request, prompt: Sequence[int]) -> 
 
 
 def of_files(source: Path) -> str:
-    """A checkpoint's or an adapter's files, before anything of them is loaded: weights, configuration, tokenizer."""
+    """A checkpoint's or an adapter's files, before anything of them is loaded: weights, configuration, tokenizer.
+
+    Answers that took hours hang on it: what a copy or a hard link changes about a file (ctime) is left out.
+    """
     texts = (p for p in sorted(source.iterdir()) if p.suffix in TEXTS and p.is_file()) if source.is_dir() else ()
-    return _digest([_weights(source).encode(), *(part for p in texts for part in (p.name.encode(), p.read_bytes()))])
+    small = [part for path in texts for part in (path.name.encode(), path.read_bytes())]
+    return _digest([*small, *(part for path in _weight_files(source) for part in _content(path))])
 
 
 def _weights(source: Path | None) -> str:
@@ -71,22 +75,31 @@ def _weights(source: Path | None) -> str:
 
     The time of the last change to the file (ctime) is set by the system alone: whoever writes into a file, or puts
     another in its place, changes it, also where size and time of modification are made the same again. The samples are
-    for file systems that keep no such time. A file of the Hub's cache is stored under the checksum of its content.
+    for file systems that keep no such time.
     """
     if source is None:
         raise InputError("keys and values are saved only where one process has the whole model", "run without torchrun")
-    paths = sorted(p for p in source.iterdir() if p.suffix in WEIGHTS) if source.is_dir() else [source]
     parts = []
-    for path in paths:
-        status, stored = path.stat(), Path(os.path.realpath(path))
-        blob = stored.name if stored.parent.name == "blobs" else ""
-        parts.append(f"{path.name} {status.st_size} {blob} {status.st_mtime_ns} {status.st_ctime_ns}".encode())
-        with path.open("rb") as file:
-            parts.append(file.read(HEAD))
-            for i in range(1, SAMPLES + 1):
-                file.seek(max(HEAD, status.st_size * i // SAMPLES - SAMPLE))
-                parts.append(file.read(SAMPLE))
+    for path in _weight_files(source):
+        status = path.stat()
+        parts += [f"{status.st_mtime_ns} {status.st_ctime_ns}".encode(), *_content(path)]
     return _digest(parts)
+
+
+def _weight_files(source: Path) -> list[Path]:
+    return sorted(p for p in source.iterdir() if p.suffix in WEIGHTS) if source.is_dir() else [source]
+
+
+def _content(path: Path) -> list[bytes]:
+    """Name, size, beginning and samples; and its time, but a file of the Hub's cache is stored under its checksum."""
+    status, stored = path.stat(), Path(os.path.realpath(path))
+    identity = stored.name if stored.parent.name == "blobs" else str(status.st_mtime_ns)
+    with path.open("rb") as file:
+        parts = [f"{path.name} {status.st_size} {identity}".encode(), file.read(HEAD)]
+        for i in range(1, SAMPLES + 1):
+            file.seek(max(HEAD, status.st_size * i // SAMPLES - SAMPLE))
+            parts.append(file.read(SAMPLE))
+    return parts
 
 
 def _tokenizer(tokenizer: Tokenizer) -> str:

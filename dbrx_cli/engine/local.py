@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -112,7 +113,7 @@ class LocalEngine:
             if self.network.expert_store is not None:
                 reply.streamed = self.network.expert_store.counters.copy()
             reason: FinishReason = "interrupted"
-            fault = None
+            fault = broken = None
             try:
                 if journal is None or not journal.finished:
                     reason = yield from self._answer(request, reply, journal)
@@ -123,6 +124,10 @@ class LocalEngine:
                     reason = journal.finished
             except KeyboardInterrupt:
                 pass
+            except InputError as error:  # a schema leaves nothing that could come next
+                if not reply.ids:
+                    raise
+                broken = error
             except (MemoryError, RuntimeError) as error:
                 fault = memory_fault(error, self.network, self._cache)
                 if fault is None:
@@ -135,7 +140,7 @@ class LocalEngine:
         rest = reply.finish()
         if rest:
             yield Delta(rest, None)
-        yield reply.done(self, reason)
+        yield replace(reply.done(self, reason), error=broken)
 
     def count(self, messages: Sequence[Message]) -> int:
         """See `Engine.count`."""
@@ -195,6 +200,8 @@ class LocalEngine:
         mask = self._mask(request)
         generator = torch.Generator(self.network.device).manual_seed(reply.seed)
         if journal is not None:
+            if len(journal.cache):  # told before the text, which does not end its line
+                self.notice(f"{journal.path}: the reply goes on behind {len(journal.ids)} tokens")
             yield from reply.repeat(journal.ids, journal.logprobs)
             if reply.stopped:
                 return "stop_string"
@@ -203,7 +210,6 @@ class LocalEngine:
             if len(journal.cache):
                 self._forget()
                 self._cache, self._cached = journal.cache, reply.known[: len(journal.cache)]
-                self.notice(f"{journal.path}: the reply goes on behind {len(reply.ids)} tokens")
         logits = self._read(reply, journal)
         reply.drafter = lookup(request.params.lookup)
         ends = self.tokenizer.eos_token_ids

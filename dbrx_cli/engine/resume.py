@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +75,9 @@ class Journal:
         self._new: _Progress | None = None  # not in the file yet
         self._due = time.monotonic() + EVERY
         self._end = 0  # where the last good block ends
+        refuse_foreign(path)
         with faults(path):
-            self._file = os.fdopen(open_private(path), "r+b")
+            self._file = self._locked()
             try:
                 self._open(request)
             except BaseException:
@@ -83,16 +85,31 @@ class Journal:
                 raise
         self._written = (len(self.ids), len(self.cache))  # ids, and tokens of the cache, that the file holds
 
-    def _open(self, request: Mapping[str, str]) -> None:
+    def _locked(self) -> BinaryIO:
+        file = os.fdopen(open_private(self.path), "r+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise InputError(f"{self.path} is in use by another run", "wait for it, or name another file") from None
-        refuse_foreign(self.path, self._file)
+        return file
+
+    def _open(self, request: Mapping[str, str]) -> None:
         with suppress(UnusableState):  # what lies before it is whole
             self._replay(request)
         if self._end == 0:
+            if os.fstat(self._file.fileno()).st_size:
+                self._set_aside()
             self._append({"made_by": json.dumps(dict(request)), "seed": str(self.seed)}, {})
+
+    def _set_aside(self) -> None:
+        """Keep what cannot be read: it is not known what it is worth."""
+        names = (self.path.with_name(f"{self.path.name}.damaged-{n}") for n in count(1))
+        kept = next(path for path in names if not path.exists() and not path.is_symlink())
+        os.rename(self.path, kept)
+        self._file.close()
+        self._file = self._locked()
+        self._notice(f"the beginning of {self.path} is damaged: it is kept as {kept.name}, and the reply begins anew")
 
     def _replay(self, request: Mapping[str, str]) -> None:
         size = os.fstat(self._file.fileno()).st_size

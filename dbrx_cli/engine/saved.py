@@ -18,21 +18,19 @@ HEAD = 64
 @contextmanager
 def reading(path: Path) -> Iterator[tuple[BinaryIO, int] | None]:
     """A private file and its size, None if there is none; `InputError` if it is something else's."""
+    refuse_foreign(path)
     with faults(path):
-        if not path.exists() and not path.is_symlink():
+        if not path.exists():
             yield None
             return
         with os.fdopen(open_private(path, os.O_RDONLY), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            refuse_foreign(path, file)
-            yield file, size
+            yield file, os.fstat(file.fileno()).st_size
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A private file that gets its name when it is whole. What has the name already must be one of ours."""
-    with reading(path):
-        pass
+    refuse_foreign(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     with faults(path):
         try:
@@ -47,10 +45,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 new.unlink()
 
 
-def refuse_foreign(path: Path, file: BinaryIO) -> None:
-    """`InputError` if a file that is not empty is none of ours: it might be something that nobody wants to lose."""
-    head = file.read(HEAD)
-    file.seek(0)
+def refuse_foreign(path: Path) -> None:
+    """`DbrxError` if what has this name is none of ours: it might be something that nobody wants to lose.
+
+    It is not touched, and may be asked before a model is loaded.
+    """
+    with faults(path):
+        refuse_link(path)
+        if not path.exists() and path.parent.is_dir():
+            return
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for its other end
+            raise InputError(f"{path} is not a plain file", "name another file")
+        with path.open("rb") as file:
+            head = file.read(HEAD)
     if head and not starts_like_one(head):
         raise InputError(f"{path} is no file of saved keys and values", "remove it, or name another file")
 
