@@ -151,11 +151,12 @@ class Checkpoint:
         if not wrong:
             return
         ffn = config.ffn_config
-        swapped = (ffn.moe_num_experts * config.d_model, ffn.ffn_hidden_size)
-        if all(".ffn.experts.mlp." in info.name and info.shape == swapped for info in wrong):
+        rows = ffn.moe_num_experts * ffn.ffn_hidden_size
+        others = {info.shape for info in wrong if ".ffn.experts.mlp." in info.name}
+        if len(others) == 1 and (width := others.pop())[0] == rows and all(".ffn." in info.name for info in wrong):
             raise ModelError(
-                f"{wrong[0].file}: the experts have shape {list(swapped)}, d_model and ffn_hidden_size swapped",
-                "transformers 5.0 saved them so; take the original checkpoint, or save it again with transformers 4.57",
+                f"{wrong[0].file}: the experts have {list(width[1:])} columns, d_model is {config.d_model}",
+                "transformers 5.0 to 5.14 made them so, and no other release computes with them: run the model there",
             )
         first, more = wrong[0], f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         raise ModelError(

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .config_keys import (
+    BASE_CLASS,
+    DEFAULT_BASE,
+    HARMLESS_IF_EMPTY,
+    ROPE_KEYS,
+    ROPE_OBJECTS,
+    listed,
+    refuse_changing,
+    require_untransposed,
+    rope_base,
+    rope_bases,
+)
 from .errors import ModelError
-from .safetensors_file import read_json
+from .safetensors_file import read_json, shown
 
-# Keys that transformers puts into sub-configs when it saves: they say nothing about the network.
-IGNORED_INSIDE = {
-    "model_type", "attn_implementation", "transformers_version", "_commit_hash", "torch_dtype", "dtype",
-    "_name_or_path", "architectures", "chunk_size_feed_forward", "hidden_size", "id2label", "label2id",
-    "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-}  # fmt: skip
-# What transformers writes at the top level beside the network's own keys.
-IGNORED_AT_TOP = {
-    "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    "_commit_hash", "attn_implementation", "_attn_implementation", "use_cache", "bos_token_id", "eos_token_id",
-    "pad_token_id", "num_key_value_heads", "return_dict", "output_hidden_states", "output_attentions",
+# What stands at the top level beside the network's own keys and those of transformers' base class.
+IGNORED_AT_TOP = BASE_CLASS | HARMLESS_IF_EMPTY | ROPE_KEYS | {
+    "num_key_value_heads",
     "quantization", "quantization_config",  # the formats read them where they know the packing, and refuse others
 }  # fmt: skip
+IGNORED_INSIDE = BASE_CLASS | HARMLESS_IF_EMPTY | {*ROPE_OBJECTS, "hidden_size"}
+KINDS = ("dbrx", "dbrx_converted")  # the latter where a tool took the experts apart
+# The largest number that float16 holds: it clips nothing, and other programs take it where they fail at null.
+NO_CLIP = 65504.0
+MAX_BASE = 1e30  # beyond it the angles are no longer numbers of float32
 LIMIT = 2**31  # of any dimension: a hostile number must fail here, not in a loop over it
 ACTIVATIONS = ("silu", "gelu", "relu")
 
@@ -38,12 +48,16 @@ class DbrxAttentionConfig:
     attn_pdrop: float = 0.0
     clip_qkv: float | None = None  # clamp of the fused projection's output, before the split
     kv_n_heads: int = 1
-    rope_theta: float = 10000.0
+    rope_theta: float = DEFAULT_BASE
 
     def __post_init__(self) -> None:
-        _positive(self, "attn_config", "kv_n_heads", "rope_theta")
+        _positive(self, "attn_config", "kv_n_heads")
+        if not 1 <= self.rope_theta <= MAX_BASE:
+            raise ModelError(f"config: rope_theta must be from 1 to {MAX_BASE:g}, not {self.rope_theta}")
         if self.clip_qkv is not None and not self.clip_qkv > 0:
             raise ModelError(f"config: attn_config.clip_qkv must be null or above 0, not {self.clip_qkv}")
+        if self.clip_qkv is not None and self.clip_qkv >= NO_CLIP:
+            object.__setattr__(self, "clip_qkv", None)
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,17 @@ class DbrxFFNConfig:
             )
         if self.activation not in ACTIVATIONS:
             raise ModelError(
-                f"config: ffn_config.ffn_act_fn {self.ffn_act_fn!r} is not supported",
-                f"it must name one of {', '.join(ACTIVATIONS)}",
+                f"config: ffn_config.ffn_act_fn {shown(repr(self.ffn_act_fn))} is not supported",
+                f"it must name one of {', '.join(ACTIVATIONS)}, and nothing else",
             )
 
     @property
     def activation(self) -> str | None:
-        """The activation's name."""
-        return self.ffn_act_fn.get("name", "silu") if isinstance(self.ffn_act_fn, dict) else None
+        """The activation's name; None where more is said of it, since programs differ in what they make of that."""
+        if not isinstance(self.ffn_act_fn, dict) or self.ffn_act_fn.keys() - {"name"}:
+            return None
+        name = self.ffn_act_fn.get("name", "silu")
+        return name if isinstance(name, str) else None
 
 
 @dataclass(frozen=True)
@@ -145,17 +162,25 @@ class DbrxConfig:
         An unknown key inside `attn_config` or `ffn_config` is a `ModelError` (it would change the network), an
         unknown one at the top level a warning (fine-tunes add such keys).
         """
+        return cls._read(values, "config")
+
+    @classmethod
+    def _read(cls, values: dict[str, Any], where: str) -> DbrxConfig:
+        """See `from_dict`; warnings begin with `where`."""
         kind = values.get("model_type", "dbrx")
-        if kind != "dbrx":
-            raise ModelError(f"config: model_type is {kind!r}, not 'dbrx'", "choose a DBRX checkpoint")
-        for scope in (values, values.get("attn_config") or {}):
-            for key in ("rope_scaling", "rope_parameters"):
-                _check_rope(key, scope.get(key), (values.get("attn_config") or {}).get("rope_theta"))
+        if kind not in KINDS:
+            raise ModelError(f"config: model_type is {shown(repr(kind))}, not 'dbrx'", "choose a DBRX checkpoint")
+        for name in ("attn_config", "ffn_config"):
+            _require_object(name, values.get(name))
+        require_untransposed(values)
+        refuse_changing("", values)
         known = {f.name for f in fields(cls)}
-        dropped = sorted(set(values) - known - IGNORED_AT_TOP - {"rope_scaling", "rope_parameters"})
+        dropped = sorted(set(values) - known - IGNORED_AT_TOP)
         if dropped:
-            warnings.warn(f"config: ignoring unknown key{'s' * (len(dropped) > 1)} {', '.join(dropped)}", stacklevel=2)
-        return cls(**_typed(cls, "", {k: v for k, v in values.items() if k in known}))
+            plural = "s" * (len(dropped) > 1)
+            warnings.warn(f"{where}: ignoring unknown key{plural} {listed(dropped)}", stacklevel=3)
+        attn = (values.get("attn_config") or {}) | {"rope_theta": rope_base(values, where)}
+        return cls(**_typed(cls, "", {k: v for k, v in values.items() if k in known} | {"attn_config": attn}))
 
     @classmethod
     def from_json(cls, path: str | Path) -> DbrxConfig:
@@ -167,20 +192,42 @@ class DbrxConfig:
             )
         values = read_json(path)
         try:
-            return cls.from_dict(values)
+            config = cls._read(values, str(path))
         except ModelError as error:
             raise ModelError(f"{path}: {error.message}", error.hint) from None
+        if not rope_bases(values):
+            warnings.warn(f"{path}: says no rope_theta; {DEFAULT_BASE:g} is taken, the default", stacklevel=2)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that any DBRX program reads."""
-        values = asdict(self)
-        return {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", **values}
+        """The content of a config.json that any DBRX program reads.
+
+        transformers 5 takes no whole number for a float, nor the rotary base from attn_config; it and MLX fail at a
+        `clip_qkv` of null.
+        """
+        values = _floats(self)
+        values["attn_config"]["clip_qkv"] = values["attn_config"]["clip_qkv"] or NO_CLIP
+        rope = {"rope_type": "default", "rope_theta": values["attn_config"]["rope_theta"]}
+        return {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", **values, "rope_parameters": rope}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         (Path(folder) / "config.json").write_text(text, "utf-8")
+
+
+def _floats(config: Any) -> dict[str, Any]:
+    """As `dataclasses.asdict`, with a float wherever one belongs."""
+    values = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            value = _floats(value)
+        elif "float" in str(f.type) and value is not None:
+            value = float(value)
+        values[f.name] = value
+    return values
 
 
 def _positive(config: Any, scope: str, *names: str) -> None:
@@ -190,48 +237,52 @@ def _positive(config: Any, scope: str, *names: str) -> None:
             raise ModelError(f"config: {f'{scope}.' if scope else ''}{name} must be above 0 and sane, not {value:.6g}")
 
 
+def _require_object(name: str, value: Any) -> None:
+    if not isinstance(value, dict | None):
+        raise ModelError(f"config: {name} must be an object, not {type(value).__name__}")
+
+
 def _sub_config(kind: type[Sub], name: str, values: Any) -> Sub:
-    if not isinstance(values, dict):
-        raise ModelError(f"config: {name} must be an object, not {type(values).__name__}")
-    values = {k: v for k, v in values.items() if k not in IGNORED_INSIDE | {"rope_scaling", "rope_parameters"}}
+    _require_object(name, values)
+    refuse_changing(f"{name}.", values)
     known = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ModelError(f"config: unknown key {key!r} in {name}", f"known keys: {', '.join(known)}")
-    return kind(**_typed(kind, name, values))
+    unknown = [key for key in values if key not in known and key not in IGNORED_INSIDE]
+    if unknown:
+        raise ModelError(f"config: unknown key {shown(repr(unknown[0]))} in {name}", f"known keys: {', '.join(known)}")
+    return kind(**_typed(kind, name, {key: value for key, value in values.items() if key in known}))
 
 
 def _typed(kind: Any, scope: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers where numbers belong, so that a wrong config fails here and not deep inside the network."""
+    """Numbers where numbers belong, so that a wrong config fails here and not deep inside the network.
+
+    null stands for the default where the network does not depend on it.
+    """
     for f in fields(kind):
         if f.name not in values or f.default is MISSING:
             continue
         value, optional = values[f.name], "None" in str(f.type)
-        if value is None and optional:
-            continue
         whole = f.type == "int" or f.type is int
+        if value is None and not whole:
+            values[f.name] = value if optional else f.default
+            continue
+        if value == {"__float__": "Infinity"}:  # as transformers 5 writes it
+            value = values[f.name] = math.inf
         truth = f.type == "bool" or f.type is bool
-        fits = isinstance(value, bool) if truth else isinstance(value, int | float) and not isinstance(value, bool)
-        if not fits or (whole and value != int(value)):
+        fits = isinstance(value, bool) if truth else _is_number(value, whole, infinite=optional)
+        if not fits:
             name = f"{scope}.{f.name}" if scope else f.name
-            raise ModelError(f"config: {name} must be {f.type}, not {value!r}")
+            raise ModelError(f"config: {name} must be {f.type}, not {shown(repr(value))}")
         if whole:
             values[f.name] = int(value)
     return values
 
 
-def _check_rope(key: str, value: Any, theta: Any) -> None:
-    """Only DBRX's own rotary positions are supported; a scaled variant would silently give other numbers."""
-    if value is None:
-        return
-    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
-    if kind != "default":
-        raise ModelError(f"config: {key} {kind!r} is not supported: DBRX uses the default rotary positions")
-    other = value.get("rope_theta") if isinstance(value, dict) else None
-    if other is not None and theta is not None and other != theta:
-        warnings.warn(
-            f"config: {key} says rope_theta {other}, attn_config says {theta}; attn_config counts", stacklevel=3
-        )
+def _is_number(value: Any, whole: bool, infinite: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if not abs(value) < 1e300:  # not a number, or no float could hold it
+        return infinite and value == math.inf
+    return not whole or isinstance(value, int) or value.is_integer()
 
 
 # The models whose repositories are closed: their configuration is known, so that they can be planned for.

@@ -277,8 +277,10 @@ def split_experts(pattern: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def swapped_experts() -> dict[str, torch.Tensor]:
-    return {n: t.reshape(3 * 24, 10) if ".experts." in n else t for n, t in weights().items()}
+def of_another_width(router: int) -> dict[str, torch.Tensor]:
+    """As transformers 5.0 to 5.14 make them: experts of ffn_config.hidden_size columns, a router over `router`."""
+    experts = {n: torch.zeros(3 * 10, 7) for n in weights() if ".experts." in n}
+    return weights() | experts | {n: torch.zeros(3, router) for n in weights() if ".router." in n}
 
 
 def eight_bit() -> dict[str, torch.Tensor]:
@@ -295,7 +297,8 @@ def eight_bit() -> dict[str, torch.Tensor]:
         (renamed("mlp.w1", "mlp.w1_scale_inv"), "quantized weights of another program"),
         (renamed("Wqkv.weight", "Wqkv.lora_A.weight"), "LoRA adapter"),
         (renamed("transformer.blocks", "model.layers"), "another architecture"),
-        (swapped_experts(), r"shape \[72, 10\], d_model and ffn_hidden_size swapped"),
+        (of_another_width(router=24), r"the experts have \[7\] columns, d_model is 24"),
+        (of_another_width(router=10), r"the experts have \[7\] columns, d_model is 24"),
         (eight_bit(), r"6 tensors \(\S+ \(F8_E4M3\), .* and 3 more\) have no float type"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 
 from model import DbrxConfig, DbrxForCausalLM, DbrxModel
 from model.checkpoint import expected_tensors
+from model.config import DbrxAttentionConfig, DbrxFFNConfig
 from model.errors import ModelError
 
+DATA = Path(__file__).parent / "data"
 # The keys and values of Databricks' config.json for DBRX Instruct.
 REAL: dict[str, Any] = {
     "architectures": ["DbrxForCausalLM"],
@@ -44,6 +47,14 @@ REAL: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 100352,
 }  # fmt: skip
+
+
+# What releases of transformers wrote of one configuration (tests/reference/make_config_golden.py).
+WRITTEN = [
+    (release, kind, values)
+    for release, made in json.loads((DATA / "transformers_configs.json").read_text()).items()
+    for kind, values in made.items()
+]
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -117,6 +128,26 @@ def test_the_real_network_has_every_parameter_and_no_other() -> None:
         ({"ffn_config": [1]}, "ffn_config must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling 'linear' is not supported"),
         ({"attn__rope_parameters": {"rope_type": "yarn"}}, "rope_parameters 'yarn' is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "rope_parameters 'full_attention' is not"),
+        (
+            {"attn__rope_theta": None, "rope_parameters": {"rope_theta": "1e4"}},
+            "rope_parameters.rope_theta must be a n",
+        ),
+        ({"attn__rope_theta": True}, "attn_config.rope_theta must be a number"),
+        ({"attn__rope_theta": 1e-320}, "rope_theta must be from 1 to"),
+        ({"attn__rope_theta": float("nan")}, "rope_theta must be"),
+        ({"n_layers": float("nan")}, "n_layers must be int"),
+        ({"d_model": float("inf")}, "d_model must be int"),
+        ({"d_model": 10**400}, "d_model must be"),
+        ({"attn__rope_theta": 10**400}, "rope_theta must be"),
+        ({"attn_config": "x"}, "attn_config must be an object, not str"),
+        ({"attn_config": 5}, "attn_config must be an object, not int"),
+        ({"ffn__uniform_expert_assignment": True}, "ffn_config.uniform_expert_assignment True is not supported"),
+        ({"per_layer_config": {"0": {"n_heads": 4}}}, "per_layer_config .* is not supported"),
+        ({"attn__pruned_heads": {"1": [0]}}, "attn_config.pruned_heads .* is not supported"),
+        ({"ffn__ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}, "is not supported"),
+        ({"ffn__ffn_act_fn": {"name": "x" * 10**6}}, r"characters\) is not supported"),
+        ({"attn__" + "y" * 10**6: 1}, r"characters\) in attn_config"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -156,6 +187,124 @@ def test_no_config_says_what_to_give(tmp_path: Path) -> None:
     assert caught.value.hint and "demo" in caught.value.hint
 
 
+@pytest.mark.parametrize(("release", "kind", "values"), WRITTEN, ids=[f"{r}-{k}" for r, k, _ in WRITTEN])
+@pytest.mark.filterwarnings("ignore:.*the former counts")
+def test_what_transformers_writes_is_read(release: str, kind: str, values: dict[str, Any]) -> None:
+    expected = DbrxConfig(
+        d_model=96,
+        n_heads=6,
+        n_layers=2,
+        max_seq_len=512,
+        vocab_size=320,
+        attn_config=DbrxAttentionConfig(clip_qkv=8, kv_n_heads=2, rope_theta=500000),
+        ffn_config=DbrxFFNConfig(ffn_hidden_size=40, moe_num_experts=4, moe_top_k=2),
+    )
+    assert DbrxConfig.from_dict(values) == expected
+
+
+ROPE_500000 = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "base"),
+    [
+        ({"rope_parameters": ROPE_500000}, 500000),
+        ({"rope_scaling": {"type": "default", "rope_theta": 500000}}, 500000),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 500000}}, 500000),
+        ({"attn__rope_parameters": ROPE_500000}, 500000),
+        ({"attn__rope_scaling": {"rope_type": "default", "rope_theta": 7e6}}, 7e6),
+        ({"rope_theta": 500000}, 500000),
+        ({"attn__rope_theta": None, "rope_theta": 2804339835.0}, 2804339835),  # of a Llama with a context of 1 M
+        ({"attn__rope_theta": 500000, "rope_parameters": ROPE_500000, "rope_theta": 500000.0}, 500000),
+    ],
+)
+def test_the_rotary_base_is_found_wherever_a_release_puts_it(changes: dict[str, Any], base: float) -> None:
+    values = changed()
+    del values["attn_config"]["rope_theta"]
+    for key, value in changes.items():
+        scope, _, inner = key.partition("__")
+        values.get(f"{scope}_config", values)[inner or key] = value
+    assert DbrxConfig.from_dict(values).attn_config.rope_theta == base
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 1e4}},
+            5e5,
+            "attn_config.rope_theta is 500000 and rope_parameters.rope_theta",
+        ),
+        (
+            {"rope_theta": 7, "attn__rope_parameters": {"rope_theta": 7}},
+            5e5,
+            "attn_config.rope_parameters.rope_theta 7;",
+        ),
+        ({"attn__rope_theta": None}, 1e4, "says no rope_theta; 10000 is taken"),
+        ({"attn_config": None}, 1e4, "says no rope_theta"),
+        ({f"key{i}": 1 for i in range(2000)}, 5e5, r"unknown keys key0, key1, .* and 1992 more$"),
+        ({"x" * 10**6: 1}, 5e5, r"unknown key x{100}\.\.\. \(1000000 characters\)$"),
+    ],
+)
+def test_what_is_told_is_told_once_and_short(
+    changes: dict[str, Any], base: float, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changed(**changes)))
+    with pytest.warns(UserWarning, match=message) as told:
+        config = DbrxConfig.from_json(tmp_path / "config.json")
+    assert len(told) == 1 and len(str(told[0].message)) < 300
+    assert config.attn_config.rope_theta == base
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "dbrx_converted"},
+        {"ffn__uniform_expert_assignment": False},
+        {"ffn__moe_normalize_expert_weights": 1},
+        {"ffn__moe_normalize_expert_weights": None, "ffn__moe_loss_weight": 0},
+        {"attn__pruned_heads": {}, "attn__tie_word_embeddings": True, "attn__top_k": 50},
+        {"per_layer_config": None, "output_router_logits": None, "resid_pdrop": None},
+        {"d_model": 6144.0, "n_heads": 48.0},
+        {"transformers_version": "5.3.0", "ffn__hidden_size": 6144},  # only saved there: the widths differ
+        {"transformers_version": "5.15.0", "ffn__ffn_hidden_size": 6144, "ffn__hidden_size": 6144},
+        {"transformers_version": "4.57.6", "ffn__ffn_hidden_size": 6144, "ffn__hidden_size": 6144},
+    ],
+)
+def test_what_says_nothing_of_the_network_is_accepted(changes: dict[str, Any]) -> None:
+    config = DbrxConfig.from_dict(changed(**changes))
+    assert (config.d_model, config.attn_config.rope_theta, config.resid_pdrop) == (6144, 500000, 0)
+
+
+@pytest.mark.parametrize("release", ["5.0.0", "5.0.0.dev0", "5.0.0rc1", "5.9.0", "5.14.0", "5.14.2"])
+def test_experts_that_lie_transposed_are_refused_though_their_shapes_are_right(release: str) -> None:
+    values = changed(transformers_version=release, ffn__ffn_hidden_size=6144, ffn__hidden_size=6144)
+    with pytest.raises(ModelError, match="experts' matrices transposed") as caught:
+        DbrxConfig.from_dict(values)
+    assert caught.value.hint and "the release that made it" in caught.value.hint
+
+
+def test_a_clip_that_clips_nothing_is_none() -> None:
+    for clip in (65504, 65504.0, 3e38, {"__float__": "Infinity"}, math.inf):
+        assert DbrxConfig.from_dict(changed(attn__clip_qkv=clip)).attn_config.clip_qkv is None
+    assert DbrxConfig.from_dict(changed(attn__clip_qkv=65503.5)).attn_config.clip_qkv == 65503.5
+
+
+def test_what_is_written_is_what_every_release_reads() -> None:
+    """Floats as floats, the rotary base under both keys, no clip as a number that float16 holds."""
+    values = DbrxConfig.from_dict(changed(attn__clip_qkv=None, ffn__moe_normalize_expert_weights=1)).to_dict()
+    attn, ffn = values["attn_config"], values["ffn_config"]
+    assert attn["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500000
+    assert torch.ones(2, dtype=torch.float16).clamp(-attn["clip_qkv"], attn["clip_qkv"]).tolist() == [1, 1]
+    for scope, keys in (
+        (values, ("resid_pdrop", "emb_pdrop", "initializer_range", "router_aux_loss_coef")),
+        (attn, ("attn_pdrop", "clip_qkv", "rope_theta")),
+        (ffn, ("moe_jitter_eps", "moe_loss_weight", "moe_normalize_expert_weights")),
+    ):
+        assert all(type(scope[key]) is float for key in keys)
+    assert attn.keys() == {"attn_pdrop", "clip_qkv", "kv_n_heads", "rope_theta"}  # 4.57.6 refuses any other
+
+
 def test_unknown_keys_at_the_top_are_warned_about() -> None:
     with pytest.warns(UserWarning, match="ignoring unknown key fine_tuned_by"):
         DbrxConfig.from_dict(changed(fine_tuned_by="someone"))
@@ -163,7 +312,7 @@ def test_unknown_keys_at_the_top_are_warned_about() -> None:
 
 def test_a_second_rope_theta_is_warned_about_and_not_taken() -> None:
     values = changed(attn__rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    with pytest.warns(UserWarning, match="attn_config counts"):
+    with pytest.warns(UserWarning, match="the former counts"):
         assert DbrxConfig.from_dict(values).attn_config.rope_theta == 500000
 
 
