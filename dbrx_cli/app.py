@@ -37,7 +37,8 @@ from .commands import (  # noqa: E402
 )
 from .cores import settle_pages  # noqa: E402
 from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
-from .options import leave_out_colour, switch  # noqa: E402
+from .options import OutputOptions, leave_out_colour, switch  # noqa: E402
+from .report import Report  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
 NARROW = 60  # columns
@@ -131,6 +132,7 @@ def _run() -> int:
     from model.errors import DbrxError
 
     settle_pages()
+    Report(OutputOptions())  # hears warnings until a command has one of its own
     try:
         if is_follower():
             follow()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -315,7 +315,7 @@ class SamplingOptions:
         try:
             if self.lookup is not None:
                 given["lookup"] = lookup_length(self.lookup)
-            return replace(defaults, **given)
+            return defaults.under(**given)
         except ValueError as error:
             raise InputError(str(error)) from None
 

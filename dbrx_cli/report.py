@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,12 +18,27 @@ if TYPE_CHECKING:
 Advance = Callable[[int, int], None]  # done, total
 
 
+LONGEST = 600  # characters of a warning
+
+
 class Report:
-    """Tells how the work goes; quiet tells nothing, verbose tells timings as well."""
+    """Tells how the work goes; quiet tells nothing, verbose tells timings as well.
+
+    From when it is made on, it also tells what `warnings` bring: each once and in one line, without the place in the
+    source that Python would show.
+    """
 
     def __init__(self, options: OutputOptions) -> None:
         self.quiet = options.quiet
         self.verbose = options.verbose
+        self._warned: set[str] = set()
+        warnings.showwarning = self._hear  # type: ignore[assignment]  # what else is passed says where in the source
+
+    def _hear(self, message: Warning | str, *_: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in self._warned:
+            self._warned.add(text)
+            self.notice(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
 
     def notice(self, text: str) -> None:
         """A line that the user should know of."""

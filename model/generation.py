@@ -59,14 +59,14 @@ def generate(
     if wanted is not None and wanted < 1:
         raise ValueError(f"max_length {max_length} leaves no room behind a prompt of {seq} tokens")
 
-    neutral = SamplingParams(temperature=1.0, top_p=1.0)
-    params = replace(config.sampling(neutral), **{k: v for k, v in sampling.items() if v is not None})
-    do_sample = bool(config.do_sample) if do_sample is None else do_sample
-    params = replace(
-        params,
-        temperature=params.temperature if do_sample else 0.0,
-        max_tokens=min(wanted or params.max_tokens, room - seq),
-    )
+    given = {key: value for key, value in (sampling | {"max_tokens": wanted}).items() if value is not None}
+    if do_sample is not None:
+        config = replace(config, do_sample=do_sample)
+    if not config.do_sample:
+        given["temperature"] = 0.0
+    defaults = config.sampling(SamplingParams(temperature=1.0, top_p=1.0))
+    params = defaults.under(**given)
+    params = replace(params, max_tokens=min(params.max_tokens, room - seq))
     eos_ids = config.eos_token_id if eos_token_id is None else as_ids(eos_token_id)
     pad = next((i for i in (pad_token_id, config.pad_token_id, *eos_ids) if i is not None), 0)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .safetensors_file import read_text
-from .sampling import SamplingParams
+from .safetensors_file import read_json, shown
+from .sampling import MIN_TEMPERATURE, SamplingParams
+
+# The names of the values that flags and arguments replace, where they differ.
+REPLACED_BY = {"max_new_tokens": "max_tokens", "do_sample": "temperature"}
+NOT_GREEDY = {"temperature", "top_p", "top_k", "min_p"}  # what a greedy choice does not look at
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
+    faults: Mapping[str, ModelError] = field(default_factory=dict)  # values of the file that cannot be used, by key
 
     @classmethod
     def from_source(cls, source: Path) -> GenerationConfig:
@@ -37,24 +44,34 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> GenerationConfig:
-        """Read `folder/generation_config.json`; a checkpoint without one says nothing."""
+        """Read `folder/generation_config.json`; ids that it does not name are those of config.json, if any.
+
+        `ModelError` for ids that are none. Another value that cannot be used is a fault when it is needed.
+        """
         path = folder / "generation_config.json"
-        if not path.is_file():
-            return cls()
-        try:
-            values = json.loads(read_text(path))
-            known = {f.name for f in fields(cls)}
-            values = {key: value for key, value in values.items() if key in known and value is not None}
-            values["eos_token_id"] = as_ids(values.get("eos_token_id"))
-            config = cls(**values)
-            config.sampling()
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path}: cannot be used: {error}") from None
-        return config
+        values = read_json(path) if path.is_file() else {}
+        ids = {key: _ids(path, key, values.get(key)) for key in ("eos_token_id", "pad_token_id")}
+        config = folder / "config.json"
+        if not all(ids.values()) and config.is_file():
+            named = read_json(config)
+            ids = {key: found or _ids(config, key, named.get(key)) for key, found in ids.items()}
+        given: dict[str, Any] = {}
+        faults = {}
+        for key, read in READ.items():
+            if values.get(key) is not None:
+                try:
+                    given[key] = read(values[key])
+                except ValueError as error:
+                    flag = f"--{REPLACED_BY.get(key, key).replace('_', '-')}"
+                    faults[key] = ModelError(f"{path}: {key} {error}", f"mend the file, or give {flag}")
+        return cls(ids["eos_token_id"], (*ids["pad_token_id"], None)[0], **given, faults=faults)
 
     def sampling(self, defaults: SamplingParams | None = None) -> SamplingParams:
-        """The checkpoint's sampling where it names a value, `defaults` elsewhere. `do_sample: false` is greedy."""
-        given: dict[str, Any] = {
+        """The checkpoint's sampling where it names a value, `defaults` elsewhere. `do_sample: false` is greedy.
+
+        `under` of it raises the `ModelError` of a value that is needed and cannot be used.
+        """
+        given = {
             "temperature": 0.0 if self.do_sample is False else self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -62,7 +79,9 @@ class GenerationConfig:
             "repetition_penalty": self.repetition_penalty,
             "max_tokens": self.max_new_tokens,
         }
-        return replace(defaults or SamplingParams(), **{key: v for key, v in given.items() if v is not None})
+        values = vars(defaults or SamplingParams()) | {key: v for key, v in given.items() if v is not None}
+        faults = {REPLACED_BY.get(key, key): fault for key, fault in self.faults.items()}
+        return _Faulty(**values, faults=faults) if faults else SamplingParams(**values)
 
     def save(self, folder: Path) -> None:
         """Write `folder/generation_config.json`."""
@@ -70,15 +89,97 @@ class GenerationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a generation_config.json."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, ())}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "faults"}
+        if values["temperature"] == 0:  # transformers takes no such temperature
+            values |= {"temperature": None, "do_sample": False}
+        values = {key: value for key, value in values.items() if value not in (None, ())}
         return values | ({"eos_token_id": list(self.eos_token_id)} if self.eos_token_id else {})
 
 
-def as_ids(value: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
-    """One id, several or none -> a tuple."""
-    if value is None:
-        return ()
-    ids = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise ValueError(f"token ids must be whole numbers, not {value!r}")
-    return ids
+@dataclass(frozen=True)
+class _Faulty(SamplingParams):
+    """Sampling of a checkpoint that names values which cannot be used: what is given in their place counts."""
+
+    faults: Mapping[str, ModelError] = field(default_factory=dict)
+
+    def under(self, **given: Any) -> SamplingParams:
+        params = SamplingParams(**{key: value for key, value in vars(self).items() if key != "faults"} | given)
+        for key, fault in self.faults.items():
+            if key not in given and not (params.greedy and key in NOT_GREEDY):
+                raise fault
+        return params
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"must be a number, not {shown(repr(value))}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(_number(value), int) and not value.is_integer():
+        raise ValueError(f"must be a whole number, not {shown(repr(value))}")
+    return int(value)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {shown(repr(value))}")
+    return value
+
+
+def _bounded(key: str, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`read`, and the bounds of `SamplingParams`, whose message begins with its name of the key."""
+    name = REPLACED_BY.get(key, key)
+
+    def check(value: Any) -> Any:
+        number = read(value)
+        try:
+            SamplingParams(**{name: number})
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"{name} ")) from None
+        return number
+
+    return check
+
+
+def _temperature(value: Any) -> float:
+    """Greedy is often written as a tiny temperature, which leaves the likeliest token no other beside it."""
+    return 0.0 if 0 <= _number(value) < MIN_TEMPERATURE else value
+
+
+def _top_p(value: Any) -> float:
+    """As transformers takes it: 0 leaves the likeliest token, and all above 1 switches it off."""
+    return min(_number(value), 1.0) or sys.float_info.min
+
+
+def _top_k(value: Any) -> int:
+    """-1 switches it off, as in vLLM."""
+    return 0 if _whole(value) == -1 else int(value)
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "do_sample": _truth,
+    "temperature": _bounded("temperature", _temperature),
+    "top_p": _bounded("top_p", _top_p),
+    "top_k": _bounded("top_k", _top_k),
+    "min_p": _bounded("min_p", _number),
+    "repetition_penalty": _bounded("repetition_penalty", _number),
+    "max_new_tokens": _bounded("max_new_tokens", _whole),
+}
+
+
+def _ids(path: Path, key: str, value: Any) -> tuple[int, ...]:
+    try:
+        return as_ids(value)
+    except ValueError as error:
+        raise ModelError(f"{path}: {key} cannot be used: {error}", "mend the file") from None
+
+
+def as_ids(value: Any) -> tuple[int, ...]:
+    """One id, several or none -> a tuple. One below 0 is none: that is how some files write it."""
+    each = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    try:
+        return tuple(i for i in map(_whole, each) if i >= 0)
+    except ValueError:
+        raise ValueError(f"token ids must be whole numbers, not {shown(repr(value))}") from None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+MIN_TEMPERATURE = 1e-3  # but for 0, which is greedy
 MAX_LOOKUP = 64  # a wider step to verify them is no longer cheap
 
 
@@ -35,7 +36,7 @@ class SamplingParams:
             (
                 "temperature",
                 self.temperature,
-                self.temperature == 0 or 1e-3 <= self.temperature <= 100,
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= 100,
                 "0, or 0.001-100",
             ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -51,6 +52,10 @@ class SamplingParams:
         for name, value, fits, wanted in checks:
             if not fits or not -math.inf < value < math.inf:
                 raise ValueError(f"{name} must be {wanted}, not {value}")
+
+    def under(self, **given: Any) -> SamplingParams:
+        """These values where none is given; `ValueError` names one that is out of bounds."""
+        return replace(self, **given)
 
     @property
     def greedy(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .bpe import BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vocabulary_from_json
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
+from .generation_config import GenerationConfig
 from .messages import Message
 from .safetensors_file import read_json, read_text
 
@@ -246,14 +247,12 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         vocabulary = _with_configured_tokens(_vocabulary(folder, config), config, folder)
         source, name = _template(folder, config)
-        ends = _read_json(folder / "generation_config.json").get("eos_token_id")
-        ends = ends if isinstance(ends, list) else [ends]
         return cls(
             vocabulary,
             template_source=source,
             template_name=name,
             named_tokens=_named_tokens(_read_json(folder / "special_tokens_map.json") | config),
-            eos_token_ids=[end for end in ends if isinstance(end, int) and not isinstance(end, bool)],
+            eos_token_ids=GenerationConfig.from_folder(folder).eos_token_id,
             padding_side=padding_side,
             files=[folder / name for name in SAVED_FILES if (folder / name).is_file()],
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from model import DbrxForCausalLM, KVCache, SamplingParams
 from model.decode import decode, prefill
 from model.errors import ContextError, ModelError
 from model.generation_config import GenerationConfig
+from model.sampling import candidates
 from tests import fidelity
 
 torch.set_num_threads(1)
@@ -124,6 +128,101 @@ def test_the_checkpoints_defaults_are_taken(case: fidelity.Case) -> None:
     network.generation_config = GenerationConfig(eos_token_id=(eos,), do_sample=False)
     end = case.data["greedy_ids"].tolist().index(eos) + 1
     assert network.generate(case.data["greedy_prompt"][None]).shape[1] == 12 + end
+
+
+def read(folder: Path, values: dict[str, Any] | None, config: dict[str, Any] | None = None) -> GenerationConfig:
+    if values is not None:
+        (folder / "generation_config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(config or {}))
+    return GenerationConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"do_sample": True, "temperature": 1e-6}, {"temperature": 0}),
+        ({"temperature": 0}, {"temperature": 0}),
+        ({"temperature": 1e-300}, {"temperature": 0}),
+        ({"temperature": 0.001, "top_k": 0}, {"temperature": 0.001, "top_k": 0}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": 50.0, "max_new_tokens": 256.0}, {"top_k": 50, "max_tokens": 256}),
+        ({"top_p": 1, "min_p": 0, "repetition_penalty": 1}, {"top_p": 1, "min_p": 0, "repetition_penalty": 1}),
+        ({"top_p": 1.5}, {"top_p": 1}),
+        (dict.fromkeys(("temperature", "top_p", "top_k", "do_sample", "max_new_tokens")), {}),
+        ({"max_length": 20, "num_beams": 4, "cache_implementation": "static"}, {}),
+    ],
+)
+def test_odd_values_mean_what_transformers_makes_of_them(
+    values: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    found = read(tmp_path, values)
+    assert found.sampling().under() == SamplingParams(**expected) and not found.faults
+    again = read(tmp_path, found.to_dict())
+    assert again.sampling() == found.sampling() and again.to_dict().get("temperature", 1) > 0
+
+
+def test_top_p_of_zero_leaves_the_likeliest_token(tmp_path: Path) -> None:
+    params = read(tmp_path, {"do_sample": True, "top_p": 0.0}).sampling()
+    ids, _ = candidates(torch.tensor([0.0, 0.1, 0.05]), params)
+    assert ids.tolist() == [1] and params.temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "given", "message"),
+    [
+        ("top_k", 1.5, {"top_k": 3}, "must be a whole number, not 1.5"),
+        ("top_k", True, {"top_k": 3}, "must be a number, not True"),
+        ("top_k", -5, {"temperature": 0}, "must be 0 or above, not -5"),
+        ("temperature", math.nan, {"temperature": 0}, "must be 0, or 0.001-100, not nan"),
+        ("temperature", "0.7", {"temperature": 0.7}, "must be a number, not '0.7'"),
+        ("temperature", -1, {"temperature": 0.7}, "must be 0, or"),
+        ("top_p", [0.9], {"top_p": 1}, "must be a number"),
+        ("top_p", -0.1, {"temperature": 0}, "must be above 0"),
+        ("min_p", 2, {"min_p": 0}, "must be from 0 to 1"),
+        ("repetition_penalty", 0, {"repetition_penalty": 1}, "must be from 0.01"),
+        ("max_new_tokens", 0, {"max_tokens": 4}, "must be 1 or above"),
+        ("do_sample", "yes", {"temperature": 0.5}, "must be true or false"),
+        ("temperature", "x" * 10**6, {"temperature": 1}, "must be a number"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_unless_another_is_given(
+    key: str, value: Any, given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    defaults = read(tmp_path, {key: value, "eos_token_id": 5}).sampling()
+    assert getattr(defaults.under(**given), next(iter(given))) == next(iter(given.values()))
+    others = {"top_k": {"repetition_penalty": 1.1}}.get(key, {"top_k": 4})
+    with pytest.raises(ModelError) as caught:
+        defaults.under(**others)
+    assert caught.value.message.startswith(f"{tmp_path / 'generation_config.json'}: {key} {message}")
+    assert caught.value.hint and " or give --" in caught.value.hint and len(caught.value.one_line) < 400
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "eos", "pad"),
+    [
+        (None, {"eos_token_id": 7}, (7,), None),
+        ({}, {"eos_token_id": [7, 8], "pad_token_id": 0}, (7, 8), 0),
+        ({"eos_token_id": None}, {"eos_token_id": 7}, (7,), None),
+        ({"eos_token_id": []}, {"eos_token_id": 7}, (7,), None),
+        ({"eos_token_id": [9]}, {"eos_token_id": 7, "pad_token_id": 3}, (9,), 3),
+        ({"eos_token_id": 9.0, "pad_token_id": -1}, {}, (9,), None),
+        ({"eos_token_id": -1}, {"eos_token_id": None}, (), None),
+    ],
+)
+def test_ends_of_a_reply_are_found_where_transformers_reads_them(
+    generation: dict[str, Any] | None, config: dict[str, Any], eos: tuple[int, ...], pad: int | None, tmp_path: Path
+) -> None:
+    found = read(tmp_path, generation, config)
+    assert (found.eos_token_id, found.pad_token_id) == (eos, pad)
+
+
+@pytest.mark.parametrize("value", ["7", True, 7.5, [[7]], {"a": 1}, [7, None]])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ids_that_are_none_are_refused(value: Any, file: str, tmp_path: Path) -> None:
+    both: list[dict[str, Any]] = [{}, {"eos_token_id": value}]
+    with pytest.raises(ModelError, match=rf"{file}: eos_token_id .* whole numbers"):
+        read(tmp_path, *(both if file == "config.json" else both[::-1]))
 
 
 def test_repetition_penalty_forbids_what_was_said(case: fidelity.Case) -> None:

@@ -29,6 +29,8 @@ def companions(source: Path) -> Callable[[Path], None]:
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     generation = GenerationConfig.from_source(source)
+    for fault in generation.faults.values():
+        raise fault
 
     def finish(written: Path) -> None:
         tokenizer.save_pretrained(written)
