@@ -39,6 +39,9 @@ def generate(
 ) -> Tensor:
     """Continue input_ids [batch, seq], padded on the left where attention_mask is 0; returns [batch, seq + new].
 
+    Without attention_mask, every id of the prompt that equals `pad_token_id` is taken for padding and not read, as in
+    transformers, unless it is also an end id: pass a mask where that id may stand for a token.
+
     Greedy unless `do_sample` is true here or in the checkpoint's generation_config.json. At most `max_new_tokens`
     new ones, or up to `max_length` in all; 1024 if neither is given, and never more than the context. A row ends at
     one of `eos_token_id` (default: the checkpoint's) or when `stopping(row, new_ids)` is true, and is filled with
@@ -55,6 +58,8 @@ def generate(
     room = network.config.max_seq_len
     if seq >= room:
         raise ContextError(f"the prompt has {seq} tokens, and the model's context is {room}", "shorten the prompt")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < network.config.vocab_size:
+        raise ValueError(f"input_ids holds ids that are none of the network's {network.config.vocab_size}")
     wanted = max_new_tokens if max_new_tokens is not None else (max_length - seq if max_length is not None else None)
     if wanted is not None and wanted < 1:
         raise ValueError(f"max_length {max_length} leaves no room behind a prompt of {seq} tokens")
@@ -68,10 +73,14 @@ def generate(
     params = defaults.under(**given)
     params = replace(params, max_tokens=min(params.max_tokens, room - seq))
     eos_ids = config.eos_token_id if eos_token_id is None else as_ids(eos_token_id)
-    pad = next((i for i in (pad_token_id, config.pad_token_id, *eos_ids) if i is not None), 0)
+    named = config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = next((i for i in (named, *eos_ids) if i is not None), 0)
 
     input_ids = input_ids.to(network.device)
-    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(network.device)
+    if attention_mask is None:
+        # As transformers has it: ids equal to the id of padding are padding, unless it also ends a reply.
+        attention_mask = input_ids.ne(pad) if named is not None and named not in eos_ids else torch.ones_like(input_ids)
+    keep = attention_mask.to(network.device)
     cache = past_key_values
     if cache is None:
         cache = KVCache(network.config.n_layers, rows, seq + params.max_tokens)

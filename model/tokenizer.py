@@ -124,6 +124,16 @@ class Tokenizer:
         named = self._named_id("pad_token")
         return self.special_tokens.get("<|pad|>") if named is None else named
 
+    def require_rows(self, rows: int, source: Path) -> None:
+        """`ModelError` for ids beyond a network's table of so many rows; both were read from `source`."""
+        files = " and ".join(path.name for path in self._files if path.suffix == ".json") or "its tokenizer"
+        said = {f"{files} beside it has ids up to": self.vocab_size - 1}
+        said["an eos_token_id beside it is"] = max(self.eos_token_ids, default=0)
+        for what, largest in said.items():
+            if largest >= rows:
+                where = f"{source / 'config.json'}: vocab_size is" if source.is_dir() else f"{source}: its table has"
+                raise ModelError(f"{where} {rows}, and {what} {largest}", "take the files that belong to the weights")
+
     def encode(self, text: str) -> list[int]:
         """The ids of ordinary text; a special token's spelling in it is text. `InputError` if it is not Unicode."""
         return self._encoder.encode(text)

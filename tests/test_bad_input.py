@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -149,3 +150,44 @@ def _ends_in_the_contract(cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str
     assert result.code in (0, 2, 3, 6), result.err
     assert "Traceback" not in result.err and "internal error" not in result.err
     assert len(result.err.splitlines()) == (result.code != 0)
+
+
+def linked(folder: Path, to: Path) -> Path:
+    """A copy whose large files are the same."""
+    shutil.copytree(
+        folder, to, copy_function=lambda a, b: (os.link if a.endswith("safetensors") else shutil.copy)(a, b)
+    )
+    return to
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("flags", [[], ["-q"]])
+def test_what_a_config_says_beyond_the_network_is_told_once(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    folder = linked(tiny_checkpoint, tmp_path / "m")
+    edit_config(folder, lambda c: c.update(fine_tuned_by="someone"))
+    ran = cli("generate", "-m", folder, "-n", "1", *flags, "hi")
+    told = f"dbrx: {folder / 'config.json'}: ignoring unknown key fine_tuned_by\n"
+    assert (ran.code, ran.err) == (0, "" if flags else told)
+
+
+def test_a_bad_default_is_named_and_a_flag_replaces_it(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = linked(tiny_checkpoint, tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": NaN}')
+    ran = cli("generate", "-m", folder, "-n", "1", "hi")
+    assert ran.code == 3 and "generation_config.json: temperature must be" in ran.fault and "-temperature" in ran.fault
+    assert cli("generate", "-m", folder, "-n", "1", "-t", "0", "hi").code == 0
+
+
+def test_a_tokenizer_of_another_network_is_refused(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = linked(tiny_checkpoint, tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "TiktokenTokenizerWrapper", "added_tokens_decoder": {"100352": {"content": "<|new|>"}}}'
+    )
+    ran = cli("generate", "-m", folder, "hi")
+    assert ran.code == 3 and str(folder / "config.json") in ran.fault and "tokenizer_config.json" in ran.fault
+    assert "vocab_size is 100352" in ran.fault and "ids up to 100352" in ran.fault
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": 200000}')
+    assert "an eos_token_id beside it is 200000" in cli("generate", "-m", folder, "hi").fault

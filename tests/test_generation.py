@@ -58,6 +58,32 @@ def test_a_left_padded_batch_gives_what_each_row_gives(case: fidelity.Case) -> N
         assert torch.equal(together[row, ids.shape[1] :], single[0, len(alone) :])
 
 
+BASE = [5, 0, 7, 9, 0, 0, 3, 11, 20, 31, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "expected"),
+    [
+        (BASE, {}, [45, 205, 188, 75, 81, 194]),
+        ([0, 0, *BASE], {}, [45, 205, 188, 75, 81, 194]),
+        ([*BASE[2:], 0], {}, [23, 141, 186, 172, 31, 196]),
+        (BASE, {"eos_token_id": 0}, [135, 89, 1, 82, 141, 20]),  # padding that ends a reply, too: all are tokens
+    ],
+)
+def test_without_a_mask_ids_of_padding_are_not_read(
+    case: fidelity.Case, ids: list[int], options: dict[str, Any], expected: list[int]
+) -> None:
+    """The tokens are those of transformers 4.57.6: generate(ids, pad_token_id=0, do_sample=False)."""
+    new = case.network.generate(torch.tensor([ids]), max_new_tokens=6, pad_token_id=0, **options)[0, len(ids) :]
+    assert new.tolist() == expected
+
+
+@pytest.mark.parametrize("beyond", [-1, 10**6])
+def test_ids_that_the_network_has_not_are_named(case: fidelity.Case, beyond: int) -> None:
+    with pytest.raises(ValueError, match="ids that are none of the network's"):
+        case.network.generate(torch.tensor([[1, beyond]]))
+
+
 def test_a_kept_cache_goes_on_where_it_stopped(case: fidelity.Case) -> None:
     prompt = case.data["input_ids"][None, :40]
     expected = case.network.generate(prompt, max_new_tokens=10, do_sample=False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from dbrx_cli.engine.resume import Journal
     from model.compiled import Compiler
+    from model.config import DbrxConfig
     from model.constrain import SchemaMask
     from model.parallel import Ranks
     from model.tokenizer import Tokenizer
@@ -82,8 +83,9 @@ class LocalEngine:
         from model.tokenizer import AutoTokenizer
 
         ranks = lead(options)
-        check_source(folder, options, report)  # what is no model is told so before all else
+        config = check_source(folder, options, report)  # what is no model is told so before all else
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.require_rows(config.vocab_size, folder)
         network = load_network(folder, options, report, ranks)
         if ranks is not None:
             ranks.lead(network)
@@ -396,7 +398,7 @@ def compiler(report: Report) -> Compiler:
     return Compiler(private_folder(cache_folder() / "compiled", CACHE), lambda: report.notice(text))
 
 
-def check_source(source: Path, options: ModelOptions, report: Report) -> None:
+def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxConfig:
     """`ModelError` if a folder or file is no DBRX model; a notice where its weights change their type."""
     if source.is_dir():
         from model.checkpoint import Checkpoint
@@ -404,12 +406,13 @@ def check_source(source: Path, options: ModelOptions, report: Report) -> None:
 
         if not (source / "config.json").exists():
             Checkpoint.open(source).close()  # says what the folder holds instead, such as a GGUF file or an adapter
-        DbrxConfig.from_json(source / "config.json")
-        return
+        return DbrxConfig.from_json(source / "config.json")
     from model.formats import open_weights
     from model.loading import STORED
 
     with open_weights(source) as weights:
         stored, _ = weights.dtypes().most_common(1)[0]
+        config = weights.config
     if stored not in STORED and options.dtype == "auto" and options.quantize == "none":
         report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
+    return config
