@@ -9,9 +9,10 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 from .errors import InputError, ModelError
 
@@ -25,6 +26,17 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 GPT2_DIGITS_PATTERN = (
     r"\p{{N}}{repeat}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
 )
+# cl100k_base in the words of other programs and of tiktoken's versions, without the possessive marks of the newer ones.
+# tokenizers takes their {1,3}+ for a repetition, so that 3333 becomes 33 33 and not 333 3. The last one cuts the white
+# space at a text's end elsewhere, which no token of cl100k_base can show.
+CL100K_SPELLINGS = frozenset(
+    head + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + tail
+    for head in (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"'(?i:[sdmt]|ll|ve|re)")
+    for tail in (r"|\s*[\r\n]+|\s+(?!\S)|\s+", r"|\s*[\r\n]|\s+(?!\S)|\s+", r"|\s+$|\s*[\r\n]|\s+(?!\S)|\s")
+)
+POSSESSIVE = re.compile(r"([?*+]|\{\d*,?\d*\})\+")
+POSSESSIVE_COUNT = re.compile(r"\{\d*,?\d*\}\+")
+GOES_ON = re.compile(rb"[\r\n][^\r\n]+\Z")  # behind a line's end
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"  # tiktoken's key in its cache
 DBRX_ADDED_TOKENS = {
@@ -171,10 +183,15 @@ def vocabulary_from_json(values: Any, name: str = "tokenizer.json") -> Vocabular
             token["content"]: added_token(token["content"], token["id"], token) for token in values["added_tokens"]
         }
         vocab, merges = _model(values["model"])
+        for content, token in added.items():
+            if vocab.get(content, token.id) != token.id:
+                raise ModelError(f"the added token {content!r} has the id {token.id}, {vocab[content]} in the model")
         merged = _reachable(vocab, [merge for merge in merges if "".join(merge) not in added])
         if values["model"].get("ignore_merges") and set(vocab) - set(added) - set(merged):
             raise ModelError("ignore_merges with tokens that no merge leads to is not supported")
         ids = {_token_bytes(token): token_id for token, token_id in vocab.items()}
+        if pattern == CL100K_PATTERN and "$" in str(values["pre_tokenizer"]) and any(map(GOES_ON.search, ids)):
+            raise ModelError("the pre_tokenizer's pattern is that of cl100k_base, and the vocabulary is not")
         _check_covers(pattern)
         return Vocabulary(pattern, [_token_bytes(token) for token in merged], ids, added)
     except ModelError as error:
@@ -189,10 +206,27 @@ def _check_component(key: str, value: Any) -> None:
     steps = value.get(parts.get(key, "decoders")) if value and value["type"] == "Sequence" else [value]
     allowed = {"normalizer": (), "pre_tokenizer": ("ByteLevel", "Digits", "Split")}.get(key, ("ByteLevel",))
     for step in steps:
-        if step and step["type"] not in allowed:
+        if key == "post_processor" and step and step["type"] == "TemplateProcessing":
+            _check_adds_nothing(step)
+        elif step and step["type"] not in allowed:
             raise ModelError(
                 f"the {key} {step['type']} is not supported", "byte-level BPE vocabularies can be used, as DBRX's is"
             )
+
+
+def _check_adds_nothing(template: Any) -> None:
+    """Refuse a template that puts tokens beside a text: transformers 5 writes one that holds the text alone."""
+    pieces = template.get("single") or []
+    if added := [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]:
+        raise ModelError(
+            f"the post_processor TemplateProcessing adds {', '.join(map(repr, added))} to each text",
+            "set post_processor to null if the model was trained without, as DBRX was",
+        )
+    if [piece["Sequence"]["id"] for piece in pieces] != ["A"]:
+        raise ModelError(
+            "the post_processor TemplateProcessing makes more of a text than the text",
+            "set post_processor to null if the model was trained without, as DBRX was",
+        )
 
 
 def pattern_of(value: Any) -> str:
@@ -209,8 +243,20 @@ def pattern_of(value: Any) -> str:
         return GPT2_DIGITS_PATTERN.format(repeat="" if step.get("individual_digits") else "+")
     if step["type"] == "Split" and whole and "Regex" in step["pattern"]:
         if (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
-            return str(step["pattern"]["Regex"])
+            return _pattern(str(step["pattern"]["Regex"]))
     raise ModelError("the pre_tokenizer is not supported")
+
+
+def _pattern(regex: str) -> str:
+    """A pattern that all programs read alike."""
+    if POSSESSIVE.sub(r"\1", regex) in CL100K_SPELLINGS:
+        return CL100K_PATTERN
+    if found := POSSESSIVE_COUNT.search(regex):
+        raise ModelError(
+            f"the pre_tokenizer's pattern has {found[0]}, which programs read in two ways",
+            f"write {found[0][:-1]} in its place",
+        )
+    return regex
 
 
 def added_token(content: str, token_id: int, flags: Mapping[str, Any]) -> AddedToken:
@@ -258,7 +304,9 @@ def _reachable(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> l
     return list(rank)
 
 
-def _stays_apart(left: str, right: str, rank: Mapping[str, int], parts: Mapping[str, tuple[str, str]]) -> bool:
+def _stays_apart(
+    left: AnyStr, right: AnyStr, rank: Mapping[AnyStr, int], parts: Mapping[AnyStr, tuple[AnyStr, AnyStr]]
+) -> bool:
     """Whether the merges so far leave `left + right` as these two: no merge ever bridges the border between them.
 
     Undoes the merges next to the border, latest first, and looks each time whether a bridge would have come earlier.
@@ -290,17 +338,23 @@ def _check_covers(pattern: str) -> None:
         raise ModelError("the pre_tokenizer's pattern leaves text out, which is not supported")
 
 
-def merges_of(vocabulary: Vocabulary) -> Iterator[tuple[bytes, bytes]]:
+def merges_of(vocabulary: Vocabulary) -> Sequence[tuple[bytes, bytes]]:
     """The pair that each token was merged from, first merge first: what all earlier merges leave of its bytes."""
-    ranks = {token: rank for rank, token in enumerate(vocabulary.merged)}
-    for token, rank in ranks.items():
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, at = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
-            assert best < rank, "a vocabulary holds only what its merges arrive at"
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            yield parts[0], parts[1]
+    return _merges(tuple(vocabulary.merged))
+
+
+@lru_cache(maxsize=1)  # a second for cl100k_base, which is the same each time
+def _merges(merged: tuple[bytes, ...]) -> tuple[tuple[bytes, bytes], ...]:
+    rank = {token: -1 for token in merged if len(token) == 1}
+    parts: dict[bytes, tuple[bytes, bytes]] = {}
+    for token in merged:
+        if len(token) == 1:
+            continue
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
+        # A vocabulary holds only what its merges arrive at: one pair fits, the last one if no other does.
+        parts[token] = next((pair for pair in pairs[:-1] if _stays_apart(*pair, rank, parts)), pairs[-1])
+        rank[token] = len(parts) - 1
+    return tuple(parts.values())
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -6,22 +6,25 @@ import json
 import re
 import shutil
 from collections import UserDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .bpe import BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vocabulary_from_json
+from .bpe import AddedToken, BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vocabulary_from_json
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
 from .generation_config import GenerationConfig
 from .messages import Message
 from .safetensors_file import read_json, read_text
+from .tokenizer_files import reads_alike, tokenizer_config, tokenizer_json
 
 DBRX_PADDED_VOCAB = 100352
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SAVED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-PATTERNS = [*SAVED_FILES, "config.json", "generation_config.json"]
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PATTERNS = [*FILES, "config.json", "generation_config.json"]
+# Where tokenizer_config.json lists special tokens: transformers 4, 5 before and after it loads a dict of them.
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 # What code written for transformers passes, and what changes nothing here.
 IGNORED_ARGUMENTS = {"trust_remote_code", "use_fast", "legacy"}
 
@@ -61,16 +64,16 @@ class Tokenizer:
         named_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Iterable[int] = (),
         padding_side: Literal["left", "right"] = "left",
-        files: Sequence[Path] = (),
-        contents: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.special_tokens = {name: token.id for name, token in vocabulary.added.items()}
         self.named_tokens = dict(named_tokens or {})
         self.chat_template = ChatTemplate(template_source, tuple(self.special_tokens), self.named_tokens, template_name)
         self.padding_side = padding_side
         self.vocabulary = vocabulary
-        self._files = tuple(files)
-        self._contents = dict(contents or {})  # of files that were never written: this tokenizer is from a GGUF file
+        self._folder = folder
+        self._config = dict(config or {})  # of tokenizer_config.json
         table = {token_id: token for token, token_id in vocabulary.ids.items()}
         table |= {token.id: name.encode() for name, token in vocabulary.added.items()}
         self._bytes = [table.get(token_id, b"") for token_id in range(max(table) + 1)]
@@ -237,18 +240,23 @@ class Tokenizer:
         return self._batch([ids], return_tensors, padding=False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files that this tokenizer was made from into `folder`."""
+        """Write this tokenizer into `folder`; what other programs would number otherwise is written anew."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for name, content in self._contents.items():
-            (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        for path in self._files:
-            if path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
-        written = {*self._contents, *(path.name for path in self._files)}
-        if not written & {"tokenizer.json", "tokenizer_config.json"}:
-            config = {"tokenizer_class": "TiktokenTokenizerWrapper", "chat_template": self.chat_template.text}
-            (target / "tokenizer_config.json").write_text(json.dumps(config | self.named_tokens, indent=2) + "\n")
+        config, path = tokenizer_config(self._config, self.named_tokens), self._file("tokenizer.json")
+        if path is None or not reads_alike(read_json(path), self.vocabulary):
+            _write_json(target / "tokenizer.json", tokenizer_json(self.vocabulary))
+        else:
+            _copy(path, target)
+        if template := self._file("chat_template.jinja"):
+            _copy(template, target)
+        elif path is None:  # the template may have been in the code of the tokenizer
+            config.setdefault("chat_template", self.chat_template.text)
+        _write_json(target / "tokenizer_config.json", config)
+
+    def _file(self, name: str) -> Path | None:
+        path = self._folder / name if self._folder else None
+        return path if path and path.is_file() else None
 
     @classmethod
     def from_folder(cls, folder: str | Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
@@ -264,7 +272,8 @@ class Tokenizer:
             named_tokens=_named_tokens(_read_json(folder / "special_tokens_map.json") | config),
             eos_token_ids=GenerationConfig.from_folder(folder).eos_token_id,
             padding_side=padding_side,
-            files=[folder / name for name in SAVED_FILES if (folder / name).is_file()],
+            folder=folder,
+            config=config,
         )
 
     @classmethod
@@ -282,9 +291,9 @@ class Tokenizer:
             template_source=template,
             template_name="built-in chat template" if template is None else where,
             named_tokens=_named_tokens(config),
-            eos_token_ids=contents.pop("generation_config.json")["eos_token_id"],
+            eos_token_ids=contents["generation_config.json"]["eos_token_id"],
             padding_side=padding_side,
-            contents=contents,
+            config=config,
         )
 
     @classmethod
@@ -331,8 +340,12 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
 
 
 def _with_configured_tokens(vocabulary: Vocabulary, config: dict[str, Any], folder: Path) -> Vocabulary:
-    """tokenizer_config.json may add tokens to those of the vocabulary."""
+    """tokenizer_config.json may add tokens to those of the vocabulary, and call ordinary ones special."""
     path, added = folder / "tokenizer_config.json", dict(vocabulary.added)
+    for name in set(_called_special(config)) - added.keys():
+        token_id = vocabulary.ids.get(name.encode())
+        if token_id is not None and name.encode() not in vocabulary.merged:  # what a text can hold stays text
+            added[name] = AddedToken(token_id)
     taken = {*vocabulary.ids.values(), *(token.id for token in added.values())}
     try:
         for key, flags in (config.get("added_tokens_decoder") or {}).items():
@@ -355,6 +368,16 @@ def _named_tokens(values: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, str):
             named[name] = value
     return named
+
+
+def _called_special(config: Mapping[str, Any]) -> Iterator[str]:
+    yield from _named_tokens(config).values()
+    for key in SPECIAL_LISTS:
+        listed = config.get(key) or ()
+        for value in listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ():
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                yield value
 
 
 def _template(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
@@ -392,6 +415,15 @@ def _tensors(rows: list[list[int]], return_tensors: str | None) -> Any:
     import torch
 
     return torch.tensor(rows, dtype=torch.long)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    if path.resolve() != (folder / path.name).resolve():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

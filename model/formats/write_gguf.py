@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,11 +14,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..bpe import CHARACTER_OF_BYTE, merges_of, pattern_of
+from ..bpe import merges_of, pattern_of
 from ..checkpoint import expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
+from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
+from ..tokenizer_files import spelled
 from .dbrx_gguf import MATRICES, gguf_name
 from .dequantize import PIECE, row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
@@ -169,11 +171,14 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     vocabulary = tokenizer.vocabulary
     pre = next((name for name, value in PRE_TOKENIZERS.items() if pattern_of(value) == vocabulary.pattern), None)
     if pre is None:
-        raise ModelError("llama.cpp has no name for the way in which this tokenizer cuts text")
+        raise ModelError(
+            f"llama.cpp has no name for the way in which this tokenizer cuts text: {shown(vocabulary.pattern)}",
+            "export a model with DBRX's own tokenizer, or put DBRX's tokenizer.json into the folder",
+        )
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
     for token, i in vocabulary.ids.items():
         if i < vocab_size:
-            tokens[i], types[i] = _spelled(token), NORMAL
+            tokens[i], types[i] = spelled(token), NORMAL
     for name, added in vocabulary.added.items():
         if added.id < vocab_size:
             tokens[added.id], types[added.id] = name, CONTROL if added.special else USER_DEFINED
@@ -183,7 +188,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     pairs = ((a, b) for a, b in merges_of(vocabulary) if a + b in known)
-    writer.add_token_merges([f"{_spelled(a)} {_spelled(b)}" for a, b in pairs])
+    writer.add_token_merges([f"{spelled(a)} {spelled(b)}" for a, b in pairs])
     ends = [end for end in tokenizer.eos_token_ids if end < vocab_size]
     ids = {
         writer.add_eos_token_id: next(iter(ends), None),
@@ -196,7 +201,3 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
             add(token_id)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template.text)
-
-
-def _spelled(token: Sequence[int]) -> str:
-    return "".join(CHARACTER_OF_BYTE[byte] for byte in token)
