@@ -263,3 +263,83 @@ def test_what_was_dequantized_leaves_memory(tmp_path: Path) -> None:
             name = f"transformer.blocks.0.ffn.experts.mlp.{matrix}"
             weights.read(name)
         assert resident() < weights.nbytes_of(name)  # the system maps what lies around a page with it
+
+
+def written_with(path: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Path:
+    """A file whose tokenizer is written with other values; None leaves a call of the writer out."""
+    for name, change in changes.items():
+        method = getattr(gguf.GGUFWriter, name)
+        told = (lambda self, value: None) if change is None else lambda self, v, m=method, c=change: m(self, c(list(v)))
+        monkeypatch.setattr(gguf.GGUFWriter, name, told)
+    return write_gguf(path)
+
+
+def typed(**kinds: int) -> Any:
+    """Other types for special tokens, by the middle of their names."""
+    ids = {SPECIAL[f"<|{name}|>"]: kind for name, kind in kinds.items()}
+    return lambda types: [ids.get(i, kind) for i, kind in enumerate(types)]
+
+
+def renamed(names: dict[int, str]) -> Any:
+    return lambda tokens: [names.get(i, token) for i, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        typed(im_end=1), typed(im_end=2), typed(im_end=4), typed(im_end=5), typed(im_start=1, im_end=1, endoftext=1),
+        typed(im_start=5, im_end=4), None, lambda types: [1] * len(types),
+    ],
+)  # fmt: skip
+def test_turns_end_by_spelling_whatever_the_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, types: Any) -> None:
+    """llama.cpp takes <|im_end|> for the end of a turn by its spelling, and its template's tokens are never cut up."""
+    path = written_with(tmp_path / "m.gguf", monkeypatch, add_token_types=types)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert set(tokenizer.eos_token_ids) == {300, 303} == set(GenerationConfig.from_source(path).eos_token_id)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hello<|im_end|>"}], add_generation_prompt=True)
+    assert [i for i in ids if i >= 300] == [302, 303, 302] and ids[-1] < 300
+    assert tokenizer.decode(ids, skip_special_tokens=True).count("<|im_end|>") == 1
+
+
+@pytest.mark.parametrize("spelling", ["<|eot_id|>", "<end_of_turn>", "<EOT>", "<|end|>", "<|eom_id|>"])
+def test_other_ends_of_a_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    path = written_with(tmp_path / "m.gguf", monkeypatch, add_token_list=renamed({310: spelling}))
+    assert AutoTokenizer.from_pretrained(path).eos_token_ids == (300, 303, 310)
+
+
+def test_a_spelling_that_text_can_make_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = renamed({265: "<|", 266: "<|x", 267: "<|x|", 268: "<|x|>"})
+    path = written_with(
+        tmp_path / "m.gguf", monkeypatch, add_token_list=names, add_token_types=None,
+        add_token_merges=lambda merges: [*merges, "< |", "<| x", "<|x |", "<|x| >"],
+    )  # fmt: skip
+    assert "<|x|>" not in AutoTokenizer.from_pretrained(path).special_tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("imatrix", "importance matrix"), ("mmproj", "projector of a model that sees images")],
+)
+def test_files_that_are_no_models_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_type", lambda self, _: self.add_string("general.type", kind))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "clip" if kind == "mmproj" else "")
+    writer.add_type("")
+    writer.add_tensor("blk.0.attn_qkv.weight.in_sum2", np.ones((1, 64), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    for way in (open_weights, AutoTokenizer.from_pretrained, GenerationConfig.from_source):
+        with pytest.raises(ModelError, match=message):
+            way(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("number", [42, 139, 230])
+def test_types_of_other_programs_are_not_called_damage(tmp_path: Path, number: int) -> None:
+    path = write_gguf(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    at = data.index(b"blk.0.ffn_gate_exps.weight") + len(b"blk.0.ffn_gate_exps.weight") + 4 + 3 * 8
+    path.write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(ModelError, match=f"unknown type {number}, of a newer llama.cpp") as error:
+        open_weights(path)
+    assert error.value.hint is not None and "Q4_K_M" in error.value.hint

@@ -249,12 +249,13 @@ def tokenizer_file(path: Path, **changes: bytes | None) -> Path:
 
 TOKENIZERS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no_tokens": ({"tokens": None}, "says no tokenizer.ggml.tokens"),
-    "no_types": ({"token_type": None}, "says no tokenizer.ggml.token_type"),
     "tokens_are_numbers": ({"tokens": struct.pack("<IQII", U32, 2, 1, 3)}, "does not hold str"),
+    "types_are_text": ({"token_type": struct.pack("<IQ", STRING, 2) + text("a") * 2}, "does not hold int"),
     "too_few_types": ({"token_type": struct.pack("<IQI", U32, 1, 1)}, "2 tokens and 1 token types"),
     "eos_beyond": ({"eos_token_id": struct.pack("<I", 2)}, "eos_token_id is 2, but there are 2"),
     "unknown_model": ({"model": text("llama")}, "the tokenizer llama/dbrx"),
     "unknown_pre": ({"pre": text("qwen2")}, "the tokenizer gpt2/qwen2"),
+    "unknown_pre_of_openai": ({"pre": text("gpt-4o")}, "gpt2/gpt-4o, which is none of DBRX's"),
     "same_token_twice": (
         {"tokens": struct.pack("<IQ", STRING, 2) + text("a") * 2, "token_type": struct.pack("<IQII", U32, 2, 1, 1)},
         "same token twice",

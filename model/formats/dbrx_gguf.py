@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import expected_tensors, listed
 from ..safetensors_file import TensorInfo, damaged, give_back
-from .gguf_file import open_gguf
+from .gguf_file import OTHER_TYPE, open_gguf
 from .gguf_metadata import config_of
 from .weights import Extent, FloatExpert
 
@@ -84,7 +84,7 @@ class GgufWeights:
                 )
         for kind in sorted({info.dtype for info in found.values()}):
             if not can_read(kind):
-                raise self._file.fault(f"has tensors of the type {kind}, which cannot be read", "take another one")
+                raise self._file.fault(f"has tensors of the type {kind}, which cannot be read", OTHER_TYPE)
 
     def _stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file: experts on a dimension of their own, w2 transposed."""

@@ -29,6 +29,8 @@ RAW_PIECE = re.compile(r"(.+\.gguf)\.part\d+of\d+")  # cut with `split`, before 
 PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+MAX_TYPE = 1_000  # numbers of ggml's types are below; relatives of llama.cpp begin theirs in the hundreds
+OTHER_TYPE = "take the model in another quantization, such as Q4_K_M or Q8_0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class GgufFile:
         """A value of the header; `ModelError` if it is of another kind, or absent without a default."""
         found = self.values.get(key, default)
         if found is None:
-            raise self.fault(f"says no {key}")
+            raise self.fault(f"says no {key}", "take another conversion of the model")
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(found, kinds) or (isinstance(found, bool) and bool not in kinds):
             raise self.fault(f"{key} is {shown(repr(found))}, not {' or '.join(k.__name__ for k in kinds)}")
@@ -185,7 +187,10 @@ class _Header:
             kind = GGMLQuantizationType(number)
             block, nbytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            self.refuse(f"tensor {shown(name)} has the unknown type {number}")
+            why = f"tensor {shown(name)} has the unknown type {number}"
+            if number >= MAX_TYPE:
+                self.refuse(why)
+            raise ModelError(f"{self.path}: {why}, of a newer llama.cpp or of a relative", OTHER_TYPE) from None
         elements = math.prod(shape)
         if not 0 < elements < 2**60 or max(shape) >= 2**60:
             self.refuse(f"tensor {shown(name)} has the impossible shape {list(shape)}")

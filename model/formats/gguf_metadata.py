@@ -6,6 +6,7 @@ The tokenizer is given as the files of a checkpoint folder would hold it, so tha
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,24 @@ from .gguf_file import GgufFile, open_gguf
 
 EPS = 1e-5
 NO_CLAMP = 1e29  # llama.cpp has no null for clip_qkv: converters write 0 or a number that no activation reaches
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types
+# llama.cpp takes these for an end of a turn by their spelling, whatever type a converter gave them.
+ENDS = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<EOT>",
+    "<end_of_turn>",
+)
+SPELLED_SPECIAL = re.compile(r"<\|[^|]+\|>")
+# Files of GGUF that are no models, by general.type.
+OTHER_FILES = {
+    "imatrix": ("is an importance matrix, not a model", "it serves to quantize: give the quantized model with -m"),
+    "mmproj": ("is the projector of a model that sees images, not a model", "give the GGUF file of a DBRX model"),
+}
 
 # Pre-tokenizers by llama.cpp's name, as a tokenizer.json writes them. It cuts dbrx, smaug-bpe and llama-bpe alike;
 # files from before the name was invented have none.
@@ -34,11 +52,9 @@ PRE_TOKENIZERS: Mapping[str, Any] = {
 
 def check_architecture(file: GgufFile) -> None:
     """`ModelError` names the architecture where it is not DBRX."""
-    if file.values.get("general.type") == "adapter":
-        raise file.fault(
-            "is a LoRA adapter of llama.cpp, not a model",
-            "give the base with -m, and with --adapter the folder that this was converted from, as peft saves it",
-        )
+    kind = file.values.get("general.type")
+    if isinstance(kind, str) and kind in OTHER_FILES:
+        raise file.fault(*OTHER_FILES[kind])
     architecture = file.value("general.architecture", str)
     if architecture == "dbrx":
         return
@@ -67,7 +83,8 @@ def config_of(file: GgufFile) -> DbrxConfig:
         raise file.fault(f"its rotary positions are scaled ({shown(scaling)}), DBRX's are not")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise file.fault("tensor token_embd.weight is missing")
+        what = "tensor token_embd.weight is missing" if file.tensors else "holds a vocabulary and no weights"
+        raise file.fault(what, "take another conversion of the model")
     try:
         config = DbrxConfig(
             d_model=whole("embedding_length"),
@@ -100,9 +117,10 @@ class GgufTokenizer:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         self.tokens = self._list("tokenizer.ggml.tokens", str)
-        self.types = self._list("tokenizer.ggml.token_type", int)
+        self.types = self._list("tokenizer.ggml.token_type", int, [NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
             raise file.fault(f"has {len(self.tokens)} tokens and {len(self.types)} token types")
+        self._correct_types()
 
     @classmethod
     def open(cls, path: Path) -> GgufTokenizer:
@@ -119,8 +137,17 @@ class GgufTokenizer:
             "generation_config.json": self.generation_config(),
         }
 
-    def _list(self, key: str, kind: type) -> list[Any]:
-        values = self.file.value(key, list)
+    def _correct_types(self) -> None:
+        """Special tokens are known by their spelling, too: some converters call them normal, or give no types."""
+        spelled = {i for i, token in enumerate(self.tokens) if token in ENDS or SPELLED_SPECIAL.fullmatch(token)}
+        merges = self._list("tokenizer.ggml.merges", str, []) if spelled else []
+        of_text = {merge.replace(" ", "") for merge in merges}
+        for i in spelled:
+            if self.tokens[i] in ENDS or (self.types[i] != USER_DEFINED and self.tokens[i] not in of_text):
+                self.types[i] = CONTROL
+
+    def _list(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
+        values = self.file.value(key, list, default)
         if not all(isinstance(value, kind) for value in values):
             raise self.file.fault(f"{key} does not hold {kind.__name__} throughout")
         return list(values)
@@ -129,7 +156,10 @@ class GgufTokenizer:
         model = self.file.value("tokenizer.ggml.model", str)
         pre = self.file.value("tokenizer.ggml.pre", str, "default")
         if model != "gpt2" or pre not in PRE_TOKENIZERS:
-            raise self.file.fault(f"has the tokenizer {shown(f'{model}/{pre}')}, which is not supported")
+            raise self.file.fault(
+                f"has the tokenizer {shown(f'{model}/{pre}')}, which is none of DBRX's",
+                "take another conversion; if it is DBRX's all the same: gguf-new-metadata --pre-tokenizer dbrx IN OUT",
+            )
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [
             {"id": i, "content": self.tokens[i], **flags, "special": kind == CONTROL}
@@ -167,7 +197,7 @@ class GgufTokenizer:
 
     def generation_config(self) -> dict[str, Any]:
         """A turn ends with `<|im_end|>`, a plain text with `<|endoftext|>`: a file names only one as its eos."""
-        ends = [self._id("eos"), self._id("eot"), *map(self._control, ("<|endoftext|>", "<|im_end|>"))]
+        ends = [*map(self._id, ("eos", "eot", "eom")), *map(self._control, ENDS)]
         return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
 
     def _id(self, name: str) -> int | None:
