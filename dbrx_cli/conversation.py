@@ -36,13 +36,10 @@ class Conversation:
     def ask(self, text: str) -> Conversation:
         return replace(self, turns=[*self.turns, Message("user", text)])
 
-    def answer(self, text: str) -> Conversation:
-        return replace(self, turns=[*self.turns, Message("assistant", text)])
-
-    def extend(self, text: str) -> Conversation:
-        """The last reply goes on."""
-        *turns, reply = self.turns
-        return replace(self, turns=[*turns, replace(reply, content=reply.content + text)])
+    def answer(self, reply: Message) -> Conversation:
+        """With a reply to the last question; one that is there already has gone on, and became this one."""
+        answered = bool(self.turns) and self.turns[-1].role == "assistant"
+        return replace(self, turns=[*(self.turns[:-1] if answered else self.turns), reply])
 
     def before(self, turn: int) -> Conversation:
         """As it was before that turn; turns that were skipped may have room again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
@@ -29,7 +29,7 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         # The incremental decoder holds back an unfinished character and replaces what can no longer become one.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self.held = ""  # what may begin a stop string
         self.stop_string: str | None = None
 
     @property
@@ -42,24 +42,33 @@ class Detokenizer:
         piece = self._tokenizer.decode_bytes(token_id, self._skip_special_tokens)
         return self._release(self._decoder.decode(piece))
 
-    def finish(self) -> str:
-        """The end of the ids: returns what was held back."""
-        text = self._release(self._decoder.decode(b"", final=True), final=True)
+    def repeat(self, ids: Iterable[int]) -> str:
+        """Take ids whose text was shown already, whatever it holds; returns it without a character that lacks bytes."""
+        text = self._decoder.decode(b"".join(self._tokenizer.decode_bytes(i, self._skip_special_tokens) for i in ids))
+        self.held = text[self._possible_beginning(text) :]
+        return text
+
+    def finish(self, *, cut: bool = False) -> str:
+        """The end of the ids: returns what was held back.
+
+        cut: others would have come. Then a character that lacks bytes is left out, since nobody said U+FFFD.
+        """
+        text = self._release("" if cut else self._decoder.decode(b"", final=True), final=True)
         self._decoder.reset()
         return text
 
     def _release(self, text: str, final: bool = False) -> str:
         if self.stopped:
             return ""
-        held = self._held + text
+        held = self.held + text
         found = [(at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
         first, stop = min(found, key=lambda pair: pair[0], default=(len(held), ""))
         # A stop string that begins earlier may still be unfinished: then nothing is decided yet.
         safe = first if final else min(first, self._possible_beginning(held))
         if stop and safe == first:
-            self.stop_string, self._held = stop, ""
+            self.stop_string, self.held = stop, ""
         else:
-            self._held = held[safe:]
+            self.held = held[safe:]
         return held[:safe]
 
     def _possible_beginning(self, held: str) -> int:

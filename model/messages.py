@@ -9,10 +9,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. token_ids: as they were sampled, of a reply that can go on just there."""
 
     role: Role
     content: str
+    token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

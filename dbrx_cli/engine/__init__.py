@@ -14,6 +14,7 @@ from model.sampling import SamplingParams
 if TYPE_CHECKING:
     from model.streaming import Counters
 
+NOTHING = Message("assistant", "")
 FinishReason = Literal["stop", "length", "stop_string", "interrupted"]
 
 
@@ -105,11 +106,18 @@ class Done:
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if the request asked
     experts: Counters | None = None  # if they are streamed
     error: DbrxError | None = None  # what ended the reply, or is wrong with it
+    whole: Message | None = None  # of a reply that went on: all of it, which a stop string may have made shorter
+
+    def message(self, before: Message = NOTHING) -> Message:
+        """The reply as a turn, behind what it went on from; if it did not end by itself, with the ids to go on from."""
+        both = Message("assistant", before.content + self.text, (*before.token_ids, *self.token_ids))
+        whole = self.whole or both
+        return whole if self.finish_reason in ("length", "interrupted") else replace(whole, token_ids=())
 
     def to_dict(self) -> dict[str, Any]:
         """As the contract's JSON; with `error` if there was a fault."""
-        values = asdict(replace(self, error=None))
-        del values["error"]
+        values = asdict(replace(self, error=None, whole=None))
+        del values["error"], values["whole"]
         if self.error is not None:
             values["error"] = {"message": self.error.one_line, "code": self.error.exit_code}
         return values

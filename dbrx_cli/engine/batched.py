@@ -101,5 +101,5 @@ class _Job:
         elif self._reply.ids[-1] in self._engine.tokenizer.eos_token_ids or self._complete:
             reason = "stop"
         self._reply.cached = self.row.cached
-        self._reply.finish()
+        self._reply.finish(reason)
         return self._reply.done(self._engine, reason)

@@ -17,6 +17,7 @@ from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
 from dbrx_cli.private import CACHE, cache_folder, private_folder
 from dbrx_cli.report import Report
+from model.detokenizer import Detokenizer
 from model.errors import ContextError, InputError, ModelError
 from model.messages import Message
 
@@ -73,6 +74,7 @@ class LocalEngine:
         self._cache = KVCache(network.config.n_layers)
         self._cached: list[int] = []  # the ids that the cache holds
         self._encoded: tuple[object, list[int]] | None = None  # the last prompt: a turn is counted, then answered
+        self._replied: Reply | None = None  # the last one
         self._last: _LastLogits | None = None  # so that the same prompt, or a saved one, need not be read at all
 
     @classmethod
@@ -104,14 +106,15 @@ class LocalEngine:
 
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
         """See `Engine.stream`."""
-        ids = self._encode(request.prompt, request.continue_final)
-        if len(ids) >= self.context:
+        ids, begun, before = self._parts(request)
+        if (known := len(ids) + len(begun)) >= self.context:
             raise ContextError(
-                f"the prompt has {len(ids)} tokens, and the context is {self.context}",
+                f"the prompt has {known} tokens, and the context is {self.context}",
                 "shorten the prompt, or raise --context if the model allows",
             )
         with self._journal(request, ids) as journal:
-            reply = Reply(self.tokenizer, request, ids, journal.seed if journal else request.params.seed)
+            seed = journal.seed if journal else request.params.seed
+            reply = Reply(self.tokenizer, request, ids, seed, begun, before)
             if self.network.expert_store is not None:
                 reply.streamed = self.network.expert_store.counters.copy()
             reason: FinishReason = "interrupted"
@@ -139,7 +142,7 @@ class LocalEngine:
         if fault is not None:  # raised out here, so that it keeps none of the frames alive that hold the memory
             self._forget()
             raise fault
-        rest = reply.finish()
+        rest = reply.finish(reason)
         if rest:
             yield Delta(rest, None)
         yield replace(reply.done(self, reason), error=broken)
@@ -158,6 +161,28 @@ class LocalEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         del self.network, self._cache
+
+    def _parts(self, request: Request) -> tuple[list[int], list[int], str]:
+        """The prompt; and of a reply that goes on, its ids and text.
+
+        It goes on as if it had never ended: from the ids that were sampled, behind the prompt that it answers, so that
+        penalties count them as the reply's. Where they are not known, or of another tokenizer, from those of its text.
+        """
+        if not request.continue_final or isinstance(request.prompt, str):
+            return self._encode(request.prompt), [], ""
+        *asked, reply = request.prompt
+        if reply.token_ids and self._spells(reply.token_ids, reply.content):
+            return self._encode(asked), list(reply.token_ids), reply.content
+        ids, template = self.tokenizer.encode(reply.content), self.tokenizer.chat_template
+        whole = template.render(request.prompt, continue_final_message=True)
+        if self._spells(ids, reply.content) and template.render(asked) + reply.content == whole:
+            return self._encode(asked), ids, reply.content
+        return self._encode(request.prompt, continue_final=True), [], reply.content
+
+    def _spells(self, ids: Sequence[int], text: str) -> bool:
+        """Whether ids are ids of this model, and of this text."""
+        known = all(0 <= each < self.network.config.vocab_size for each in ids)
+        return known and Detokenizer(self.tokenizer).repeat(ids) == text
 
     def _encode(self, prompt: Sequence[Message] | str, continue_final: bool = False) -> list[int]:
         asked = (prompt if isinstance(prompt, str) else tuple(prompt), continue_final)
@@ -201,6 +226,10 @@ class LocalEngine:
 
         mask = self._mask(request)
         generator = torch.Generator(self.network.device).manual_seed(reply.seed)
+        last, self._replied = self._replied, reply
+        if last is not None and last.drawn is not None and (last.seed, last.known) == (reply.seed, reply.known):
+            reply.drawn = last.drawn
+            generator.set_state(last.drawn)  # the reply goes on, and so do the draws
         if journal is not None:
             if len(journal.cache):  # told before the text, which does not end its line
                 self.notice(f"{journal.path}: the reply goes on behind {len(journal.ids)} tokens")
@@ -220,7 +249,7 @@ class LocalEngine:
             [reply.prompt],
             logits,
             self._cache,
-            request.params,
+            replace(request.params, max_tokens=request.params.max_tokens + reply.begun),
             replies=[reply.ids],
             eos_ids=ends,
             stopper=mask.complete if mask else None,
@@ -236,6 +265,8 @@ class LocalEngine:
             delta = reply.add(token)
             if journal is not None:
                 journal.note(reply, self._cache, generator.get_state())
+            if request.params.seed is not None:
+                reply.drawn = generator.get_state()
             yield delta
             if reply.stopped:
                 reason = "stop_string"
@@ -270,7 +301,7 @@ class LocalEngine:
             kept = min(kept, len(known) - 1)  # the last token is read again: it has no logits yet
         self._cached = known[:kept]
         self._cache.trim(0, kept)
-        reply.cached = min(kept, len(reply.prompt))
+        reply.cached = min(kept, len(reply.prompt) + reply.begun)
         reply.reading = True
         if last is not None:
             return last.logits

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dbrx_cli.engine import Delta, Done, FinishReason, Likelihood, Request, Timings, TokenLogprob, Usage
 from model.detokenizer import Detokenizer
+from model.messages import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,20 +23,34 @@ if TYPE_CHECKING:
 class Reply:
     """The reply to one request."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, prompt: list[int], seed: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        prompt: list[int],
+        seed: int | None,
+        begun: Sequence[int] = (),
+        before: str = "",
+    ) -> None:
+        """begun, before: ids, where they are known, and text of the reply that the request continues."""
         self.tokenizer = tokenizer
         self.prompt = prompt
-        self.ids: list[int] = []
-        self.text = ""
+        self.ids = list(begun)
+        self.begun = len(begun)
         self.cached = 0  # tokens of the prompt that were not read anew
         self.reading = False  # whether the cache has become this conversation's
-        self.kept = 0  # tokens of the reply that an earlier process made
+        self.kept = self.begun  # tokens of the reply that were made before
         self.seed = seed if seed is not None else randbits(32)
         self.top = request.logprobs
         self.logprobs: list[TokenLogprob] = []
         self.drafter: Lookup | None = None
         self.streamed: Counters | None = None  # of the experts when the reply began, if they are streamed
+        self.drawn: Tensor | None = None  # the generator's state after the newest token, if a seed was given
         self._detokenizer = Detokenizer(tokenizer, stop=request.stop)
+        self._detokenizer.repeat(begun)
+        self._before = before
+        self._shown = len(before)  # characters
+        self.text = before.removesuffix(self._detokenizer.held)  # a stop string that goes across makes it shorter
         self._started = time.perf_counter()
         self._first_token_at: float | None = None
         self._last_token_at: float | None = None
@@ -63,14 +78,18 @@ class Reply:
             self._first_token_at = self._first_token_at or self._last_token_at
         self.ids.append(token)
         piece = "" if token in self.tokenizer.eos_token_ids else self._detokenizer.push(token)
-        self.text += piece
-        return Delta(piece, token, self.logprobs[len(self.ids) - 1] if self.top is not None else None)
+        logprob = self.logprobs[len(self.ids) - 1 - self.begun] if self.top is not None else None
+        return Delta(self._show(piece), token, logprob)
 
-    def finish(self) -> str:
+    def finish(self, reason: FinishReason) -> str:
         """The text that was held back."""
-        rest = self._detokenizer.finish()
-        self.text += rest
-        return rest
+        return self._show(self._detokenizer.finish(cut=reason in ("length", "interrupted")))
+
+    def _show(self, piece: str) -> str:
+        """Take certain text; what of it was not shown before."""
+        self.text += piece
+        shown, self._shown = self._shown, max(self._shown, len(self.text))
+        return self.text[shown:]
 
     def watch(self, row: int, token: int, logits: Tensor) -> None:
         """Note how likely a token is (see `decode.Watcher`)."""
@@ -89,12 +108,12 @@ class Reply:
         first = self._first_token_at or now
         prefill_s, decode_s = first - self._started, (self._last_token_at or now) - first
         store = engine.network.expert_store
-        made, read = len(self.ids) - self.kept, len(self.prompt) - self.cached
+        made, read = len(self.ids) - self.kept, len(self.prompt) + self.begun - self.cached
         return Done(
-            text=self.text,
-            token_ids=self.ids,
+            text=self.text[len(self._before) :],
+            token_ids=self.ids[self.begun :],
             finish_reason=reason,
-            usage=Usage(len(self.prompt), self.cached, len(self.ids)),
+            usage=Usage(len(self.prompt) + self.begun, self.cached, len(self.ids) - self.begun),
             timings=Timings(
                 load_s=engine.load_s,
                 prefill_s=prefill_s,
@@ -110,6 +129,7 @@ class Reply:
             dtype=str(engine.network.dtype).removeprefix("torch."),
             quantize=engine.quantize,
             seed=self.seed,
-            logprobs=self.logprobs[: len(self.ids)] if self.top is not None else None,
+            logprobs=self.logprobs[: len(self.ids) - self.begun] if self.top is not None else None,
             experts=store.counters.since(self.streamed) if store and self.streamed else None,
+            whole=Message("assistant", self.text, tuple(self.ids)) if self._before else None,
         )

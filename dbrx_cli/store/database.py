@@ -49,6 +49,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX sessions_by_time ON sessions (updated)",
     ),
+    (
+        # Of replies that can go on. Their text does not tell them: it may end inside a character, or be cut otherwise.
+        """CREATE TABLE reply_ids (
+            message INTEGER PRIMARY KEY REFERENCES messages (id) ON DELETE CASCADE,
+            ids TEXT NOT NULL                   -- JSON
+        )""",
+    ),
 )
 
 

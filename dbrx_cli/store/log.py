@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ class Recorder:
             self._store = Store.open(self._path, self._notify)
         return self._store
 
+    def prepare(self) -> None:
+        """Open the store ahead of a save, which then takes no longer than it must; a fault is told by the save."""
+        if self.enabled and not self._failing:
+            with suppress(DbrxError):
+                self.store()
+
     def resume(self, session: Session) -> None:
         """Go on in a session that `store()` gave."""
         self.id = session.id
@@ -80,7 +87,7 @@ class Recorder:
         store = self.store()
         if self.id is not None:
             try:
-                store.save(self.id, system, turns, timings)
+                store.save(self.id, system, turns, timings, self.model)
                 return
             except Conflict as conflict:
                 was = conflict.message
@@ -113,5 +120,5 @@ def log_generate(
     system = turns.pop(0).content if turns and turns[0].role == "system" else None
     recorder = Recorder("generate", model, revision, settings, notify, path=path)
     timings = {"finish_reason": done.finish_reason, **asdict(done.usage), **asdict(done.timings)}
-    recorder.save(system, [*turns, Message("assistant", done.text)], timings)
+    recorder.save(system, [*turns, done.message()], timings)
     recorder.close()

@@ -117,11 +117,17 @@ class Store:
         return row.lastrowid
 
     def save(
-        self, id: int, system: str | None, turns: Sequence[Message], timings: Mapping[str, Any] | None = None
+        self,
+        id: int,
+        system: str | None,
+        turns: Sequence[Message],
+        timings: Mapping[str, Any] | None = None,
+        model: str | None = None,
     ) -> None:
         """Replace the turns of a session; those that have not changed are not written again.
 
-        `timings` belong to the last turn. Raises `Conflict` if another process has saved or removed the session.
+        `timings` belong to the last turn. `model`: the one that it goes on with, if it is another one. Raises
+        `Conflict` if another process has saved or removed the session.
         """
         known = self._known.get(id) or self._read(id)
         same = next((i for i, (a, b) in enumerate(zip(known.turns, turns, strict=False)) if a != b), None)
@@ -132,14 +138,29 @@ class Store:
         with faults_of(self._path), transaction(self._connection):
             execute = self._connection.execute
             done = execute(
-                "UPDATE sessions SET system = ?, updated = ?, version = version + 1 WHERE id = ? AND version = ?",
-                (None if system is None else clean(system), _now(), id, known.version),
+                "UPDATE sessions SET system = ?, updated = ?, model = coalesce(?, model), version = version + 1 "
+                "WHERE id = ? AND version = ?",
+                (
+                    None if system is None else clean(system),
+                    _now(),
+                    None if model is None else clean(model),
+                    id,
+                    known.version,
+                ),
             )
             if done.rowcount != 1:
                 raise Conflict(f"session {id} was changed by another dbrx", "go on in a new session")
             execute("DELETE FROM messages WHERE session = ? AND position >= ?", (id, same))
             self._connection.executemany(
                 "INSERT INTO messages (session, position, role, content) VALUES (?, ?, ?, ?)", written
+            )
+            self._connection.executemany(
+                "INSERT INTO reply_ids SELECT id, ? FROM messages WHERE session = ? AND position = ?",
+                [
+                    (json.dumps(turn.token_ids), id, position)
+                    for position, turn in enumerate(turns[same:], same)
+                    if turn.token_ids
+                ],
             )
             if timings is not None:
                 execute(
@@ -234,9 +255,14 @@ class Store:
             if row is None:
                 raise Conflict(f"session {id} was removed by another dbrx")
             messages = self._connection.execute(
-                "SELECT role, content, timings FROM messages WHERE session = ? ORDER BY position", (id,)
+                "SELECT role, content, timings, ids FROM messages LEFT JOIN reply_ids ON message = messages.id "
+                "WHERE session = ? ORDER BY position",
+                (id,),
             ).fetchall()
-        turns = [Message(cast(Role, message["role"]), message["content"]) for message in messages]
+        turns = [
+            Message(cast(Role, message["role"]), message["content"], tuple(json.loads(message["ids"] or "[]")))
+            for message in messages
+        ]
         self._known[id] = _Known(row["version"], list(turns))
         return Session(
             id=id,
