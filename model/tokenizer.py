@@ -129,7 +129,8 @@ class Tokenizer:
 
     def require_rows(self, rows: int, source: Path) -> None:
         """`ModelError` for ids beyond a network's table of so many rows; both were read from `source`."""
-        files = " and ".join(path.name for path in self._files if path.suffix == ".json") or "its tokenizer"
+        names = ("tokenizer.json", "tokenizer_config.json")
+        files = " and ".join(name for name in names if self._file(name)) or "its tokenizer"
         said = {f"{files} beside it has ids up to": self.vocab_size - 1}
         said["an eos_token_id beside it is"] = max(self.eos_token_ids, default=0)
         for what, largest in said.items():

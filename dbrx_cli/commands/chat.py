@@ -52,6 +52,8 @@ def chat(
     from dbrx_cli.repl.keeping import take_up
     from dbrx_cli.repl.loop import Repl
     from dbrx_cli.repl.notices import ChatReport
+    from dbrx_cli.repl.signals import Signals
+    from dbrx_cli.repl.typeahead import Typeahead
     from dbrx_cli.store import Recorder
 
     if go_on and session is not None:
@@ -62,25 +64,32 @@ def chat(
     settings = {name: value for name, value in vars(sampling).items() if value is not None}
     recorder = Recorder("chat", model.model, model.revision, settings, report.notice, enabled=not keep.no_log)
     found = _session(recorder, go_on, session)
-    engine = open_engine(model, report)
-    recorder.model = engine.name
-    repl = Repl(
-        engine,
-        conversation,
-        sampling.over(engine.defaults),
-        stop,
-        report,
-        recorder,
-        name=engine.name,
-        markdown=not no_markdown,
-    )
-    if found:
-        take_up(repl, found)
-        if system is not None:
-            repl.conversation = Conversation(conversation.system, found.turns)
-    elif session is not None:
-        repl.name_session(session)
-    repl.run()
+    # From here on, so that nothing is lost of what is typed or pasted while the model is loaded.
+    with Signals() as signals, Typeahead() as typed:
+        with signals.heard():
+            engine = open_engine(model, report)
+        recorder.model = engine.name
+        params = sampling.over(engine.defaults)
+        repl = Repl(
+            engine,
+            conversation,
+            params,
+            stop,
+            report,
+            recorder,
+            signals,
+            typed,
+            name=engine.name,
+            asked=model.model,
+            markdown=not no_markdown,
+        )
+        if found:
+            take_up(repl, found)
+            if system is not None:
+                repl.conversation = Conversation(conversation.system, found.turns)
+        elif session is not None:
+            repl.name_session(session)
+        repl.run()
 
 
 def _session(recorder: Recorder, latest: bool, name: str | None) -> Session | None:

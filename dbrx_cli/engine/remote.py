@@ -319,8 +319,8 @@ class RemoteEngine:
         if reply.usage and not isinstance(request.prompt, str):
             self._correct(request.prompt, usage.prompt_tokens)
         return Done(
-            text=reply.before + reply.text,
-            token_ids=[] if reply.before else reply.ids,  # all of the text's, or none
+            text=reply.text,
+            token_ids=reply.ids,
             finish_reason=reason,
             usage=usage,
             timings=Timings(

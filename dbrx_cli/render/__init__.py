@@ -17,19 +17,26 @@ class Renderer(Protocol):
     def done(self, done: Done) -> None:
         """The reply is complete, or was interrupted."""
 
+    def broken(self) -> None:
+        """A fault ends it, and is told next."""
+
 
 def show(stream: Generator[Delta | Done, None, None], renderer: Renderer) -> Done:
     """Feed a reply to a renderer; Ctrl-C, wherever it strikes, ends the reply and keeps what came."""
     try:
-        for event in stream:
-            if isinstance(event, Done):
-                break
-            renderer.delta(event)
-    except KeyboardInterrupt:
-        event = stream.throw(KeyboardInterrupt())
-        while isinstance(event, Delta):
-            renderer.delta(event)
-            event = next(stream)
+        try:
+            for event in stream:
+                if isinstance(event, Done):
+                    break
+                renderer.delta(event)
+        except KeyboardInterrupt:
+            event = stream.throw(KeyboardInterrupt())
+            while isinstance(event, Delta):
+                renderer.delta(event)
+                event = next(stream)
+    except BaseException:
+        renderer.broken()
+        raise
     assert isinstance(event, Done)
     renderer.done(event)
     return event

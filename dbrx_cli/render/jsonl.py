@@ -19,6 +19,9 @@ class JsonRenderer:
     def done(self, done: Done) -> None:
         _print(done.to_dict())
 
+    def broken(self) -> None:
+        pass
+
 
 class JsonLinesRenderer:
     """`--jsonl`: start, a line a token, done."""
@@ -32,6 +35,9 @@ class JsonLinesRenderer:
 
     def done(self, done: Done) -> None:
         _print({"event": "done", **done.to_dict()})
+
+    def broken(self) -> None:
+        pass
 
 
 def _print(value: dict[str, Any]) -> None:

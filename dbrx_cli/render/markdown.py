@@ -59,6 +59,9 @@ class MarkdownRenderer:
         self._flush()
 
     def done(self, done: Done) -> None:
+        self.broken()
+
+    def broken(self) -> None:
         self._region.resize(*self._size())
         if self._line:
             self._end_line()

@@ -23,6 +23,7 @@ class PlainRenderer:
         self.out = out or sys.stdout
         self.stream = stream
         self.terminal = self.out.isatty()
+        self._amid = False  # a line
 
     def delta(self, delta: Delta) -> None:
         if self.stream and delta.text:
@@ -32,6 +33,11 @@ class PlainRenderer:
         # A reply ends its line, on a terminal and in a pipe, so that the next one starts on its own.
         self._write("\n" if self.stream else done.text + "\n")
 
+    def broken(self) -> None:
+        if self.terminal and self._amid:  # the fault is told on a line of its own
+            self._write("\n")
+
     def _write(self, text: str) -> None:
+        self._amid = not text.endswith("\n")
         self.out.write(safe(text) if self.terminal else text)
         self.out.flush()

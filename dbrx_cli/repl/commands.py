@@ -55,7 +55,7 @@ def _help(repl: Repl, argument: str) -> None:
 
 
 def _leave(repl: Repl, argument: str) -> None:
-    repl.running = False
+    repl.leave()
 
 
 COMMANDS = {
@@ -63,10 +63,12 @@ COMMANDS = {
     "/regen": Command(talking.regenerate, "/regen", "another reply to your last message"),
     "/continue": Command(talking.go_on, "/continue", "go on with the last reply"),
     "/edit": Command(talking.edit, "/edit", "change your last message in $EDITOR, and have it answered again"),
-    "/undo": Command(talking.undo, "/undo", "take back your last message and its reply"),
+    "/undo": Command(talking.undo, "/undo", "take back your last message and its reply, or the last /read"),
     "/clear": Command(talking.clear, "/clear", "start a new conversation"),
     "/system": Command(talking.system, "/system [TEXT]", "show or set the system message; `default`: the checkpoint's"),
-    "/read": Command(talking.read, "/read FILE", "put a text file before your next message"),
+    "/read": Command(
+        talking.read, "/read [FILE]", "put a text file before your next message; `-`: drop those that wait"
+    ),
     "/set": Command(settings.assign, "/set NAME VALUE", "change a setting; /set lists them"),
     "/show": Command(settings.show, "/show", "the model and the settings"),
     "/multiline": Command(settings.multiline, "/multiline", "Enter makes a new line, Alt-Enter sends; again: back"),

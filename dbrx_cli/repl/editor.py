@@ -43,9 +43,14 @@ def edit_text(text: str) -> str:
 
 @contextmanager
 def _interrupts_are_the_editors() -> Iterator[None]:
-    """Ctrl-C reaches both programs. A handler that does nothing, since a program that is run keeps SIG_IGN."""
+    """Ctrl-C reaches both programs. A handler that does nothing, since a program that is run keeps SIG_IGN.
+
+    Nor does the prompt's event loop hear of it, which listens to the file that signals are noted in.
+    """
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    noted = signal.set_wakeup_fd(-1)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(noted)
         signal.signal(signal.SIGINT, before)

@@ -16,6 +16,11 @@ def tokens(repl: Repl, argument: str) -> None:
     engine, messages = repl.engine, repl.conversation.messages
     used = engine.count(messages) if messages else 0
     repl.report.line(f"{used} of {engine.context} tokens are used by {count(len(messages), 'message')}")
+    if repl.files:
+        waiting = engine.count(repl.conversation.ask("".join(repl.files.values())).messages) - used
+        repl.report.line(
+            f"{waiting} more with {count(len(repl.files), 'file')} before your next message; /read lists them"
+        )
     if repl.conversation.skipped:
         repl.report.line(f"{count(repl.conversation.skipped, 'old message')} are no longer read")
     if messages and (reads := repl.reading(repl.conversation, "not in the cache, and read with the next message: {}")):
@@ -53,9 +58,10 @@ def trace(repl: Repl, argument: str) -> None:
     from model.trace import record
 
     asked = replace(conversation, turns=conversation.turns[:-1]).messages
+    ids = last.whole.token_ids if last.whole else last.token_ids
     prompt = engine.tokenizer.encode_segments(engine.tokenizer.chat_template.segments(asked))
-    repl.report.notice(f"reads {count(len(prompt) + len(last.token_ids), 'token')} again")
-    whole = record(engine.network, [*prompt, *last.token_ids])
+    repl.report.notice(f"reads {count(len(prompt) + len(ids), 'token')} again")
+    whole = record(engine.network, [*prompt, *ids])
     start = len(prompt)
     reply = replace(whole, ids=whole.ids[start:], chosen=whole.chosen[:, start:], weights=whole.weights[:, start:])
     console = Console(stderr=True, highlight=False, markup=False)

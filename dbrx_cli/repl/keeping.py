@@ -59,7 +59,7 @@ def take_up(repl: Repl, session: Session) -> None:
     name = session.name or str(session.id)
     reads = repl.reading(repl.conversation, "; the next message reads {} more") if session.turns else ""
     repl.report.notice(f"session {safe(name)}, {count(len(session.turns), 'message')}{reads}")
-    if session.model != repl.name:
+    if session.model not in (repl.name, repl.asked):
         repl.report.notice(f"it was held with {safe(session.model)}, and goes on with {safe(repl.name)}")
     for turn in session.turns[-2:]:
         repl.report.notice(f"- {turn.role}: {quote(turn.content, repl.columns - 24)}")

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 from dbrx_cli.conversation import Conversation
-from dbrx_cli.engine import Done, Engine, Request
+from dbrx_cli.engine import NOTHING, Done, Engine, Request
 from dbrx_cli.render import Renderer, show
 from dbrx_cli.render.plain import PlainRenderer
+from dbrx_cli.repl.coming import Coming
 from dbrx_cli.repl.commands import run_command
-from dbrx_cli.repl.signals import leaving, no_echo, one_interrupt
+from dbrx_cli.repl.lines import Line
+from dbrx_cli.repl.signals import Signals
+from dbrx_cli.repl.typeahead import Typeahead, edits_lines
 from dbrx_cli.repl.words import count, duration, quote
 from dbrx_cli.report import Report
 from dbrx_cli.session_cache import keep_cache
 from dbrx_cli.store import Recorder
-from model.errors import DbrxError
+from model.errors import ContextError, DbrxError
+from model.messages import Message
 from model.sampling import SamplingParams
 
-BLOCK = '"""'
+
+class Reader(Protocol):
+    """Reads what the user types."""
+
+    def read(self) -> Line:
+        """The next turn; `EOFError` at the end."""
+
+    def drop(self) -> None:
+        """Forget what was typed ahead."""
+
+    def remember(self, text: str) -> None:
+        """Offer a message again that was written elsewhere."""
 
 
 class Repl:
@@ -35,8 +51,11 @@ class Repl:
         stop: tuple[str, ...],
         report: Report,
         recorder: Recorder,
+        signals: Signals,
+        typed: Typeahead,
         *,
         name: str,
+        asked: str,
         markdown: bool = True,
     ) -> None:
         self.engine = engine
@@ -45,96 +64,129 @@ class Repl:
         self.stop = stop
         self.report = report
         self.recorder = recorder
+        self.signals = signals
+        self.typed = typed
         self.name = name
+        self.asked = asked  # the model that was asked for; a server may call it otherwise
         self.session_name: str | None = None
         self.markdown = markdown
         self.multiline = False
-        self.files: list[str] = []  # what /read has read for the next message
+        self.files: dict[str, str] = {}  # what /read has read for the next message, by its name
         self.replies: list[Done] = []
         self.used: int | None = None  # tokens of the context, if known
-        self.running = True
+        self._running = True
+        self._unsaved = False
         self.leave_at_interrupt = False  # Ctrl-C was the last thing that was typed
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self._signal: int | None = None
 
     @property
     def last(self) -> Done | None:
         """How the last reply was made."""
         return self.replies[-1] if self.replies else None
 
+    @property
+    def running(self) -> bool:
+        """False once the user or a signal has ended the chat."""
+        return self._running and self.signals.ending is None
+
+    def leave(self) -> None:
+        """End the chat."""
+        self._running = False
+
     def run(self) -> None:
         """Take turns until the user leaves, the script ends, or a signal ends the program."""
         if self.interactive:
             self.report.notice(f"{self.name}, {self.engine.context} tokens of context. /help lists the commands.")
         try:
-            with leaving(self._leave):
-                self._loop(self._reader())
-                if self._signal is None:  # it may take a while, and a signal asks for haste
+            self._loop()
+            if self.signals.ending is None:  # it may take a while, and a signal asks for haste
+                with self.signals.heard():
                     keep_cache(self.engine, self.recorder)
         except KeyboardInterrupt:
-            if self._signal is None and not self.interactive:
+            if self.signals.ending is None and not self.interactive:
                 raise
         finally:
+            if self._unsaved:
+                self.save()
             self.recorder.close()
-        if self._signal is not None:
-            raise SystemExit(128 + self._signal)
 
-    def obey(self, text: str) -> None:
+    def obey(self, line: Line) -> None:
         """What was typed: a command, or a message."""
-        if text.startswith(BLOCK):
-            self.ask(text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n"))
-        elif text.startswith("/"):
-            run_command(self, text.replace("\\\n", "\n"))
+        if line.command:
+            with self.signals.heard():
+                run_command(self, line.text)
         else:
-            self.ask(text.replace("\\\n", "\n"))
+            self.ask(line.text)
 
     def ask(self, text: str) -> None:
         """One turn, with the files that were read for it."""
         if not text.strip():
             return
-        whole = "".join(self.files) + text
-        if self.answer(self.conversation.ask(whole.encode("utf-8", "replace").decode("utf-8"))):
-            self.files.clear()
+        before = self.conversation
+        whole = "".join([*self.files.values(), text])
+        try:
+            self.answer(before.ask(whole.encode("utf-8", "replace").decode("utf-8")))
+        except ContextError as fault:
+            if not self.files:
+                raise
+            raise ContextError(fault.message, "`/read -` drops the files that wait for it") from None
+        finally:
+            if self.conversation is not before:
+                self.files.clear()
 
-    def answer(self, conversation: Conversation, *, go_on: bool = False) -> bool:
+    def answer(self, conversation: Conversation, *, go_on: bool = False) -> None:
         """Have a conversation answered, or its last reply continued; it takes the place of the old one then.
 
-        A reply that is interrupted is kept as far as it came; False if nothing came.
+        What came of a reply is kept if it is interrupted, or ends with a fault that is raised then; but only a reply
+        that was asked for anew gives way to a part of another one, and to none that a fault ended.
         """
-        with no_echo(), one_interrupt():
-            fitted = conversation.fit(self.engine)
-            self._tell_skipped(conversation, fitted)
-            request = Request(fitted.messages, self.params, self.stop, continue_final=go_on)
-            before = fitted.turns[-1].content if go_on else ""
-            done = show(self.engine.stream(request), self._renderer(before))
-        interrupted = done.finish_reason == "interrupted"
-        if done.text or not interrupted:
-            self.replies.append(done)
-            self.used = done.usage.prompt_tokens + done.usage.completion_tokens
-            self.change(fitted.extend(done.text.removeprefix(before)) if go_on else fitted.answer(done.text), done)
-        if done.error is not None:
-            raise done.error
-        self._tell_end(done)
-        if interrupted and not self.interactive:
-            raise KeyboardInterrupt
-        return bool(done.text)
+        grows = conversation.turns[: len(self.conversation.turns)] == self.conversation.turns
+        fault: KeyboardInterrupt | DbrxError | None = None
+        coming: Coming | None = None
+        with self.signals.waiting():
+            try:
+                with self.signals.heard():
+                    self.recorder.prepare()
+                    fitted = conversation.fit(self.engine)
+                    self._tell_skipped(conversation, fitted)
+                    before = fitted.turns[-1] if go_on else NOTHING
+                    renderer = self._renderer(before.content)
+                    coming = Coming(renderer, before, partial(self._keep, fitted), self.signals, often=grows)
+                    show(self.engine.stream(Request(fitted.messages, self.params, self.stop, go_on)), coming)
+            except (KeyboardInterrupt, DbrxError) as error:
+                fault = error
+                if coming and not coming.record and coming.came and (grows or isinstance(error, KeyboardInterrupt)):
+                    self._keep(fitted, coming.message)
+            record, came = (coming.record, coming.came) if coming else (None, False)
+            if record is not None and record.error is not None:
+                fault = record.error
+            if isinstance(fault, DbrxError):
+                if came and grows:
+                    self.report.notice("what came of the reply is kept")
+                raise fault
+            interrupted = record is None or record.finish_reason == "interrupted"
+            if interrupted:
+                self.reader.drop()
+            self._tell_end(record, came)
+            if interrupted and not self.interactive:
+                raise KeyboardInterrupt
 
-    def change(self, conversation: Conversation, done: Done | None = None) -> None:
-        """Go on with another state of the conversation, and save it. `done`: the reply that led to it."""
-        self.conversation = conversation
-        if done is None:
+    def change(self, conversation: Conversation) -> None:
+        """Go on with another state of the conversation, and save it."""
+        with self.signals.waiting():
+            self.conversation = conversation
             self.used = self.engine.count(conversation.messages) if conversation.messages else 0
-        self.save(done)
+            self.save()
 
-    def save(self, done: Done | None = None) -> None:
-        """Save the session, if there is something to save."""
+    def save(self, timings: Mapping[str, Any] | None = None) -> None:
+        """Save the session, if there is something to save. timings: of the reply that it ends with."""
         if not self.conversation.turns and self.recorder.id is None:
             return
-        timings = None
-        if done is not None:
-            timings = {"finish_reason": done.finish_reason, **asdict(done.usage), **asdict(done.timings)}
-        if self.recorder.save(self.conversation.system, self.conversation.turns, timings) and self.session_name:
-            self.name_session(self.session_name)
+        with self.signals.waiting():
+            saved = self.recorder.save(self.conversation.system, self.conversation.turns, timings)
+            self._unsaved = not saved
+            if saved and self.session_name:
+                self.name_session(self.session_name)
 
     def name_session(self, name: str) -> None:
         """Give the session a name: now, or when it is saved for the first time."""
@@ -153,15 +205,26 @@ class Repl:
         speed = most.timings.prefill_tokens_per_s if most else 0.0
         return form.format(f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
 
-    def _loop(self, read: Callable[[], str]) -> None:
+    def _keep(self, conversation: Conversation, reply: Message, record: Done | None = None) -> None:
+        """Take a reply, or as much of it as came, into the conversation, and save it."""
+        self.conversation = conversation.answer(reply)
+        if record is None:
+            self.save({"finish_reason": "interrupted"})
+            return
+        self.replies.append(record)
+        self.used = record.usage.prompt_tokens + record.usage.completion_tokens
+        self.save({"finish_reason": record.finish_reason, **asdict(record.usage), **asdict(record.timings)})
+
+    def _loop(self) -> None:
         while self.running:
             try:
-                text = read()
+                line = self.reader.read()
                 self.leave_at_interrupt = False
-                self.obey(text)
+                self.obey(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
+                self.reader.drop()
                 if not self.interactive or self.leave_at_interrupt:
                     raise
                 self.leave_at_interrupt = True
@@ -172,10 +235,6 @@ class Repl:
                     raise
                 self.report.error(fault)
 
-    def _leave(self, number: int) -> None:
-        self._signal = number
-        self.running = False
-
     def _tell_skipped(self, before: Conversation, after: Conversation) -> None:
         skipped = before.turns[before.skipped : after.skipped]
         if skipped:
@@ -183,20 +242,22 @@ class Repl:
             for turn in skipped:
                 self.report.notice(f"- {turn.role}: {quote(turn.content, self.columns - 24)}")
 
-    def _tell_end(self, done: Done) -> None:
+    def _tell_end(self, record: Done | None, came: bool) -> None:
+        """After a reply; without a record, it was interrupted."""
         if self.interactive:
             print(flush=True)  # a blank line, so that replies and questions stand apart
         if self.interactive and self.running:
-            if done.finish_reason == "interrupted":
+            if record is None or record.finish_reason == "interrupted":
                 self.leave_at_interrupt = True
                 advice = "/continue goes on, " if self.engine.continues else ""
                 self.report.notice(
-                    f"stopped; {advice}Ctrl-C again leaves" if done.text else "stopped before the reply began"
+                    f"stopped; {advice}Ctrl-C again leaves" if came else "stopped before the reply began"
                 )
-            elif done.finish_reason == "length":
+            elif record.finish_reason == "length":
                 advice = "; /continue goes on" if self.engine.continues else ""
                 self.report.notice(f"the reply has reached its limit{advice}")
-        self.report.detail(done.summary())
+        if record is not None:
+            self.report.detail(record.summary())
 
     @property
     def columns(self) -> int:
@@ -211,11 +272,13 @@ class Repl:
                 return MarkdownRenderer(before=before)
         return PlainRenderer()
 
-    def _reader(self) -> Callable[[], str]:
-        if self.interactive and os.environ.get("TERM") != "dumb":
+    @cached_property
+    def reader(self) -> Reader:
+        """Where the user's lines come from."""
+        if edits_lines():
             from dbrx_cli.repl.prompt import Prompt
 
-            return Prompt(self).read
+            return Prompt(self)
         from dbrx_cli.repl.script import ScriptReader
 
-        return ScriptReader(prompts=self.interactive).read
+        return ScriptReader(self)

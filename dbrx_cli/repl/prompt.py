@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.application import get_app, run_in_terminal
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.input.typeahead import clear_typeahead, store_typeahead
+from prompt_toolkit.input.vt100 import Vt100Input
+from prompt_toolkit.key_binding import KeyBindings, KeyPress
+from prompt_toolkit.key_binding.bindings.named_commands import get_by_name
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.output.color_depth import ColorDepth
+from prompt_toolkit.output.vt100 import Vt100_Output
 
 from dbrx_cli.private import data_folder
 from dbrx_cli.render.plain import safe
+from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.completion import ReplCompleter
 from dbrx_cli.repl.history import PrivateHistory
-from dbrx_cli.repl.loop import BLOCK
+from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
 from model.errors import DbrxError
 
 if TYPE_CHECKING:
@@ -26,11 +39,16 @@ MENU = 6  # rows that are kept free below a command for the menu of completions
 
 
 class Prompt:
-    """Reads one turn as it was typed. Enter sends; Alt-Enter, a trailing backslash or an open block makes a line."""
+    """Reads one turn. Enter sends; Alt-Enter, a backslash or an open block makes a line; a paste stays as it is."""
 
     def __init__(self, repl: Repl) -> None:
         self._repl = repl
-        self._session: PromptSession[str] = PromptSession(
+        self._pasted = ""  # what the text begins with, if that was pasted: neither a block nor a command of many lines
+        self._backslash = ""  # the text as it was when a backslash was typed
+        self._input = Vt100Input(sys.stdin)
+        self._session: PromptSession[Line] = PromptSession(
+            input=self._input,
+            output=_Output.from_pty(sys.stdout, os.environ.get("TERM"), ColorDepth.from_env()),
             history=_history(repl),
             completer=ReplCompleter(repl),
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
@@ -40,16 +58,18 @@ class Prompt:
             prompt_continuation=lambda width, line, wraps: "" if wraps else "... ",
             bottom_toolbar=self._toolbar,
             enable_suspend=True,
-            enable_open_in_editor=True,
-            tempfile_suffix=".md",
         )
+        self._session.default_buffer.on_text_changed += self._emptied
 
-    def read(self) -> str:
+    def read(self) -> Line:
         """The next turn; `EOFError` on Ctrl-D, and on a second Ctrl-C where nothing was typed."""
         repl = self._repl
         while True:
+            self._pasted = self._backslash = ""
             try:
-                text = self._session.prompt([("bold fg:ansigreen", ">>> ")])
+                with repl.typed.left_to_prompt() as before, repl.signals.heard():
+                    self._feed(before)
+                    return self._session.prompt([("bold fg:ansigreen", ">>> ")])
             except KeyboardInterrupt:
                 if repl.running and self._session.default_buffer.text:
                     repl.leave_at_interrupt = False
@@ -58,8 +78,28 @@ class Prompt:
                     raise EOFError from None
                 repl.leave_at_interrupt = True
                 repl.report.notice("Ctrl-C again leaves, and so does Ctrl-D")
-                continue
-            return text
+
+    def drop(self) -> None:
+        """Forget what was typed ahead."""
+        clear_typeahead(self._input)
+
+    def remember(self, text: str) -> None:
+        """Let Up bring a message that was written elsewhere."""
+        self._remember(text if typed(text) == Line(text) else _as_block(text))
+
+    def _remember(self, text: str) -> None:
+        history = self._session.history
+        if text and text not in history.get_strings()[-1:]:
+            history.append_string(text)
+
+    def _feed(self, data: bytes) -> None:
+        """Take what was typed before as if it were typed now."""
+        keys: list[KeyPress] = []
+        parser = self._input.vt100_parser
+        parser.feed_key_callback, own = keys.append, parser.feed_key_callback
+        parser.feed(data.decode(errors="surrogateescape"))
+        parser.feed_key_callback = own
+        store_typeahead(self._input, keys)
 
     def _toolbar(self) -> AnyFormattedText:
         repl = self._repl
@@ -75,26 +115,88 @@ class Prompt:
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
+        at_prompt = has_focus(DEFAULT_BUFFER)
 
-        @keys.add("enter")
+        @keys.add("enter", filter=at_prompt)
         def _(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             text = buffer.text
-            command = text.startswith("/") and "\n" not in text
-            open_block = text.startswith(BLOCK) and not (len(text) >= 2 * len(BLOCK) and text.endswith(BLOCK))
-            if open_block or text.endswith("\\") or (self._repl.multiline and not command):
+            line = self._line(text)
+            if text and text == self._backslash and buffer.document.is_cursor_at_the_end:
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            elif line is None or (self._repl.multiline and (not line.command or "\n" in text)):
                 buffer.insert_text("\n")
             else:
-                buffer.validate_and_handle()
+                self._send(line, buffer)
 
-        @keys.add("escape", "enter")
+        @keys.add("escape", "enter", filter=at_prompt)
         def _(event: KeyPressEvent) -> None:
             if self._repl.multiline:
-                event.current_buffer.validate_and_handle()
+                self._send(self._line(event.current_buffer.text), event.current_buffer)
             else:
                 event.current_buffer.insert_text("\n")
 
+        @keys.add("\\", filter=at_prompt)
+        def _(event: KeyPressEvent) -> None:
+            get_by_name("self-insert").call(event)
+            self._backslash = event.current_buffer.text
+
+        @keys.add(Keys.BracketedPaste)
+        def _(event: KeyPressEvent) -> None:
+            buffer, text = event.current_buffer, event.data.replace("\r\n", "\n").replace("\r", "\n")
+            begins = buffer.name == DEFAULT_BUFFER and buffer.cursor_position == 0
+            buffer.insert_text(text)
+            if begins:
+                self._pasted = text[: len(BLOCK)]
+            self._backslash = ""
+
+        @keys.add("c-x", "c-e", filter=at_prompt)
+        def _(event: KeyPressEvent) -> None:
+            run_in_terminal(lambda: self._edit(event.current_buffer))
+
         return keys
+
+    def _line(self, text: str) -> Line | None:
+        """What Enter sends; None while a block is open."""
+        if self._pasted and text.startswith(self._pasted):
+            words = text.split(maxsplit=1)
+            return Line(text, bool(words) and words[0] in COMMANDS and "\n" not in text.strip())
+        return None if text.startswith(BLOCK) and Block(text).open else typed(text)
+
+    def _send(self, line: Line | None, buffer: Buffer) -> None:
+        line = line or Line(buffer.text)
+        self._remember(buffer.text if typed(buffer.text) == line else _as_block(buffer.text))
+        get_app().exit(result=line)
+
+    def _edit(self, buffer: Buffer) -> None:
+        """The text in the user's editor and back, unsent; a fault leaves it as it was."""
+        from dbrx_cli.repl.editor import edit_text
+
+        try:
+            text = edit_text(buffer.text).removesuffix("\n")
+        except DbrxError as fault:
+            self._repl.report.error(fault)
+            return
+        if text != buffer.text:
+            buffer.document = Document(text, len(text))
+
+    def _emptied(self, buffer: Buffer) -> None:
+        if not buffer.text:
+            self._pasted = ""
+
+
+class _Output(Vt100_Output):
+    """Pastes stay marked when the prompt ends, since they may come while a reply does (see `typeahead`)."""
+
+    def disable_bracketed_paste(self) -> None:
+        if not get_app().is_done:
+            super().disable_bracketed_paste()
+
+
+def _as_block(text: str) -> str:
+    """How a message is typed that would be something else without quotes."""
+    return f"{BLOCK}{text}{BLOCK}"
 
 
 def _history(repl: Repl) -> History:

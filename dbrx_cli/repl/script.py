@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
+from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
 from dbrx_cli.stdin import decode
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.repl.loop import Repl
 
 
 class ScriptReader:
     """Reads turns from stdin; the same spellings open more lines as at the prompt."""
 
-    def __init__(self, *, prompts: bool = False) -> None:
-        self._prompts = prompts
+    def __init__(self, repl: Repl) -> None:
+        self._repl = repl
         self._line = 0
 
-    def read(self) -> str:
-        """The next turn as it was written; `EOFError` at the end."""
-        text = self._next_line(">>> ")
-        if text.startswith('"""'):
-            return self._block(text)
-        while text.endswith("\\"):
-            text += "\n" + self._next_line()
-        return text
+    def read(self) -> Line:
+        """The next turn; `EOFError` at the end, `InputError` if that is inside a block."""
+        with self._repl.typed.left_to_prompt(), self._repl.signals.heard():
+            text = self._next_line(">>> ")
+            if text is None:
+                raise EOFError
+            if text.startswith(BLOCK):
+                return self._block(text)
+            while text.endswith("\\") and (more := self._next_line()) is not None:
+                text = f"{text[:-1]}\n{more}"
+            return typed(text)
 
-    def _block(self, text: str) -> str:
-        while '"""' not in text[3:]:
-            text += "\n" + self._next_line()
-        return text[: text.index('"""', 3) + 3]
+    def drop(self) -> None:
+        """Nothing is read ahead."""
 
-    def _next_line(self, prompt: str = "... ") -> str:
-        if self._prompts:
+    def remember(self, text: str) -> None:
+        """Nothing is offered again."""
+
+    def _block(self, text: str) -> Line:
+        start, block = self._line, Block(text)
+        while block.open:
+            if (more := self._next_line()) is None:
+                raise InputError(f"the block that line {start} of stdin opens has no end", f"end it with {BLOCK}")
+            block.add(more)
+        return typed(block.text)
+
+    def _next_line(self, prompt: str = "... ") -> str | None:
+        if self._repl.interactive:
             print(prompt, end="", flush=True)
         data = sys.stdin.buffer.readline()
         if not data:
-            raise EOFError
+            return None
         self._line += 1
         return decode(data, f"line {self._line} of stdin").rstrip("\r\n")

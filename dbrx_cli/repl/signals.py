@@ -1,68 +1,86 @@
-"""What signals do to a chat: SIGINT stops a reply, SIGTERM and SIGHUP leave in good order."""
+"""What signals do to a chat: SIGINT stops what is done, SIGTERM and SIGHUP leave in good order; none loses a turn."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import termios
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType
+from typing import Any, Self
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-@contextmanager
-def leaving(leave: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM and SIGHUP call `leave` with their number, and then act as Ctrl-C does."""
+class Signals:
+    """They interrupt, as `KeyboardInterrupt`, only inside `heard()`, and otherwise wait for it. A context manager.
 
-    def obey(number: int, frame: FrameType | None) -> None:
-        for each in ENDING:
-            signal.signal(each, signal.SIG_IGN)  # once is enough; the session is being saved
-        if number == signal.SIGHUP:
-            _silence()
-        leave(number)
-        raise KeyboardInterrupt
+    An interrupt is obeyed in peace: until the next `heard()`, further Ctrl-C are taken for the same one. After SIGTERM
+    or SIGHUP, leaving the context ends the program with 128 + its number.
+    """
 
-    before = {each: signal.signal(each, obey) for each in ENDING}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
+    def __init__(self) -> None:
+        self.ending: int | None = None  # SIGTERM or SIGHUP, if it came
+        self._heard = False
+        self._came = False  # one that waits
+        self._obeyed = False  # one interrupted, and what follows from it is under way
+
+    def heard(self) -> _Mode:
+        """Signals interrupt here, at once if one has waited."""
+        return _Mode(self, True)
+
+    def waiting(self) -> _Mode:
+        """Signals wait until this is done."""
+        return _Mode(self, False)
+
+    def __enter__(self) -> Self:
+        self._before = {each: signal.signal(each, self._obey) for each in (signal.SIGINT, *ENDING)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._before.items():
             signal.signal(each, handler)
+        if self.ending is not None:
+            raise SystemExit(128 + self.ending)
 
+    def _obey(self, number: int, frame: FrameType | None) -> None:
+        if number in ENDING:
+            if self.ending is not None:
+                return  # once is enough: the session is being saved
+            self.ending = number
+            if number == signal.SIGHUP:
+                _silence()
+        elif self._obeyed and not self._heard:
+            return
+        if self._heard:
+            self._interrupt()
+        self._came = True
 
-@contextmanager
-def one_interrupt() -> Iterator[None]:
-    """The first Ctrl-C interrupts; those that come while it is obeyed are not heard."""
+    def _switch(self, heard: bool) -> bool:
+        before, self._heard = self._heard, heard
+        if heard:
+            self._obeyed = False
+            if self._came:
+                self._interrupt()
+        return before
 
-    def once(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def _interrupt(self) -> None:
+        self._heard = self._came = False
+        self._obeyed = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, once)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
+class _Mode:
+    """No generator: one that an interrupt leaves behind would switch back when nobody expects it."""
 
-@contextmanager
-def no_echo() -> Iterator[None]:
-    """What is typed while a reply comes is not shown amid it; it waits for the prompt."""
-    try:
-        before = termios.tcgetattr(sys.stdin)
-    except (termios.error, OSError, ValueError):  # not a terminal
-        yield
-        return
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        with suppress(termios.error):  # the terminal may be gone
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+    def __init__(self, signals: Signals, heard: bool) -> None:
+        self._signals, self._to = signals, heard
+
+    def __enter__(self) -> None:
+        self._before = self._signals._switch(self._to)
+
+    def __exit__(self, *_: Any) -> None:
+        self._signals._switch(self._before)
 
 
 def _silence() -> None:

@@ -10,10 +10,13 @@ from dbrx_cli.conversation import Conversation
 from dbrx_cli.files import attached
 from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.words import count, quote
-from model.errors import InputError
+from model.errors import ContextError, InputError
+from model.messages import Message
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
+
+ROOM = 8  # /read leaves this part of the context, one in so many, for a question and its reply
 
 
 def regenerate(repl: Repl, argument: str) -> None:
@@ -38,10 +41,12 @@ def edit(repl: Repl, argument: str) -> None:
 
     question = _last_question(repl)
     old = repl.conversation.turns[question].content
-    new = edit_text(old).strip("\n")
+    with repl.signals.waiting(), repl.typed.left_to_program(), repl.signals.heard():
+        new = edit_text(old).strip("\n")
     if not new.strip() or new == old.strip("\n"):
         repl.report.notice("the message stays as it was")
         return
+    repl.reader.remember(new)
     asked = repl.conversation.before(question).ask(new)
     repl.report.line(f">>> {safe(new)}")
     if reads := repl.reading(asked, "reads {}"):
@@ -50,6 +55,10 @@ def edit(repl: Repl, argument: str) -> None:
 
 
 def undo(repl: Repl, argument: str) -> None:
+    if repl.files:
+        name, _ = repl.files.popitem()
+        repl.report.notice(f"took back {quote(name)}, which waited for your next message")
+        return
     question = _last_question(repl)
     text = repl.conversation.turns[question].content
     repl.change(repl.conversation.before(question))
@@ -81,12 +90,39 @@ def system(repl: Repl, argument: str) -> None:
 
 
 def read(repl: Repl, argument: str) -> None:
+    if argument == "-":
+        repl.report.notice(f"dropped {count(len(repl.files), 'file')}")
+        repl.files.clear()
+        return
     if not argument:
-        raise InputError("/read needs the name of a file", "type /read FILE")
-    text = attached([str(Path(argument).expanduser())], "strict") + "\n\n"
-    reads = repl.reading(repl.conversation.ask("".join([*repl.files, text])), ": reads {}")
-    repl.files.append(text)
+        _list_files(repl)
+        return
+    files = repl.files | {argument: attached([str(Path(argument).expanduser())], "strict") + "\n\n"}
+    asked = repl.conversation.ask("".join(files.values()))
+    context = repl.engine.context
+    try:
+        needed = repl.engine.count(asked.fit(repl.engine).messages)
+    except ContextError:
+        needed = context
+    if needed > context - context // ROOM:
+        tokens = repl.engine.count(asked.turns[-1:])
+        raise ContextError(
+            f"{quote(argument, 30)} leaves no room for a question: the message would have {tokens} tokens, and the "
+            f"context is {context}",
+            "give a part of it, or start with a larger --context",
+        )
+    reads = repl.reading(asked, ": reads {}")
+    repl.files = files
     repl.report.notice(f"{quote(argument, 30)} goes before your next message{reads}")
+
+
+def _list_files(repl: Repl) -> None:
+    if not repl.files:
+        raise InputError("no file waits for your next message", "type /read FILE")
+    for name, text in repl.files.items():
+        tokens = repl.engine.count([Message("user", text)])
+        repl.report.line(f"{quote(name)} waits for your next message: {count(tokens, 'token')}")
+    repl.report.line("/read - drops what waits, /undo the last one")
 
 
 def _last_question(repl: Repl) -> int:
