@@ -1,33 +1,41 @@
-"""The first fenced code block of a reply, while the reply comes (CommonMark 0.31, section 4.5)."""
+"""The first fenced code block of a reply, while the reply comes. What is one is CommonMark's affair: markdown-it's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dbrx_cli.engine import Delta, Done
 from model.errors import DbrxError
 
+if TYPE_CHECKING:
+    from markdown_it.token import Token
+
 Stream = Generator[Delta | Done, None, None]
 
-# Markers of list items in front of a line, then its indentation.
-LEAD = re.compile(r"((?: *(?:[-*+]|\d{1,9}[.)])(?= ))*)( *)")
-OPENING = re.compile(r"(`{3,})[^`]*|(~{3,}).*")
+MARKS = ("```", "~~~")  # a line without one of these opens no block
 
 
 class FirstBlock:
     """Finds the block in text that comes in pieces; what `push` and `finish` return, joined, is what is in it.
 
-    The end of its last line is left out. Fences inside list items count, at their item's indentation.
+    The end of its last line is left out. CommonMark reads line by line: what a line is depends on those before it, and
+    inside a block on those that opened it and the quotes and lists around it. So only these are kept, and parsed again
+    with each line that comes.
     """
 
     def __init__(self) -> None:
-        self._line = ""  # of the line that is under way, what is not decided yet
-        self._inside = False  # behind the beginning of a line that belongs to the block
-        self._item = 0  # columns by which the deepest list item so far is indented
-        self._fence = ""  # that opened the block
-        self._indent = 0  # of that fence
+        from markdown_it import MarkdownIt
+
+        self._markdown = MarkdownIt("commonmark").disable("inline")
+        self._carriage_return = False  # the last character, which may be half of a line's end
+        self._lines = ""  # before the block: all; inside it: those that opened it
+        self._blank = ""  # lines that wait: the block's, or behind its end
+        self._line = ""  # that is under way
+        self._shown = False  # whether what came of it is
+        self._fence = ""  # a character of it
         self._end = ""  # of the last line, shown only when another line follows
         self.closed = False
 
@@ -38,62 +46,74 @@ class FirstBlock:
 
     def push(self, text: str) -> str:
         """Take a piece of the reply; returns the part of the block that became certain."""
+        text = "\r" * self._carriage_return + text
+        self._carriage_return = text.endswith("\r")
+        text = re.sub("\r\n?", "\n", text.removesuffix("\r")).replace("\0", "\ufffd")
         shown = ""
         for part in re.findall(r"[^\n]*\n|[^\n]+", text):
             if not self.closed:
-                shown += self._take(part.removesuffix("\n"), part.endswith("\n"))
+                shown += self._take(part)
         return shown
 
     def finish(self) -> str:
         """The reply is complete; returns what was held back."""
+        shown = self.push("\n") if self._carriage_return else ""
         if not self.found:
             self._look_for_opening()
-        elif self._line and not self.closed and not self._closes():
-            return self._content(self._line, ended=False)
-        return ""
+        elif not self._shown and not self.closed:
+            shown += self._decide()
+        return shown
 
-    def _take(self, text: str, ended: bool) -> str:
-        self._line += text
+    def _take(self, part: str) -> str:
+        self._line += part
+        ended, shown = part.endswith("\n"), ""
         if not self.found:
             if ended:
                 self._look_for_opening()
-                self._line = ""
             return ""
-        if not self._inside and ended and self._closes():
-            self.closed = True
-            return ""
-        if not self._inside and not ended and self._may_close():
-            return ""
-        shown = self._content(self._line, ended)
-        self._line = ""
-        return shown
-
-    def _content(self, text: str, ended: bool) -> str:
-        if not self._inside:  # the fence's own indentation is no part of the block's lines
-            text = re.sub(f"^ {{0,{self._indent}}}", "", text)
-        self._inside = not ended
-        shown, self._end = self._end + text, "\n" if ended else ""
+        if self._shown:
+            shown = part.removesuffix("\n")
+        elif not self._line.strip(" \t\n"):
+            self._blank += self._line if ended else ""
+        elif ended or not re.fullmatch(rf"[ \t>]*{self._fence}*[ \t]*", self._line):
+            # Around a block there are only quotes and lists: behind their marks the first letter decides.
+            shown = self._decide()
+        if ended:
+            self._end = "\n" if self._shown else self._end
+            self._line, self._shown = "", False
         return shown
 
     def _look_for_opening(self) -> None:
-        line = self._line.rstrip("\r")
-        lead = LEAD.match(line)
-        assert lead
-        markers, spaces = lead[1], lead[2]
-        limit = 4 if markers else self._item + 3
-        opening = OPENING.fullmatch(line, lead.end())
-        if opening and len(spaces) <= limit:
-            self._fence, self._indent = opening[1] or opening[2], lead.end()
-        elif markers:
-            self._item = max(self._item, len(markers) + 1)
+        """Whether the line opens the block; from then on, only what is around it is kept."""
+        self._lines += self._line
+        if any(mark in self._line for mark in MARKS) and (found := self._parse(self._lines)):
+            outermost, fence = found
+            self._fence = fence.markup[0]
+            lines = self._lines.removesuffix("\n").split("\n")
+            self._lines = "".join(line + "\n" for line in lines[outermost.map[0] if outermost.map else 0 :])
+        self._line = ""
 
-    def _closes(self) -> bool:
-        fence = re.escape(self._fence[0])
-        return bool(re.fullmatch(f" {{0,{self._indent + 3}}}{fence}{{{len(self._fence)},}}[ \\t\\r]*", self._line))
+    def _decide(self) -> str:
+        """What of the line, as far as it has come, is the block's; if nothing is, the block has ended."""
+        found = self._parse(self._lines + self._blank + self._line)
+        assert found
+        content = found[1].content
+        lines = content.removesuffix("\n").split("\n") if content else []
+        self._shown = len(lines) > self._blank.count("\n")
+        self.closed = not self._shown
+        shown = self._end + "\n".join(lines) if lines else ""
+        self._blank = ""
+        return shown
 
-    def _may_close(self) -> bool:
-        """Whether the line may yet become the closing fence, so far as it has come."""
-        return bool(re.fullmatch(f" *{re.escape(self._fence[0])}*[ \\t\\r]*", self._line))
+    def _parse(self, text: str) -> tuple[Token, Token] | None:
+        """The first fence, behind the outermost block around it, which may be itself."""
+        outermost = None
+        for token in self._markdown.parse(text):
+            if token.level == 0 and token.nesting >= 0:
+                outermost = token
+            if token.type == "fence" and outermost is not None:
+                return outermost, token
+        return None
 
 
 class CodeOnly:
