@@ -49,17 +49,36 @@ TORCH_NAMES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 
+MADE_FROM = "give the checkpoint they were made from"
+BY_OTHERS = "quantized weights of another program"
 # Other layouts of the same weights, by a piece of a tensor's name; the first that fits is named in the error.
 OTHER_LAYOUTS = (
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "a LoRA adapter",
      "give the base model with -m, and this folder with --adapter"),
-    (r"\.(qweight|qzeros)$", "AWQ quantized weights", "give the checkpoint they were made from"),
-    (r"(\.absmax|\.quant_state\..*|[._]scales?(_inv)?|\.biases)$", "quantized weights of another program",
-     "give the checkpoint they were made from"),
+    (r"\.(SCB|absmax|quant_state\..*)$", f"{BY_OTHERS}, bitsandbytes", MADE_FROM),
+    (r"\.weight_(packed|global_scale)$", f"{BY_OTHERS}, compressed-tensors", MADE_FROM),
+    (r"\.(w1|v1|w2)_weight(_scale)?$", f"{BY_OTHERS}, AMD Quark", MADE_FROM),
+    (r"\.(q_invperm|q_groups|q_scale_max|trellis|suh|svh)$", f"{BY_OTHERS}, ExLlama", MADE_FROM),
+    (r"\._weight_(qdata|scale)$", f"{BY_OTHERS}, torchao", MADE_FROM),
+    (r"\.weight\._(data|scale)$", f"{BY_OTHERS}, quanto", MADE_FROM),
+    (r"\.W_q$", f"{BY_OTHERS}, HQQ", MADE_FROM),
+    (r"\.B$", f"{BY_OTHERS}, Marlin", MADE_FROM),
+    (r"\.(qweight|qzeros)$", "AWQ quantized weights", MADE_FROM),
+    (r"([._]scales?(_inv)?|\.biases)$", BY_OTHERS, MADE_FROM),
     (r"experts?\.(.*\.)?\d+\.", "experts under names that are not known",
      "give a checkpoint in Databricks' own layout (ffn.experts.mlp.w1 and so on)"),
     (r"^model\.(layers|embed_tokens)\.", "the weights of another architecture",
      "give the folder of a DBRX checkpoint"),
+)  # fmt: skip
+
+
+# Models that other programs run, by a file in the folder.
+OTHER_FILES = (
+    (r"openvino_.*", "belongs to a model for OpenVINO, which cannot be read", MADE_FROM),
+    (r".*\.onnx|onnx", "belongs to a model for ONNX, which cannot be read", MADE_FROM),
+    (r".*\.(h5|msgpack)", "holds weights for TensorFlow or Flax, which cannot be read", MADE_FROM),
+    (r".*\.distcp", "is a part of a distributed checkpoint, which can run code: not loaded",
+     "have the program that trained it write safetensors"),
 )  # fmt: skip
 
 
@@ -141,10 +160,8 @@ class Checkpoint:
         wrong = [info for name in expected if (info := self.tensors[name]).dtype not in FLOATS]
         if wrong:
             types = listed([f"{info.name} ({info.dtype})" for info in wrong], "has", "have")
-            raise ModelError(
-                f"{wrong[0].file}: {types} no float type: quantized, or another layout",
-                f"weights must be one of {', '.join(FLOATS)}",
-            )
+            why, hint = why_no_float(wrong[0].dtype)
+            raise ModelError(f"{wrong[0].file}: {types} {why}", hint)
 
     def _check_shapes(self, expected: dict[str, tuple[int, ...]], config: DbrxConfig) -> None:
         wrong = [info for name, shape in expected.items() if (info := self.tensors[name]).shape != shape]
@@ -258,6 +275,9 @@ def _nothing_to_load(folder: Path) -> ModelError:
         return ModelError(f"{file}: is not called {SINGLE_NAME}", f"rename it to {SINGLE_NAME} if it is the model")
     if file := first(r".*\.gguf"):
         return ModelError(f"{folder}: holds a GGUF file and no safetensors", f"give the file itself: -m {file}")
+    for pattern, what, hint in OTHER_FILES:
+        if file := first(pattern):
+            return ModelError(f"{file}: {what}", hint)
     if file := first(r".*\.(bin|pt|pth|ckpt|pkl)"):
         return ModelError(
             f"{file}: pickle files are not loaded, because they can run code",
@@ -306,6 +326,13 @@ def name_other_layout(source: Path, names: Iterable[str]) -> None:
         example = next((name for name in ordered if re.search(pattern, name)), None)
         if example is not None:
             raise ModelError(f"{source}: holds {what} ({shown(example)})", hint)
+
+
+def why_no_float(dtype: str) -> tuple[str, str]:
+    """Why weights of a type cannot be read, and what to do."""
+    if dtype == "F64":
+        return "64 bits, which are not read", "save the model in float32 or bfloat16"
+    return "no float type: quantized, or another layout", f"{MADE_FROM}: weights must be one of {', '.join(FLOATS)}"
 
 
 def listed(names: list[str], one: str, many: str) -> str:

@@ -318,11 +318,9 @@ class AutoTokenizer:
         """Load from a folder, a GGUF file or a Hub id. `trust_remote_code` is ignored: no code of a checkpoint runs."""
         if unknown := set(ignored) - IGNORED_ARGUMENTS:
             raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(sorted(unknown))}")
-        source = Path(name_or_path)
-        if not source.exists():
-            from .hub import resolve
+        from .hub import resolve
 
-            source = resolve(str(name_or_path), revision=revision, token=token, patterns=PATTERNS)
+        source = resolve(str(name_or_path), revision=revision, token=token, patterns=PATTERNS)
         return Tokenizer.from_source(source, padding_side)
 
 

@@ -19,12 +19,24 @@ def open_weights(path: str | Path) -> Weights:
         from .dbrx_gguf import GgufWeights
 
         return GgufWeights(path)
+    try:
+        return _open_folder(path)
+    except ModelError:
+        from .foreign import refusal
+
+        if fault := refusal(path):  # what went wrong with files and names follows from this
+            raise fault from None
+        raise
+
+
+def _open_folder(path: Path) -> Weights:
     from ..checkpoint import Checkpoint
     from .databricks import DatabricksWeights
-    from .quantized import QuantizedWeights, is_quantized
+    from .foreign import quantization_of
+    from .quantized import METHOD, QuantizedWeights
     from .unfused import UnfusedWeights, is_unfused
 
-    if is_quantized(path):
+    if quantization_of(path).get("quant_method") == METHOD:
         return QuantizedWeights(path)
     checkpoint = Checkpoint.open(path)
     if is_unfused(checkpoint.tensors):

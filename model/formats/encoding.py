@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ..checkpoint import FLOATS
+from ..checkpoint import FITS, FLOATS, why_no_float
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+class Fault(NamedTuple):
+    """What is wrong with a stored matrix, and what to do."""
+
+    what: str
+    hint: str
 
 
 class Encoding(Protocol):
@@ -20,7 +27,7 @@ class Encoding(Protocol):
     parts: tuple[str, ...]  # their last names
     marker: str  # the one by which the encoding is known
 
-    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> str | None:
+    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         """What is wrong with the parts of a weight of shape `wanted`; None if nothing is."""
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
@@ -34,10 +41,14 @@ class Floats:
     parts: tuple[str, ...] = ("weight",)
     marker = "weight"
 
-    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> str | None:
+    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         if shapes[0] != wanted:
-            return f"has shape {list(shapes[0])}, config.json asks for {list(wanted)}"
-        return None if dtypes[0] in FLOATS else f"has the type {dtypes[0]}, which is no float type"
+            return Fault(f"has shape {list(shapes[0])}, config.json asks for {list(wanted)}", FITS)
+        return (
+            None
+            if dtypes[0] in FLOATS
+            else Fault(f"has the type {dtypes[0]}, {why_no_float(dtypes[0])[0]}", why_no_float(dtypes[0])[1])
+        )
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         return tensors[0]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .encoding import Shape, codes
+from ..checkpoint import FITS
+from .encoding import Fault, Shape, codes
+from .foreign import GPTQ_WAY, READABLE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,21 +24,22 @@ class Gptq:
     marker = "g_idx"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._lowered = settings.get("checkpoint_format", "gptq") != "gptq_v2"
+        self._lowered = "gptq_v2" not in (settings.get("checkpoint_format"), settings.get("format"))
 
-    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> str | None:
+    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         out, inputs = wanted
         bits = self._bits(shapes[0], wanted)
         if bits is None:
-            return f"is quantized to other than 2, 4 or 8 bits (qweight has shape {list(shapes[0])})"
+            return Fault(f"is quantized to other than 2, 4 or 8 bits (qweight has shape {list(shapes[0])})", GPTQ_WAY)
         groups = shapes[2][0] if len(shapes[2]) == 2 else 0
         fits = shapes == [(inputs * bits // 32, out), (groups, out * bits // 32), (groups, out), (inputs,)]
         if not fits or dtypes[0] != "I32" or dtypes[1] != "I32" or dtypes[2] not in ("F16", "F32", "BF16"):
-            return f"has shapes {[list(shape) for shape in shapes]} and types {', '.join(dtypes)}, unlike GPTQ's"
-        return None if dtypes[3] in ("I32", "I64") else f"has group numbers of the type {dtypes[3]}"
+            found = f"has shapes {[list(shape) for shape in shapes]} and types {', '.join(dtypes)}, unlike GPTQ's"
+            return Fault(found, FITS)
+        return None if dtypes[3] in ("I32", "I64") else Fault(f"has group numbers of the type {dtypes[3]}", GPTQ_WAY)
 
     def _bits(self, words: Shape, wanted: Shape) -> int | None:
-        return next((bits for bits in (2, 4, 8) if len(words) == 2 and words[0] * 32 == wanted[1] * bits), None)
+        return next((bits for bits in READABLE_BITS if len(words) == 2 and words[0] * 32 == wanted[1] * bits), None)
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         words, packed_zeros, scales, groups = tensors

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..checkpoint import FLOATS
-from .encoding import Shape, codes
+from ..checkpoint import FITS, FLOATS
+from .encoding import Fault, Shape, codes
+from .foreign import MLX_WAY, READABLE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +23,19 @@ class Mlx:
     parts: tuple[str, ...] = ("weight", "scales", "biases")
     marker = "scales"
 
-    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> str | None:
+    def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         if dtypes[0] != "U32" or any(dtype not in FLOATS for dtype in dtypes[1:]):
-            return f"is quantized in a way of MLX that is not supported (types {', '.join(dtypes)})"
+            return Fault(f"is quantized in a way of MLX that is not supported (types {', '.join(dtypes)})", MLX_WAY)
         if any(len(shape) != 2 or shape[0] != wanted[0] for shape in shapes) or shapes[1] != shapes[2]:
-            return f"has shapes {[list(shape) for shape in shapes]}, which make no {list(wanted)}"
+            return Fault(f"has shapes {[list(shape) for shape in shapes]}, which make no {list(wanted)}", FITS)
         groups = shapes[1][1]
         if self._bits(shapes[0], wanted) is None or not groups or wanted[1] % groups:
-            return f"is quantized to other than 2, 4 or 8 bits, or in odd groups ({[list(s) for s in shapes]})"
+            odd = f"is quantized to other than 2, 4 or 8 bits, or in odd groups ({[list(s) for s in shapes]})"
+            return Fault(odd, MLX_WAY)
         return None
 
     def _bits(self, words: Shape, wanted: Shape) -> int | None:
-        return next((bits for bits in (2, 4, 8) if words[1] * 32 == wanted[1] * bits), None)
+        return next((bits for bits in READABLE_BITS if words[1] * 32 == wanted[1] * bits), None)
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         words, scales, biases = tensors

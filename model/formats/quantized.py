@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
-from ..safetensors_file import TensorInfo, read_json
+from ..safetensors_file import TensorInfo
+from .foreign import quantization_of
 from .weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
 
 if TYPE_CHECKING:
@@ -26,14 +27,6 @@ PARTS = {
     "int8": {"weight": "I8", "scale": "F32"},
     "int4": {"weight": "U8", "scale": "BF16", "zero": "BF16"},
 }
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether config.json says that `dbrx quantize` wrote this folder."""
-    if not (folder / "config.json").is_file():
-        return False
-    found = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def matrix_shapes(quantization: str, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
@@ -72,7 +65,7 @@ class QuantizedWeights(CheckpointWeights):
     def __init__(self, folder: Path) -> None:
         self.source = folder
         self.config = DbrxConfig.from_json(folder / "config.json")
-        self.quantization, self.group = _settings(folder / "config.json")
+        self.quantization, self.group = _settings(folder)
         self._checkpoint = Checkpoint.open(folder)
         self._check()
         self._experts = self._find_experts()
@@ -191,9 +184,9 @@ class QuantizedWeights(CheckpointWeights):
         return FloatExpert(w1, v1, w2.t())
 
 
-def _settings(path: Path) -> tuple[str, int]:
+def _settings(folder: Path) -> tuple[str, int]:
     """Kind and group of `quantization_config`."""
-    found: dict[str, Any] = read_json(path)["quantization_config"]
+    path, found = folder / "config.json", quantization_of(folder)
     kind, group, version = found.get("kind"), found.get("group", 32), found.get("version")
     if version != VERSION:
         raise ModelError(f"{path}: quantized in version {version!r} of the format", "update dbrx, or quantize it again")

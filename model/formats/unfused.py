@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tensors, listed, name_other_layout
 from ..config import DbrxConfig
 from ..errors import ModelError
-from ..safetensors_file import TensorInfo, read_json
+from ..safetensors_file import TensorInfo
 from .encoding import Encoding, Floats, Shape
+from .foreign import quantization_of
 from .gptq import Gptq
 from .mlx import Mlx
 from .weights import CheckpointWeights, Extent, FloatExpert
@@ -68,7 +69,7 @@ class Module:
             return
         fault = self.encoding.check([info.dtype for info in self.infos], [info.shape for info in self.infos], shape)
         if fault:
-            raise ModelError(f"{self.infos[0].file}: {name} {fault}", FITS)
+            raise ModelError(f"{self.infos[0].file}: {name} {fault.what}", fault.hint)
 
     def values(self, tensors: Sequence[Tensor]) -> Tensor:
         """The matrix out of its stored tensors."""
@@ -92,7 +93,7 @@ class UnfusedWeights(CheckpointWeights):
         self.source = folder
         self.config = DbrxConfig.from_json(folder / "config.json")
         self._checkpoint = checkpoint
-        self._encodings: tuple[Encoding, ...] = (Gptq(_quantization(folder)), Mlx())  # both have scales
+        self._encodings: tuple[Encoding, ...] = (Gptq(quantization_of(folder)), Mlx())  # both have scales
         found = checkpoint.tensors
         if self.config.n_layers > len(found):  # before a table of that length is made
             raise ModelError(f"{folder}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
@@ -201,12 +202,3 @@ class UnfusedWeights(CheckpointWeights):
             packed = module.encoding is not FLOATS
             counted[module.encoding.name if packed else module.infos[0].dtype] += sum(i.nbytes for i in module.infos)
         return counted
-
-
-def _quantization(folder: Path) -> Mapping[str, object]:
-    """What a checkpoint says about its quantization: in config.json, or in a file of AutoGPTQ's."""
-    settings = read_json(folder / "config.json").get("quantization_config")
-    path = folder / "quantize_config.json"
-    if settings is None and path.is_file():
-        settings = read_json(path)
-    return settings if isinstance(settings, dict) else {}

@@ -1,0 +1,74 @@
+"""Folders whose weights another program quantized: named by what their settings say, with a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from ..safetensors_file import read_json, shown
+
+READABLE_BITS = (2, 4, 8)  # of GPTQ and MLX
+# Where programs say how they quantized: a file, its key if it is a part of it, and the method where none is named.
+PLACES = (
+    ("config.json", "quantization_config", ""),
+    ("config.json", "compression_config", "compressed-tensors"),  # until 2024
+    ("config.json", "quantization", "mlx"),
+    ("quantize_config.json", None, "gptq"),
+    ("quant_config.json", None, "awq"),
+)
+FROM_SOURCE = "give the checkpoint that it was made from, with --quantize int4 for few bits; or a GGUF file of it"
+GPTQ_WAY = "take GPTQ of 2, 4 or 8 bits in its own format (gptq or gptq_v2), or the checkpoint that it was made from"
+MLX_WAY = "take MLX of 2, 4 or 8 bits (affine), or make floats of it: mlx_lm.convert --dequantize"
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about its quantization, under `quant_method` by which program; empty if nothing."""
+    for file, key, method in PLACES:
+        try:
+            found = read_json(folder / file) if (folder / file).is_file() else {}
+        except ModelError:
+            continue
+        settings = found if key is None else found.get(key)
+        if isinstance(settings, dict) and settings:
+            if key == "quantization_config" and "quant_method" not in settings:
+                method = "mlx" if "group_size" in settings else method  # mlx-lm writes its settings there, too
+            return {"quant_method": method, **settings}
+    return {}
+
+
+def refusal(folder: Path) -> ModelError | None:
+    """The fault that names a quantization which is not read; None if the settings name no such."""
+    settings = quantization_of(folder)
+    method = str(settings.get("quant_method", "")).lower()
+    if not method or method == "dbrx":
+        return None
+    way = {"gptq": GPTQ_WAY, "mlx": MLX_WAY}.get(method, FROM_SOURCE)
+    detail = _detail(method, settings)
+    if method in ("gptq", "mlx") and detail is None:
+        return None
+    program = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ"}.get(method, shown(method))
+    what = f"weights quantized by {program}" + (f" ({shown(detail)})" if detail else "")
+    return ModelError(f"{folder}: holds {what}, which cannot be read", way)
+
+
+def _detail(method: str, settings: Mapping[str, Any]) -> str | None:
+    """The variety; of GPTQ and MLX what makes it another than those that are read."""
+    bits = [settings.get("bits"), *(part.get("bits") for part in settings.values() if isinstance(part, dict))]
+    if method == "gptq":
+        marlin = "marlin" if settings.get("is_marlin_format") else None
+        layout = settings.get("checkpoint_format") or settings.get("format") or marlin or "gptq"
+        if layout not in ("gptq", "gptq_v2") or marlin:
+            return f"format {marlin or layout}"
+    if method == "mlx" and settings.get("mode", "affine") != "affine":
+        return str(settings["mode"])
+    if method in ("gptq", "mlx"):
+        odd = [each for each in bits if each is not None and each not in READABLE_BITS]
+        return f"{odd[0]} bits" if odd else None
+    if method == "bitsandbytes":
+        return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
+    for key in ("format", "packing_format", "weights", "quant_algo"):
+        if isinstance(settings.get(key), str):
+            return str(settings[key])
+    return f"{bits[0]} bits" if bits[0] is not None else None
