@@ -100,6 +100,7 @@ def _row(model: CachedModel) -> dict[str, Any]:
         "refs": list(model.refs),
         "bytes": model.nbytes,
         "complete": model.complete,
+        "format": "gguf" if model.gguf else "safetensors",
         "missing": list(model.missing),
         "last_used": _iso(model.last_used),
         "path": str(model.folder),
@@ -120,6 +121,7 @@ def _demo() -> dict[str, Any] | None:
         "refs": [],
         "bytes": sum(file.st_size for file in files),
         "complete": is_complete(folder),
+        "format": "safetensors",
         "missing": [],
         "last_used": _iso(max((file.st_atime for file in files), default=None)),
         "path": str(folder),
@@ -193,6 +195,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         refs = f" ({', '.join(row['refs'])})" if row["refs"] else ""
         state = Text("complete", "green") if row["complete"] else Text(_lacks(row), "yellow")
+        if row["format"] == "gguf":
+            state.append(", GGUF")
         table.add_row(
             Text(safe(row["name"]), "bold"),
             Text(f"{(row['revision'] or '')[:12]}{safe(refs)}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ NO_MODEL = re.compile(r"mmproj.*|(.*[._-])?imatrix", re.IGNORECASE)  # what lies
 OLLAMA = "application/vnd.ollama.image.model"
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MAX_MANIFEST = 2**20
+ARCHITECTURE = b"general.architecture" + struct.pack("<IQ", 8, 4) + b"dbrx"  # a key, then a text of 4 bytes
 
 
 def locate(path: Path) -> Path:
@@ -53,6 +55,15 @@ def missing_parts(models: Iterable[Path]) -> list[Path]:
         names = [f"{part[1]}-{i:05}-of-{part[2]}.gguf" for i in range(1, min(total, 1000) + 1)] if part else [path.name]
         missing += [path.with_name(name) for name in names if not path.with_name(name).is_file()]
     return missing
+
+
+def is_gguf_of_dbrx(path: Path) -> bool:
+    """Whether a file begins as llama.cpp begins those of DBRX; False if it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return ARCHITECTURE in stream.read(4096)
+    except OSError:
+        return False
 
 
 def _of_store(store: Path) -> Iterator[tuple[str, Path]]:

@@ -16,7 +16,7 @@ from ..config import DbrxConfig
 from ..errors import ModelError
 from ..safetensors_file import TensorInfo
 from .encoding import Encoding, Floats, Shape
-from .foreign import quantization_of
+from .foreign import MLX_WAY, quantization_of
 from .gptq import Gptq
 from .mlx import Mlx
 from .weights import CheckpointWeights, Extent, FloatExpert
@@ -133,7 +133,8 @@ class UnfusedWeights(CheckpointWeights):
         source = self._checkpoint.source
         if missing:
             name_other_layout(source, unexpected)
-            raise ModelError(f"{source}: {listed(missing, 'is', 'are')} missing", FITS)
+            hint = MLX_WAY if all(name.endswith(".biases") for name in missing) else FITS  # its other modes have none
+            raise ModelError(f"{source}: {listed(missing, 'is', 'are')} missing", hint)
         if unexpected:
             raise ModelError(f"{source}: {listed(unexpected, 'does', 'do')} not belong to this model", FITS)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from ..formats.locate import gguf_models, is_gguf_of_dbrx
 from ..safetensors_file import read_json, read_text
 from .layout import OURS, THEIRS, cache_folder, in_blobs, missing_files, obstacle
 
@@ -28,6 +29,7 @@ class CachedModel:
     nbytes: int  # on disk, with what it shares with other revisions
     missing: tuple[str, ...]  # files, where the cache knows them
     last_used: float | None  # seconds since 1970, as far as the file system keeps it
+    gguf: bool = False  # GGUF files, no safetensors
 
     @property
     def complete(self) -> bool:
@@ -94,7 +96,8 @@ def _models_in(storage: Path) -> Iterator[CachedModel]:
             sizes = [status for blob in _blobs(folder) if (status := _status(blob))]
             used = max((status.st_atime for status in sizes), default=None)
             nbytes = sum(status.st_size for status in sizes)
-            yield CachedModel(name, folder.name, pointing, folder, nbytes, tuple(missing_files(folder)), used)
+            missing, gguf = tuple(missing_files(folder)), bool(gguf_models(folder))
+            yield CachedModel(name, folder.name, pointing, folder, nbytes, missing, used, gguf)
     parts = [status for path in (storage / "blobs").glob("*") if (status := _status(path))]
     if not snapshots and parts and KIND in name.lower():
         used = max(status.st_atime for status in parts)
@@ -119,7 +122,7 @@ def _is_dbrx(folder: Path, name: str) -> bool:
     try:
         return bool(read_json(folder / "config.json").get("model_type") == KIND)
     except ModelError:
-        return KIND in name.lower()
+        return KIND in name.lower() or any(map(is_gguf_of_dbrx, gguf_models(folder)))
 
 
 def _blobs(folder: Path) -> set[Path]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError, ModelError
+from ..formats.locate import gguf_models, missing_parts
 from ..safetensors_file import read_text
 from .listing import COMMIT, ETAG, HubFile, check_together, is_safe
 
@@ -269,9 +270,12 @@ def missing_files(folder: Path, patterns: Sequence[str] | None = None) -> list[s
 
     The shards that its index names, what the kept listing of the commit says, and the sizes given there. With
     `patterns`, the listed files that match. A file gets its name only when it is whole, so existence is enough.
+    Of a repository of GGUF files those that are here count, as llama.cpp fetches them, and other parts of the same.
     """
     tree = tree_of(folder)
     sizes = {file.path: file.size for file in tree or ()}
+    if not matching(sizes, ["*.safetensors"]) and (models := gguf_models(folder)):
+        return sorted(path.relative_to(folder).as_posix() for path in missing_parts(models))
     if patterns is not None:
         wanted = set(matching(sizes, patterns)) if tree is not None else set()
         if tree is None and not any(matching(names_in(folder), patterns)):

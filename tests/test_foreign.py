@@ -1,0 +1,329 @@
+"""What other programs quantize and keep: named for what it is, with a way out; GGUF files opened where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import AutoTokenizer, DbrxForCausalLM
+from model.checkpoint import FITS
+from model.errors import ModelError
+from model.formats import open_weights
+from model.hub import inventory, resolve
+from tests.cli import Cli
+from tests.gguf_files import write_gguf
+from tests.test_layouts import CONFIG, Tensors, quantize_gptq, quantized, split_experts, split_qkv, weights, write
+
+APART = "ffn.experts.mlp.{e}.{m}"
+Parts = Callable[[str, Tensor], Tensors]
+
+
+def packed(tensors: Tensors, parts: Parts) -> Tensors:
+    """Each matrix of attention and experts in another program's parts; the rest as it is."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        linear = tensor.dim() == 2 and not any(part in name for part in ("wte", "lm_head", "router"))
+        found |= parts(name.removesuffix(".weight"), tensor) if linear else {name: tensor}
+    return found
+
+
+def apart() -> Tensors:
+    return split_qkv(split_experts(weights(), APART))
+
+
+def words(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def eight(name: str, w: Tensor) -> Tensors:
+    return {f"{name}.weight": w.to(torch.int8), f"{name}.SCB": w[:, 0], f"{name}.weight_format": torch.ones(1).byte()}
+
+
+def fp8(name: str, w: Tensor) -> Tensors:
+    return {f"{name}.weight": w.to(torch.float8_e4m3fn), f"{name}.weight_scale": w[:, :1]}
+
+
+def nf4(name: str, w: Tensor) -> Tensors:
+    return {
+        f"{name}.weight": torch.zeros(w.numel() // 2, 1).byte(),
+        f"{name}.weight.absmax": torch.zeros(w.numel() // 64).byte(),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": torch.zeros(70).byte(),
+    }
+
+
+def w4a16(name: str, w: Tensor) -> Tensors:
+    scale, shape = w[:, :1].bfloat16(), torch.tensor(w.shape)
+    return {
+        f"{name}.weight_packed": words(len(w), w.shape[1] // 8),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": shape,
+    }
+
+
+def three_bits(name: str, w: Tensor) -> Tensors:
+    groups, out, inputs = 2, len(w), w.shape[1]
+    return {
+        f"{name}.qweight": words(inputs * 3 // 32, out), f"{name}.qzeros": words(groups, out * 3 // 32),
+        f"{name}.scales": torch.ones(groups, out).half(), f"{name}.g_idx": words(inputs),
+    }  # fmt: skip
+
+
+def mlx(bits: int, biases: bool = True) -> Parts:
+    def parts(name: str, w: Tensor) -> Tensors:
+        scales = torch.ones(len(w), w.shape[1] // 32)
+        found = {
+            f"{name}.weight": torch.zeros(len(w), w.shape[1] * bits // 32, dtype=torch.uint32),
+            f"{name}.scales": scales if biases else scales.byte(),
+        }
+        return found | ({f"{name}.biases": scales.clone()} if biases else {})
+
+    return parts
+
+
+def named(*endings: str) -> Parts:
+    return lambda name, w: {f"{name}{ending}": torch.zeros(4) for ending in endings}
+
+
+def native(parts: Parts) -> Tensors:
+    """Databricks' layout, with attention packed and the stacks left, as tools leave a native checkpoint."""
+    return packed({n: t for n, t in weights().items() if ".experts." not in n}, parts) | {
+        n: t for n, t in weights().items() if ".experts." in n
+    }
+
+
+Q = "quantization_config"
+FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Tensors], str]] = {
+    "nf4": ({Q: {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+            lambda: native(nf4), r"bitsandbytes \(nf4\)"),
+    "bnb_int8": ({Q: {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}},
+                 lambda: native(eight), r"bitsandbytes \(int8\)"),
+    "w4a16": ({Q: {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+              lambda: packed(apart(), w4a16), r"compressed-tensors \(pack-quantized\)"),
+    "w4a16_native": ({"compression_config": {"format": "pack-quantized"}},
+                     lambda: native(w4a16), r"compressed-tensors \(pack-quantized\)"),
+    "fp8_apart": ({Q: {"quant_method": "compressed-tensors", "format": "float-quantized"}},
+                  lambda: packed(apart(), fp8), r"compressed-tensors \(float-quantized\)"),
+    "int8_apart": ({Q: {"quant_method": "compressed-tensors", "format": "int-quantized"}},
+                   lambda: packed(apart(), eight), r"compressed-tensors \(int-quantized\)"),
+    "nvfp4": ({Q: {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
+              lambda: packed(apart(), named(".weight_packed", ".weight_global_scale")), "nvfp4-pack-quantized"),
+    "fp8": ({Q: {"quant_method": "fp8", "weight_block_size": [128, 128]}}, lambda: native(fp8), "quantized by fp8"),
+    "quanto": ({Q: {"quant_method": "quanto", "weights": "int8"}},
+               lambda: native(named(".weight._data", ".weight._scale")), r"quanto \(int8\)"),
+    "torchao": ({Q: {"quant_method": "torchao"}}, lambda: native(named("._weight_qdata", "._weight_scale")), "torchao"),
+    "hqq": ({Q: {"quant_method": "hqq", "bits": 4}}, lambda: native(named(".W_q", ".scale", ".zero")), r"hqq \(4 bits"),
+    "awq": ({Q: {"quant_method": "awq", "bits": 4, "version": "gemm"}},
+            lambda: packed(apart(), named(".qweight", ".qzeros", ".scales")), r"AWQ \(4 bits\)"),
+    "marlin": ({Q: {"quant_method": "gptq", "bits": 4, "is_marlin_format": True}},
+               lambda: packed(apart(), named(".B", ".s")), r"GPTQ \(format marlin\)"),
+    "gptq_3": ({Q: {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq"}},
+               lambda: packed(apart(), three_bits), r"GPTQ \(3 bits\)"),
+    "gptq_p": ({Q: {"quant_method": "gptq", "bits": 5, "format": "gptq_p", "checkpoint_format": "gptq_p"}},
+               lambda: packed(apart(), named(".qweight", ".qzeros", ".scales", ".g_idx")), r"GPTQ \(format gptq_p\)"),
+    "auto_round": ({Q: {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}},
+                   lambda: packed(apart(), named(".qweight", ".qzeros", ".scales")), r"auto-round \(auto_round:auto_g"),
+    "quark": ({Q: {"quant_method": "quark"}}, lambda: native(fp8), "quark"),
+    "exl3": ({Q: {"quant_method": "exl3", "bits": 4.0}},
+             lambda: packed(apart(), named(".trellis", ".suh", ".svh")), r"exl3 \(4.0 bits\)"),
+    "mxfp4": ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}},
+              lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(4, False)), r"MLX \(mxfp4\)"),
+    "nvfp4_mlx": ({Q: {"group_size": 16, "bits": 4, "mode": "nvfp4"}},
+                  lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(4, False)), r"MLX \(nvfp4\)"),
+    "mlx_3": ({"quantization": {"group_size": 32, "bits": 3}},
+              lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(3)), r"MLX \(3 bits\)"),
+    "mlx_6_somewhere": ({"quantization": {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 6}}},
+                        lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(6)), r"MLX \(6 bits\)"),
+    "not_yet_known": ({Q: {"quant_method": "sinq", "bits": 4}}, lambda: native(named(".q")), r"sinq \(4 bits\)"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:config")  # compression_config is no key of DBRX's
+@pytest.mark.parametrize("form", FOREIGN)
+def test_what_others_quantized_is_named(tmp_path: Path, form: str) -> None:
+    settings, tensors, message = FOREIGN[form]
+    folder = write(tmp_path / "m", tensors(), {**CONFIG, **settings})
+    with pytest.raises(ModelError, match=message) as error:
+        open_weights(folder)
+    hint = error.value.hint or ""
+    assert "which cannot be read" in error.value.message and hint and hint != FITS
+    # Without the settings the names of the tensors tell at least that it is quantized, and nothing else is blamed.
+    folder = write(tmp_path / "bare", tensors())
+    with pytest.raises(ModelError) as error:
+        open_weights(folder)
+    if form not in ("not_yet_known", "gptq_p"):
+        assert "quantized" in error.value.message or "biases" in error.value.message, error.value.message
+        assert error.value.hint != FITS
+
+
+def test_settings_in_files_of_their_own(tmp_path: Path) -> None:
+    for file, content, message in (
+        ("quantize_config.json", {"bits": 3, "group_size": 32, "desc_act": False}, r"GPTQ \(3 bits\)"),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "AWQ"),
+    ):
+        folder = write(tmp_path / Path(file).stem, packed(apart(), three_bits))
+        (folder / file).write_text(json.dumps(content))
+        with pytest.raises(ModelError, match=message):
+            open_weights(folder)
+
+
+def test_files_under_names_of_exllama(tmp_path: Path) -> None:
+    settings = {Q: {"quant_method": "exl2", "version": "0.3.2", "bits": 4.0}}
+    for number, (name, beside) in enumerate(
+        {"output.safetensors": "x", "output-00001-of-00003.safetensors": "i"}.items()
+    ):
+        folder = write(
+            tmp_path / str(number), packed(apart(), named(".q_weight", ".q_invperm")), {**CONFIG, **settings}
+        )
+        (folder / "model.safetensors").rename(folder / name)
+        if beside == "i":  # the source's index is copied
+            index = {"weight_map": {"lm_head.weight": "model-00001-of-00003.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match=r"quantized by exl2 \(4.0 bits\)"):
+            open_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quant_method": "bitsandbytes"}, {"quant_method": "gptq", "bits": 4}, {}, 7, None]
+)
+def test_settings_that_were_left_behind_hinder_nobody(tmp_path: Path, settings: Any) -> None:
+    """Floats with the settings of a quantizer, as its program leaves them when it makes floats of them again."""
+    with open_weights(write(tmp_path / "m", weights(), {**CONFIG, Q: settings})) as opened:
+        assert torch.equal(opened.read("lm_head.weight"), weights()["lm_head.weight"])
+
+
+@pytest.mark.parametrize("key", ["checkpoint_format", "format"])
+def test_gptq_says_its_format_under_either_key(tmp_path: Path, key: str) -> None:
+    stored, values = quantized(apart(), lambda name, w: quantize_gptq(name, w, 4, 32, lowered=False))
+    settings = {"quant_method": "gptq", "bits": 4, key: "gptq_v2"}
+    with open_weights(write(tmp_path / "m", stored, {**CONFIG, Q: settings})) as opened:
+        name = "transformer.blocks.1.norm_attn_norm.attn.out_proj.weight"
+        assert torch.equal(opened.read(name, torch.float32), values[name])
+
+
+@pytest.mark.parametrize("layout", [weights, apart])
+def test_double_precision_is_told(tmp_path: Path, layout: Callable[[], Tensors]) -> None:
+    folder = write(tmp_path / "m", {name: tensor.double() for name, tensor in layout().items()})
+    with pytest.raises(ModelError, match="64 bits") as error:
+        open_weights(folder)
+    assert error.value.hint == "save the model in float32 or bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO"),
+        (["model.onnx", "model.onnx_data"], "ONNX"),
+        (["onnx/model.onnx"], "ONNX"),
+        (["tf_model.h5"], "TensorFlow or Flax"),
+        (["flax_model.msgpack"], "TensorFlow or Flax"),
+        (["__0_0.distcp", ".metadata"], "distributed checkpoint"),
+    ],
+)
+def test_models_for_other_programs_are_named(tmp_path: Path, names: list[str], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=message) as error:
+        open_weights(tmp_path)
+    assert error.value.hint
+
+
+def test_a_folder_of_one_gguf_model_is_that_model(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "m.gguf")
+    split = write_gguf(tmp_path / "split.gguf", split=9)
+    lm_studio, parts = tmp_path / "publisher" / "model", tmp_path / "parts" / "Q4_K_M"
+    for folder in (lm_studio, parts):
+        folder.mkdir(parents=True)
+    shutil.copy(whole, lm_studio / "dbrx-Q8_0.gguf")
+    for name in ("mmproj-F16.gguf", "dbrx.imatrix.gguf", "README.md"):
+        (lm_studio / name).touch()
+    for part in sorted(tmp_path.glob("split-*.gguf")):
+        shutil.copy(part, parts)
+    for folder, expected in ((lm_studio, "dbrx-Q8_0.gguf"), (parts.parent, split.name)):
+        assert resolve(folder).name == expected
+        assert AutoTokenizer.from_pretrained(folder).encode("hello") == [259]
+        assert DbrxForCausalLM.from_pretrained(folder).config.d_model == 64
+    shutil.copy(whole, lm_studio / "dbrx-Q4_0.gguf")
+    with pytest.raises(ModelError, match=r"holds 2 models: dbrx-Q4_0.gguf, dbrx-Q8_0.gguf") as error:
+        resolve(lm_studio)
+    assert error.value.hint == f"choose one: -m {lm_studio / 'dbrx-Q4_0.gguf'}"
+    next(parts.glob("*-00001-*")).unlink()
+    with pytest.raises(ModelError, match="part 1 of"):
+        open_weights(resolve(parts))
+    save_file({"x": torch.zeros(1)}, lm_studio / "model.safetensors")
+    assert resolve(lm_studio) == lm_studio  # a checkpoint with GGUF files beside
+
+
+def in_cache(cache: Path, name: str, file: Path, path: str) -> Path:
+    """A file as llama.cpp puts it into the Hub's cache: a blob, a link, a ref; no listing, no config.json."""
+    storage = cache / f"models--{name.replace('/', '--')}"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    link = storage / "snapshots" / ("c" * 40) / path
+    for folder in (storage / "blobs", storage / "refs", link.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, storage / "blobs" / digest)
+    (storage / "refs" / "main").write_text("c" * 40)
+    link.symlink_to(storage / "blobs" / digest)
+    return link
+
+
+def test_a_gguf_repository_in_the_cache_loads_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "dbrx"))
+    link = in_cache(tmp_path / "hub", "acme/tiny-GGUF", write_gguf(tmp_path / "m.gguf"), "Q8/tiny-Q8_0.gguf")
+    assert cli("generate", "-m", "acme/tiny-GGUF", "-n", "1", "--raw", "hello").code == 0
+    assert cli("tokenize", "-m", "acme/tiny-GGUF", "hello").out == "259\n"
+    assert cli("models", "path", "acme/tiny-GGUF").out == f"{link}\n"
+    (model,) = inventory.inventory()
+    assert (model.name, model.complete, model.gguf) == ("acme/tiny-GGUF", True, True)
+    assert json.loads(cli("models", "list", "--json").out)[0]["format"] == "gguf"
+    write_gguf(tmp_path / "s.gguf", split=9)
+    first, second, *_ = sorted(tmp_path.glob("s-*.gguf"))
+    in_cache(tmp_path / "hub", "acme/tiny-GGUF", first, f"Q4/{first.name}")
+    ran = cli("generate", "-m", "acme/tiny-GGUF", "hello")
+    assert ran.code == 3 and f"Q4/{second.name}" in ran.fault and "not complete" in ran.fault
+    for part in sorted(tmp_path.glob("s-*.gguf"))[1:]:
+        in_cache(tmp_path / "hub", "acme/tiny-GGUF", part, f"Q4/{part.name}")
+    ran = cli("generate", "-m", "acme/tiny-GGUF", "hello")
+    assert ran.code == 3 and "holds 2 models" in ran.fault and f"-m {link.parents[1] / 'Q4' / first.name}" in ran.fault
+
+
+def test_ollamas_store(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    tags = tmp_path / "models" / "manifests" / "registry.ollama.ai" / "library" / "dbrx"
+    blobs = tmp_path / "models" / "blobs"
+    for folder in (tags, blobs):
+        folder.mkdir(parents=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:" + "0" * 64},
+        {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"},
+    ]
+    (tags / "latest").write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    shutil.copy(file, blobs / f"sha256-{digest}")
+    for given in (tags / "latest", tmp_path / "models", blobs / f"sha256-{digest}"):
+        assert resolve(given) == blobs / f"sha256-{digest}"
+        assert AutoTokenizer.from_pretrained(given).encode("hello") == [259]
+    (tags / "instruct").write_text(json.dumps({"layers": layers}))
+    with pytest.raises(ModelError, match="holds 2 models: dbrx:instruct, dbrx:latest"):
+        resolve(tmp_path / "models")
+    (tags / "other").write_text(json.dumps({"layers": layers[:1]}))
+    with pytest.raises(ModelError, match="names no GGUF file"):
+        resolve(tags / "other")
+    (blobs / f"sha256-{digest}").unlink()
+    with pytest.raises(ModelError, match="is missing, latest names it"):
+        resolve(tags / "latest")
