@@ -343,3 +343,11 @@ def test_types_of_other_programs_are_not_called_damage(tmp_path: Path, number: i
     with pytest.raises(ModelError, match=f"unknown type {number}, of a newer llama.cpp") as error:
         open_weights(path)
     assert error.value.hint is not None and "Q4_K_M" in error.value.hint
+
+
+@pytest.mark.parametrize("name", [b"blk.0.attn_qkv.weight", b"output.weight"])
+def test_the_older_form_of_an_importance_matrix_is_named(tmp_path: Path, name: bytes) -> None:
+    entry = len(name).to_bytes(4, "little") + name + bytes([1, 0, 0, 0, 2, 0, 0, 0]) + bytes(8)
+    (tmp_path / "imatrix.dat").write_bytes(b"\1\0\0\0" + entry)
+    with pytest.raises(ModelError, match="is an importance matrix"):
+        open_weights(tmp_path / "imatrix.dat")

@@ -30,6 +30,10 @@ PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_TYPE = 1_000  # numbers of ggml's types are below; relatives of llama.cpp begin theirs in the hundreds
+IMPORTANCE_MATRIX = (
+    "is an importance matrix, not a model",
+    "it serves to quantize: give the quantized model with -m",
+)
 OTHER_TYPE = "take the model in another quantization, such as Q4_K_M or Q8_0"
 
 
@@ -115,7 +119,7 @@ def _open(path: Path) -> GgufFile:
     with opened(path, path.parent) as (fd, size):
         head = pread(fd, 24, 0)
         if not head.startswith(b"GGUF"):
-            raise disguised(path, head) or damaged(path, "is not a GGUF file")
+            raise _importance_matrix(path, head) or disguised(path, head) or damaged(path, "is not a GGUF file")
         if len(head) < 24:
             raise damaged(path, "is too short for a GGUF file")
         mapped = map_file(fd, size)
@@ -123,6 +127,13 @@ def _open(path: Path) -> GgufFile:
     values = header.pairs()
     tensors = header.tensors(values.get("general.alignment", 32))
     return GgufFile(path, values, tensors, {path: mapped})
+
+
+def _importance_matrix(path: Path, head: bytes) -> ModelError | None:
+    """llama.cpp's older form: a number of entries, and of each the length of its name and the name."""
+    if len(head) == 24 and head[8:].startswith((b"blk.", b"output", b"token_embd")) and head[5:8] == bytes(3):
+        return ModelError(f"{path}: {IMPORTANCE_MATRIX[0]}", IMPORTANCE_MATRIX[1])
+    return None
 
 
 class _Header:

@@ -15,7 +15,7 @@ from ..bpe import CL100K_PATTERN
 from ..config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
 from ..errors import ModelError
 from ..safetensors_file import shown
-from .gguf_file import GgufFile, open_gguf
+from .gguf_file import IMPORTANCE_MATRIX, GgufFile, open_gguf
 
 EPS = 1e-5
 NO_CLAMP = 1e29  # llama.cpp has no null for clip_qkv: converters write 0 or a number that no activation reaches
@@ -34,7 +34,7 @@ ENDS = (
 SPELLED_SPECIAL = re.compile(r"<\|[^|]+\|>")
 # Files of GGUF that are no models, by general.type.
 OTHER_FILES = {
-    "imatrix": ("is an importance matrix, not a model", "it serves to quantize: give the quantized model with -m"),
+    "imatrix": IMPORTANCE_MATRIX,
     "mmproj": ("is the projector of a model that sees images, not a model", "give the GGUF file of a DBRX model"),
 }
 
