@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
-from .listing import COMMIT, HubFile, check_together
+from .listing import COMMIT, HubFile, ListingFault, check_together
 from .patience import AGAIN, Patience, Transient
 
 LARGEST_ANSWER = 4 << 20  # bytes of JSON; the listing of a real repository has some KB, a page of 1000 files 0.4 MB
@@ -74,7 +74,15 @@ class Hub:
         return commit
 
     def tree(self, commit: str, patience: Patience) -> list[HubFile]:
-        """All files of a commit."""
+        """All files of a commit; `ModelError` if the listing makes no sense."""
+        try:
+            return self._tree(commit, patience)
+        except ListingFault as fault:
+            raise ModelError(
+                f"{self.name}: {fault.message}", fault.hint or "run the same command again later"
+            ) from None
+
+    def _tree(self, commit: str, patience: Patience) -> list[HubFile]:
         files: list[HubFile] = []
         url: str | None = f"{self._api}/tree/{commit}?recursive=true&expand=false"
         for _ in range(MOST_PAGES):

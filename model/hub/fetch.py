@@ -45,9 +45,10 @@ def fetch(
                     partial.close()
             place.publish(file)
     except NoSuchFile as error:
+        answer = error.message.partition(": ")[2]
         raise ModelError(
-            f"{error.message}: {file.path}, which its listing names",
-            "run the same command again, or try another revision",
+            f"{file.path}, which the listing of {hub.name} names, is not there: {answer}",
+            "run the same command again later, or choose another --revision",
         ) from None
     except OSError as error:
         raise disk_fault(error, file, place) from None

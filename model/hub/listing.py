@@ -15,6 +15,10 @@ ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 LARGEST = 1 << 50  # bytes of a file
 
 
+class ListingFault(ModelError):
+    """A listing that could lead out of the folder, or makes no sense."""
+
+
 @dataclass(frozen=True)
 class HubFile:
     """One file of a commit. `done` bytes of it are on disk; `present` says that it is whole."""
@@ -34,10 +38,10 @@ class HubFile:
 
     @classmethod
     def from_listing(cls, entry: dict[str, Any]) -> HubFile:
-        """An entry of the Hub's tree listing; `ModelError` if it could lead out of the folder or makes no sense."""
+        """An entry of the Hub's tree listing; `ListingFault` if it could lead out of the folder or makes no sense."""
         lfs = entry.get("lfs") or {}
         if not isinstance(lfs, dict):
-            raise ModelError(f'the listing of {entry.get("path")!r:.80} has no valid "lfs"')
+            raise ListingFault(f'the listing of {entry.get("path")!r:.80} has no valid "lfs"')
         return cls.checked(
             entry.get("path"), lfs.get("size", entry.get("size")), entry.get("oid"), lfs.get("oid"),
             entry.get("xetHash"),
@@ -47,24 +51,24 @@ class HubFile:
     def checked(cls, path: Any, size: Any, blob_id: Any, sha256: Any, xet_hash: Any = None) -> HubFile:
         """Values that came from elsewhere."""
         if not isinstance(path, str) or not is_safe(path):
-            raise ModelError(f"the listing holds an unsafe file name: {path!r:.80}", "do not use this repository")
+            raise ListingFault(f"the listing holds an unsafe file name: {path!r:.80}", "do not use this repository")
         etag = sha256 or blob_id
         if type(size) is not int or not 0 <= size <= LARGEST or not isinstance(etag, str) or not ETAG.fullmatch(etag):
-            raise ModelError(f"the listing of {path!r:.80} has no valid size or checksum")
+            raise ListingFault(f"the listing of {path!r:.80} has no valid size or checksum")
         return cls(path, size, str(blob_id), sha256 or None, xet_hash if isinstance(xet_hash, str) else None)
 
 
 def check_together(files: Iterable[HubFile]) -> None:
-    """`ModelError` where two entries cannot both be: a name twice, or a file that is also a folder."""
+    """`ListingFault` where two entries cannot both be: a name twice, or a file that is also a folder."""
     names: set[str] = set()
     for file in files:
         if file.path in names:
-            raise ModelError(f"the listing holds {file.path!r:.80} twice")
+            raise ListingFault(f"the listing holds {file.path!r:.80} twice")
         names.add(file.path)
     for name in names:
         for folder in PurePosixPath(name).parents:
             if str(folder) in names:
-                raise ModelError(f"the listing holds {str(folder)!r:.80} as a file and as a folder")
+                raise ListingFault(f"the listing holds {str(folder)!r:.80} as a file and as a folder")
 
 
 def is_safe(path: str) -> bool:
