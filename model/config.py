@@ -6,10 +6,11 @@ import json
 import math
 import os
 import warnings
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from .absent import absent
 from .config_keys import (
     BASE_CLASS,
     DEFAULT_BASE,
@@ -155,6 +156,31 @@ class DbrxConfig:
     def max_position_embeddings(self) -> int:
         return self.max_seq_len
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise absent("DbrxConfig", name)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None, **changes: Any
+    ) -> DbrxConfig:
+        """Read the configuration of a folder, a GGUF file or a Hub id; `changes` replace values of it.
+
+        `ModelError` if there is none that can be used.
+        """
+        from .hub import resolve
+
+        source = resolve(name_or_path, revision=revision, token=token, patterns=["config.json"])
+        if source.is_dir():
+            config = cls.from_json(source / "config.json")
+        else:
+            from .formats.gguf_file import open_gguf
+            from .formats.gguf_metadata import config_of
+
+            config = config_of(open_gguf(source))
+        return replace(config, **changes)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DbrxConfig:
         """Read a parsed config.json.
@@ -199,6 +225,8 @@ class DbrxConfig:
             warnings.warn(f"{path}: says no rope_theta; {DEFAULT_BASE:g} is taken, the default", stacklevel=2)
         return config
 
+    from_json_file = from_json  # as transformers calls it
+
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any DBRX program reads.
 
@@ -210,11 +238,18 @@ class DbrxConfig:
         rope = {"rope_type": "default", "rope_theta": values["attn_config"]["rope_theta"]}
         return {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", **values, "rope_parameters": rope}
 
+    def to_json_string(self) -> str:
+        """The text of a config.json."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Write the text to `path`."""
+        Path(path).write_text(self.to_json_string(), "utf-8")
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/config.json`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        (Path(folder) / "config.json").write_text(text, "utf-8")
+        self.to_json_file(Path(folder) / "config.json")
 
 
 def _floats(config: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def from_pretrained(
     return network
 
 
-def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int) -> None:
+def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int | str) -> None:
     """Write the network as a checkpoint folder that `from_pretrained` reads."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file

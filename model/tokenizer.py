@@ -9,8 +9,9 @@ from collections import UserDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from .absent import absent
 from .bpe import AddedToken, BytePairEncoder, Vocabulary, added_token, cl100k_vocabulary, vocabulary_from_json
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
@@ -92,6 +93,11 @@ class Tokenizer:
     @cached_property
     def _encoder(self) -> BytePairEncoder:
         return BytePairEncoder(self.vocabulary)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise absent("Tokenizer", name)
 
     @property
     def vocab_size(self) -> int:

@@ -7,6 +7,7 @@ only act in training, are not applied.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .absent import absent
 from .attention import Attend, AttentionPlan, choose
 from .attention.eager import EagerAttention
+from .checkpoint import expected_tensors
 from .config import DbrxConfig
 from .kv_cache import KVCache
 from .moe import DbrxFFN, load_balancing_loss
@@ -219,6 +222,28 @@ class DbrxForCausalLM(nn.Module):
         """The activations' dtype."""
         return self.transformer.norm_f.weight.dtype
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise absent("DbrxForCausalLM", name) from None
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def num_parameters(self) -> int:
+        """Numbers in the checkpoint, wherever its weights are held."""
+        return sum(map(prod, expected_tensors(self.config).values()))
+
+    def set_attn_implementation(self, name: str) -> None:
+        """See `DbrxModel.set_attention`."""
+        self.transformer.set_attention(name)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> Self:
         """Load a checkpoint; see `loading.from_pretrained` for the options."""
@@ -226,8 +251,8 @@ class DbrxForCausalLM(nn.Module):
 
         return from_pretrained(cls, name_or_path, **options)
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int = 5_000_000_000) -> None:
-        """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes each."""
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = 5_000_000_000) -> None:
+        """Write config.json, generation_config.json and safetensors of at most `max_shard_size` bytes (or "5GB")."""
         from .loading import save_pretrained
 
         save_pretrained(self, Path(folder), max_shard_size)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from model import AutoTokenizer, DbrxForCausalLM
+from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
+from model.absent import ABSENT
+from model.bpe import cl100k_vocabulary
 from model.errors import ModelError, ResourceError
+from model.tokenizer import Tokenizer
 from tests import fidelity
+from tests.gguf_files import write_gguf
 from tests.weights import make_checkpoint
 
 torch.set_num_threads(1)
@@ -144,3 +149,54 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         DbrxForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert not canary.exists()
+
+
+METHODS = json.loads((Path(__file__).parent / "data" / "transformers_methods.json").read_text())
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_each_method_of_transformers_is_here_or_says_what_to_do(kind: str) -> None:
+    ours = {
+        "DbrxConfig": DbrxConfig(),
+        "DbrxForCausalLM": fidelity.load("deep").network,
+        "Tokenizer": Tokenizer(cl100k_vocabulary()),
+    }[kind]
+    elsewhere = {"from_pretrained"} if kind == "Tokenizer" else set()  # of AutoTokenizer
+    for name in METHODS[kind]:
+        if name in elsewhere or hasattr(ours, name):
+            continue
+        with pytest.raises(AttributeError, match=f"{kind} has no '{name}'; instead: "):
+            getattr(ours, name)
+    with pytest.raises(AttributeError, match=f"{kind} has no 'other'$"):
+        ours.other  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_page_has_every_method() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    for _, names, instead in ABSENT:
+        assert f"| {' '.join(f'`{name}`' for name in names.split())} | {instead} |" in page
+    for names in METHODS.values():
+        assert all(f"`{name}`" in page for name in names)
+
+
+def test_a_config_by_itself(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = DbrxConfig.from_pretrained(tiny_checkpoint)
+    assert config == DbrxForCausalLM.from_pretrained(tiny_checkpoint).config
+    assert DbrxConfig.from_dict(json.loads(config.to_json_string())) == config
+    config.to_json_file(tmp_path / "c.json")
+    assert DbrxConfig.from_json_file(tmp_path / "c.json") == DbrxConfig.from_dict(config.to_dict()) == config
+    assert DbrxConfig.from_pretrained(str(tiny_checkpoint), n_layers=2) == replace(config, n_layers=2)
+    gguf = write_gguf(tmp_path / "m.gguf", "f32")
+    assert DbrxConfig.from_pretrained(gguf).vocab_size == DbrxForCausalLM.from_pretrained(gguf).config.vocab_size
+    with pytest.raises(TypeError, match="n_layer"):
+        DbrxConfig.from_pretrained(tiny_checkpoint, n_layer=2)
+
+
+def test_parts_and_size_of_a_network() -> None:
+    network = fidelity.load("deep").network
+    assert (
+        network.get_input_embeddings() is network.transformer.wte and network.get_output_embeddings() is network.lm_head
+    )
+    assert network.num_parameters() == sum(p.numel() for p in network.parameters())
+    network.set_attn_implementation("sdpa")
+    assert network.transformer.attention == "sdpa"
