@@ -1,12 +1,13 @@
 """`dbrx chat` with an engine that needs no model: `python -m tests.fake_chat [FLAGS]`. The message says the answer.
 
 `say TEXT` is answered with TEXT (`\\n` and other escapes as in Python), `slowly TEXT` too but a word in 50 ms, `read N`
-makes the reading take N seconds, `tell FILE` answers with a file, `prompt` with all that was read. Anything else is
-echoed.
+makes the reading take N seconds, `tell FILE` answers with a file, `prompt` with all that was read. `fail TEXT` breaks
+off behind TEXT. Anything else is echoed. With FAKE_LOAD in the environment, loading takes so many seconds.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from dbrx_cli.commands import chat
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, Usage
-from model.errors import ContextError
+from model.errors import ConnectionFault, ContextError
 from model.messages import Message
 from model.sampling import SamplingParams
 
@@ -49,6 +50,8 @@ class FakeEngine:
                 self._cached = [*self._cached, piece]
                 yield Delta(piece, made)
                 time.sleep(pause)
+            if request.prompt[-1].content.startswith("fail "):
+                raise ConnectionFault("the server broke off in the middle of the reply", "try again")
             reason = "length" if len(text) < len(answer) else "stop"
         except KeyboardInterrupt:
             pass
@@ -80,7 +83,7 @@ class FakeEngine:
             return Path(rest).read_text("utf-8"), 0.0
         if verb == "read":
             time.sleep(float(rest))
-        if verb in ("say", "slowly"):
+        if verb in ("say", "slowly", "fail"):
             rest = rest.replace("\\n", "\n").replace("\\e", "\x1b").replace("\\a", "\x07")
             return rest, 0.05 if verb == "slowly" else 0.0
         return f"You said: {question}", 0.0
@@ -97,7 +100,13 @@ def main() -> None:
     """The command line, but for the engine."""
     from dbrx_cli.app import main as run
 
-    chat.open_engine = lambda options, report: FakeEngine()
+    def load(options: object, report: object) -> FakeEngine:
+        if seconds := os.environ.get("FAKE_LOAD"):
+            print("Reading the weights", flush=True)
+            time.sleep(float(seconds))
+        return FakeEngine()
+
+    chat.open_engine = load
     sys.argv[1:1] = ["chat"]
     run()
 

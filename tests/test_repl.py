@@ -46,7 +46,11 @@ def opened(home: Path, *flags: str, columns: int = 100, rows: int = 40, **variab
 def kept(home: Path) -> Iterator[Terminal]:
     """One process for many tests."""
     editor = home / "editor.sh"
-    editor.write_text('#!/bin/sh\nstat -c %a "$2" > "$DBRX_DATA/mode"\nsed -i "s/first/edited/" "$2"\n')
+    editor.write_text(
+        '#!/bin/sh\nstat -c %a "$2" > "$DBRX_DATA/mode"\n'
+        'grep -q wait "$2" && echo waits && sleep 30\n'
+        'grep -q fail "$2" && exit 3\nsed -i "s/first/edited/" "$2"\n'
+    )
     editor.chmod(0o755)
     terminal = opened(home, VISUAL=f"'{editor}' --wait")
     yield terminal
@@ -210,6 +214,25 @@ def test_read_puts_a_file_before_the_next_message(chat: Terminal, home: Path) ->
     say(chat, "prompt", "('user', 'prompt')]")  # a file goes with one message
 
 
+def test_files_that_wait_can_be_seen_and_dropped(chat: Terminal, home: Path) -> None:
+    (home / "small.txt").write_text("few words\n")
+    (home / "large.txt").write_text("many words " * 130)
+    (home / "huge.txt").write_text("many words " * 500)
+    for name in ("large", "huge"):
+        say(chat, f"/read {home}/{name}.txt", "leaves no room for a question")
+    say(chat, "/read", "no file waits")
+    (home / "other.txt").write_text("other words\n")
+    say(chat, f"/read {home}/small.txt", "goes before your next message")
+    say(chat, f"/read {home}/other.txt", "goes before your next message")
+    say(chat, "/tokens", "more with 2 files before your next message")
+    clean(chat)
+    say(chat, "/read", 'small.txt" waits for your next message: ', 'other.txt" waits')
+    say(chat, "/undo", 'other.txt", which waited for your next message')
+    say(chat, "word " * 300, "`/read -` drops")
+    say(chat, "/read -", "dropped 1 file")
+    say(chat, "prompt", "[('user', 'prompt')]")
+
+
 def test_copy(chat: Terminal) -> None:
     before = len(chat.received)
     say(chat, r"say text\n\n```\ncode [x]\n```", "code [x]")
@@ -351,6 +374,133 @@ def test_what_is_typed_during_a_reply_waits(chat: Terminal) -> None:
     assert "one two three four five six seven\n" in text
 
 
+def test_the_editor_brings_the_text_back_unsent(chat: Terminal, home: Path) -> None:
+    before = asked(chat, home)
+    for draft, shows in (
+        ("say the first", ">>> say the edited"),
+        ("say the same", ">>> say the same"),
+        ("say it fails", "changed\n>>> say it fails"),
+        ("say it waits", "changed\n>>> say it waits"),
+    ):
+        chat.type(draft + "\x18\x05")
+        if "waits" in draft:
+            chat.until("\nwaits")
+            chat.type("\x03")
+        chat.until(lambda text, shows=shows: shows in text.replace("^C", "") and " tokens" in text.splitlines()[-1])
+        assert asked(chat, home) == before
+        chat.type("\x15")
+        chat.until(lambda text: ready(chat))
+    chat.type("say the first\x18\x05")
+    chat.until(">>> say the edited")
+    say(chat, "", "\nthe edited")
+
+
+def test_an_edited_message_comes_again(chat: Terminal) -> None:
+    say(chat, "say the first", "the first")
+    say(chat, "/edit", "\nthe edited")
+    chat.type("\x1b[A")
+    chat.until(">>> say the edited\n\n")
+    chat.type("\x03")
+
+
+PASTES = {
+    "backslashes": "Explain:\ndocker run \\\n  -p 80:80 \\\n  nginx\\",
+    "docstring": '"""Module docs."""\nimport os\n\ndef f():\n    return 1',
+    "open docstring": '"""Module that is open\ndocs',
+    "one docstring": '"""Docs."""',
+    "block in it": 'def f():\n    """Doc."""\n"""',
+    "slash": "/etc/hosts holds\n127.0.0.1\tlocalhost",
+    "command of lines": "/clear\nis a command",
+    "lines": "".join(f"line {i} {'é你🙂' * 9}\n" for i in range(5)),
+}
+
+
+def paste(text: str) -> str:
+    """As a terminal sends it."""
+    return "\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~"
+
+
+def asked(chat: Terminal, home: Path) -> list[str]:
+    """The user's messages, as the session holds them."""
+    with Store.open(home / "data" / "sessions.db") as store:
+        session = store.latest()
+    return [turn.content for turn in session.turns if turn.role == "user"] if session else []
+
+
+@pytest.mark.parametrize("text", PASTES.values(), ids=PASTES)
+def test_a_paste_is_one_message_as_it_is(chat: Terminal, home: Path, text: str) -> None:
+    chat.type(paste(text.replace("\n", "\r\n" if "slash" in text else "\n")))
+    say(chat, "", "You said")
+    assert asked(chat, home) == [text]
+    if "open" in text:
+        return
+    chat.type("\x1b[A")
+    say(chat, "", "You said")  # again from the history
+    assert [each.strip("\n") for each in asked(chat, home)] == [text.strip("\n")] * 2
+
+
+def test_a_pasted_command_is_obeyed_and_typed_lines_stay_as_they_were(chat: Terminal, home: Path) -> None:
+    chat.type(paste("/set temperature 0.5"))
+    say(chat, "", "temperature is now 0.5")
+    chat.type("first\\\r" + paste("a \\\nb") + "\r")
+    chat.until("You said: first")
+    chat.until(lambda text: ready(chat))
+    assert asked(chat, home) == ["first\na \\\nb"]
+
+
+def test_a_paste_during_a_reply_waits_unsent(chat: Terminal, home: Path) -> None:
+    text = "".join(f"line {i}{'你🙂' * 40}\n" for i in range(50)) + "x" * 6000 + "\nthe end"
+    chat.type("slowly one two three four five six seven eight\r")
+    chat.until("one two")
+    chat.type(paste(text))
+    chat.until("the end")
+    chat.until(lambda shown: chat.screen.display[chat.screen.cursor.y].rstrip().endswith("... the end"))
+    assert asked(chat, home) == ["slowly one two three four five six seven eight"]
+    say(chat, "", "\nthe end\n\n>>>")
+    assert asked(chat, home)[1:] == [text]
+
+
+@pytest.mark.parametrize(
+    "queued", ["next\rand next\rhalf", paste("a\nb\n") + "\r", paste("long " * 50_000), "\x1b[200~a\r"]
+)
+def test_ctrl_c_drops_what_waits(chat: Terminal, home: Path, queued: str) -> None:
+    chat.type("slowly " + "word " * 60 + "\r")
+    chat.until(lambda text: text.count("word ") > 65)
+    chat.type(queued)
+    chat.until(lambda text: text.count("word ") > 70)
+    stopped = time.monotonic()
+    chat.type("\x03")
+    chat.until("stopped; /continue goes on")
+    assert time.monotonic() - stopped < 1.5
+    if "201" not in queued and "200" in queued:
+        chat.type("b\rc\x1b[201~")  # the rest of a paste is not taken for lines
+        chat.until("... c")
+        chat.type("\x03")
+    chat.until(lambda text: ready(chat))
+    say(chat, "say typed behind", "typed behind")
+    assert len(asked(chat, home)) == 2
+
+
+def test_typed_lines_wait_and_ctrl_c_drops_the_rest_of_them(chat: Terminal, home: Path) -> None:
+    chat.type("slowly one two three four\r")
+    chat.until("one two")
+    chat.type("slowly " + "more " * 50 + "\rsay never\r")
+    chat.until(lambda text: text.count("more ") > 60)
+    chat.type("\x03say then\r")
+    chat.until("\nthen")
+    chat.until(lambda text: ready(chat))
+    assert [text.split()[1] for text in asked(chat, home)] == ["one", "more", "then"]
+
+
+def test_a_fault_amid_a_reply_keeps_what_came(chat: Terminal, home: Path) -> None:
+    text = say(chat, "fail some words", "what came of the reply is kept")
+    assert "\nsome words\n" in text and "\ndbrx: the server broke off" in text
+    say(chat, "prompt", "[('user', 'fail some words'), ('assistant', 'some words'), ('user', 'prompt')]")
+    with Store.open(home / "data" / "sessions.db") as store:
+        session = store.latest()
+    assert session and session.timings[1] == {"finish_reason": "interrupted"}
+
+
 def test_markdown_can_be_switched_off(chat: Terminal) -> None:
     say(chat, "/set markdown off", "markdown is now off")
     say(chat, r"say **as it is**", "\n**as it is**")
@@ -369,6 +519,47 @@ def test_files_are_private(kept: Terminal, home: Path) -> None:
     for path in (home / "data").iterdir():
         if path.name != "mode":
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_what_is_pasted_while_the_model_loads_waits_unsent(tmp_path: Path) -> None:
+    chat = Terminal(
+        [sys.executable, "-m", "tests.fake_chat", "-m", "fake"],
+        variables={"DBRX_DATA": str(tmp_path / "data"), "FAKE_LOAD": "0.5"},
+    )
+    chat.until("Reading the weights")
+    chat.type("say typed\r" + paste("one\\\ntwo\n") + "!")
+    chat.until("\ntyped\n")
+    chat.until("... two\n... !")
+    chat.type("\r")
+    chat.until("You said: one")
+    chat.until(lambda text: ready(chat))
+    chat.type("\x04")
+    assert chat.leave() == 0
+    assert asked(chat, tmp_path) == ["say typed", "one\\\ntwo\n!"]
+    assert (
+        (chat.process.before or b"").endswith(b"\x1b[?2004l")
+        and chat.flags & termios.ICANON
+        and chat.flags & termios.ISIG
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_restores_the_terminal(tmp_path: Path, number: signal.Signals) -> None:
+    chat = Terminal(
+        [sys.executable, "-m", "tests.fake_chat", "-m", "fake"],
+        variables={"DBRX_DATA": str(tmp_path / "data"), "FAKE_LOAD": "30"},
+    )
+    chat.until("Reading the weights")
+    if number == signal.SIGINT:
+        chat.type("\x03")
+    else:
+        os.kill(chat.process.pid, number)
+    assert chat.leave() == 128 + number
+    assert (
+        chat.flags & termios.ECHO
+        and chat.flags & termios.ISIG
+        and b"\x1b[?2004l" in chat.received + chat.process.before
+    )
 
 
 def test_ctrl_c_twice_at_the_prompt_leaves(start: Open) -> None:

@@ -106,18 +106,17 @@ class Done:
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if the request asked
     experts: Counters | None = None  # if they are streamed
     error: DbrxError | None = None  # what ended the reply, or is wrong with it
-    whole: Message | None = None  # of a reply that went on: all of it, which a stop string may have made shorter
 
     def message(self, before: Message = NOTHING) -> Message:
         """The reply as a turn, behind what it went on from; if it did not end by itself, with the ids to go on from."""
-        both = Message("assistant", before.content + self.text, (*before.token_ids, *self.token_ids))
-        whole = self.whole or both
-        return whole if self.finish_reason in ("length", "interrupted") else replace(whole, token_ids=())
+        return self._unless_finished(
+            Message("assistant", before.content + self.text, (*before.token_ids, *self.token_ids))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As the contract's JSON; with `error` if there was a fault."""
-        values = asdict(replace(self, error=None, whole=None))
-        del values["error"], values["whole"]
+        values = asdict(replace(self, error=None))
+        del values["error"]
         if self.error is not None:
             values["error"] = {"message": self.error.one_line, "code": self.error.exit_code}
         return values
@@ -133,6 +132,19 @@ class Done:
             f"reply {u.completion_tokens} tokens in {t.decode_s:.2f} s ({t.decode_tokens_per_s:.1f}/s), "
             f"{drafts}{self.finish_reason}{streamed}"
         )
+
+    def _unless_finished(self, reply: Message) -> Message:
+        return reply if self.finish_reason in ("length", "interrupted") else replace(reply, token_ids=())
+
+
+@dataclass(frozen=True)
+class Continued(Done):
+    """Of a reply that went on: what is new, and `whole`, which a stop string across the join may have made shorter."""
+
+    whole: Message = NOTHING
+
+    def message(self, before: Message = NOTHING) -> Message:
+        return self._unless_finished(self.whole)
 
 
 class Engine(Protocol):

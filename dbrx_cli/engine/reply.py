@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from secrets import randbits
 from typing import TYPE_CHECKING
 
-from dbrx_cli.engine import Delta, Done, FinishReason, Likelihood, Request, Timings, TokenLogprob, Usage
+from dbrx_cli.engine import Continued, Delta, Done, FinishReason, Likelihood, Request, Timings, TokenLogprob, Usage
 from model.detokenizer import Detokenizer
 from model.messages import Message
 
@@ -109,7 +109,7 @@ class Reply:
         prefill_s, decode_s = first - self._started, (self._last_token_at or now) - first
         store = engine.network.expert_store
         made, read = len(self.ids) - self.kept, len(self.prompt) + self.begun - self.cached
-        return Done(
+        done = Done(
             text=self.text[len(self._before) :],
             token_ids=self.ids[self.begun :],
             finish_reason=reason,
@@ -131,5 +131,7 @@ class Reply:
             seed=self.seed,
             logprobs=self.logprobs[: len(self.ids) - self.begun] if self.top is not None else None,
             experts=store.counters.since(self.streamed) if store and self.streamed else None,
-            whole=Message("assistant", self.text, tuple(self.ids)) if self._before else None,
         )
+        if not self._before:
+            return done
+        return Continued(**vars(done), whole=Message("assistant", self.text, tuple(self.ids)))

@@ -45,6 +45,7 @@ def stats(repl: Repl, argument: str) -> None:
 
 
 def trace(repl: Repl, argument: str) -> None:
+    from dbrx_cli.engine import Continued
     from dbrx_cli.engine.local import LocalEngine
 
     engine, last, conversation = repl.engine, repl.last, repl.conversation
@@ -58,7 +59,7 @@ def trace(repl: Repl, argument: str) -> None:
     from model.trace import record
 
     asked = replace(conversation, turns=conversation.turns[:-1]).messages
-    ids = last.whole.token_ids if last.whole else last.token_ids
+    ids = last.whole.token_ids if isinstance(last, Continued) else last.token_ids
     prompt = engine.tokenizer.encode_segments(engine.tokenizer.chat_template.segments(asked))
     repl.report.notice(f"reads {count(len(prompt) + len(ids), 'token')} again")
     whole = record(engine.network, [*prompt, *ids])

@@ -129,7 +129,7 @@ class Repl:
         except ContextError as fault:
             if not self.files:
                 raise
-            raise ContextError(fault.message, "`/read -` drops the files that wait for it") from None
+            raise ContextError(fault.message, "`/read -` drops the files before it") from None
         finally:
             if self.conversation is not before:
                 self.files.clear()
@@ -141,7 +141,7 @@ class Repl:
         that was asked for anew gives way to a part of another one, and to none that a fault ended.
         """
         grows = conversation.turns[: len(self.conversation.turns)] == self.conversation.turns
-        fault: KeyboardInterrupt | DbrxError | None = None
+        fault: KeyboardInterrupt | Exception | None = None
         coming: Coming | None = None
         with self.signals.waiting():
             try:
@@ -153,14 +153,14 @@ class Repl:
                     renderer = self._renderer(before.content)
                     coming = Coming(renderer, before, partial(self._keep, fitted), self.signals, often=grows)
                     show(self.engine.stream(Request(fitted.messages, self.params, self.stop, go_on)), coming)
-            except (KeyboardInterrupt, DbrxError) as error:
+            except (KeyboardInterrupt, Exception) as error:
                 fault = error
                 if coming and not coming.record and coming.came and (grows or isinstance(error, KeyboardInterrupt)):
                     self._keep(fitted, coming.message)
             record, came = (coming.record, coming.came) if coming else (None, False)
             if record is not None and record.error is not None:
                 fault = record.error
-            if isinstance(fault, DbrxError):
+            if isinstance(fault, Exception):
                 if came and grows:
                     self.report.notice("what came of the reply is kept")
                 raise fault

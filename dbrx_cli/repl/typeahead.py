@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
@@ -15,6 +16,7 @@ from typing import Any, Self
 
 PASTE, PASTED = b"\x1b[200~", b"\x1b[201~"  # how a terminal marks what is pasted, if it was asked to
 MARK, UNMARK = b"\x1b[?2004h", b"\x1b[?2004l"
+SIGNALS = {termios.VINTR: signal.SIGINT, termios.VQUIT: signal.SIGQUIT, termios.VSUSP: signal.SIGTSTP}  # by their keys
 QUIET_S, PATIENCE_S = 0.25, 5.0  # for the rest of a paste that is under way
 
 
@@ -27,7 +29,8 @@ def edits_lines() -> bool:
 class Typeahead:
     """A terminal's input from the chat's beginning to its end. A context manager; nothing where stdin is no terminal.
 
-    A thread takes it in: the system's own queue holds 4 kB, and a Ctrl-C behind a longer paste would not get through.
+    A thread takes it in, signals as well: the system's own queue holds 4 kB, and a Ctrl-C behind a longer paste would
+    not get through; and the thread knows what was typed before it, and what behind.
     """
 
     def __init__(self) -> None:
@@ -85,32 +88,20 @@ class Typeahead:
     def _start(self) -> None:
         self._set_up()
         if not self._lines:
-            self._wake, self._waker = os.pipe()
-            os.set_blocking(self._waker, False)
-            self._woken_before = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+            self._ended, self._end = os.pipe()
             self._thread = Thread(target=self._collect, daemon=True)
             self._thread.start()
 
     def _stop(self) -> None:
         if self._thread is not None:
-            signal.set_wakeup_fd(self._woken_before)
-            os.write(self._waker, b"\0")
+            os.close(self._end)
             self._thread.join()
             self._thread = None
-            os.close(self._wake)
-            os.close(self._waker)
+            os.close(self._ended)
 
     def _collect(self) -> None:
         terminal = sys.stdin.fileno()
-        while True:
-            ready, _, _ = select.select([self._wake, terminal], [], [])
-            if self._wake in ready:
-                numbers = os.read(self._wake, 512)
-                if signal.SIGINT in numbers:  # at once: what is typed behind it is meant for the prompt
-                    self._data = PASTE if self._unfinished() else b""
-                if 0 in numbers:
-                    return
-                continue
+        while self._ended not in select.select([self._ended, terminal], [], [])[0]:
             try:
                 if os.tcgetpgrp(terminal) != os.getpgrp():  # in the background, where reading would stop the program
                     time.sleep(QUIET_S)
@@ -120,7 +111,20 @@ class Typeahead:
                 data = b""
             if not data:  # the terminal is gone
                 return
-            self._data += data
+            self._take_in(data)
+
+    def _take_in(self, data: bytes) -> None:
+        """Keep what was typed, and obey the keys that are signals, just where they stand among the others."""
+        assert self._before is not None
+        keys = self._before[6]
+        numbers = {keys[place]: number for place, number in SIGNALS.items() if keys[place] != b"\0"}
+        for piece in re.split(b"([%b])" % re.escape(b"".join(numbers)), data):
+            if piece not in numbers:
+                self._data += piece
+                continue
+            if numbers[piece] == signal.SIGINT:
+                self._data = PASTE if self._unfinished() else b""  # the rest of a paste is no lines
+            os.kill(0, numbers[piece])  # to all that the terminal itself would tell
 
     def _unfinished(self) -> bool:
         """Whether the end of a paste, or of a character, is missing."""
@@ -137,7 +141,7 @@ class Typeahead:
         modes[3] &= ~termios.ECHO
         if not self._lines:
             modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
-            modes[3] &= ~(termios.ICANON | termios.IEXTEN)
+            modes[3] &= ~(termios.ICANON | termios.IEXTEN | termios.ISIG)
             modes[6] = [*modes[6]]
             modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
             self._mark_pastes(True)
