@@ -53,8 +53,8 @@ JSON = """\
 ## JSON
 
 `dbrx generate --json` prints one object. `--jsonl` prints a line an event: `{"event": "start", "model": ...}`,
-`{"event": "token", "text": ..., "token_id": ...}` a token, and last `{"event": "done", ...}` with these fields
-(`error`, with `message` and `code`, only if a server broke the reply off or gave another one than was asked for):
+`{"event": "token", "text": ..., "token_id": ...}` a token, and last `{"event": "done", ...}` with these fields. `error`
+(with `message` and `code`) is there only if a server broke the reply off, or gave another one than was asked for.
 """
 
 VARIABLES = """\

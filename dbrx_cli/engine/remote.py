@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Generator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
+from dbrx_cli.engine.fitting import misfit
 from dbrx_cli.engine.listing import Listing, context_of
 from dbrx_cli.engine.wire import TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
@@ -76,6 +76,7 @@ class RemoteEngine:
         self.context = min(filter(None, (context, told)), default=DBRX_CONTEXT)
         self.owner = str(entry.get("owned_by", ""))
         self.continues = self.owner in GO_ON
+        self._unlisted = bool(listing.entries) and listing.find(name) is None
         self._bound = context
         self._knows_context = context is not None or told is not None
         self._listing = listing
@@ -212,7 +213,7 @@ class RemoteEngine:
                 if not otherwise:
                     raise self._blamed(fault, sent) from None
                 spelled |= otherwise
-            except ModelError as fault:
+            except (ModelError, NoPath) as fault:
                 raise self._blamed(fault, sent) from None
             else:
                 for name in spelled.keys() - self._spelled.keys():
@@ -251,18 +252,20 @@ class RemoteEngine:
         """Another spelling of a request that was refused: fields and their names, None without them."""
         if "max_tokens" in sent and "max_completion_tokens" in said:
             return {"max_tokens": "max_completion_tokens"}
-        for name in ("stream_options", "return_token_ids"):
-            if name in sent and (name in said or not self._answered):
-                return {name: None}
-        return {}
+        ours = [name for name in ("stream_options", "return_token_ids") if name in sent]
+        blamed = [name for name in ours if name in said]
+        if not blamed and not self._answered and not _flags(said, sent):  # no word of what it is
+            blamed = ours
+        return dict.fromkeys(blamed)
 
-    def _blamed(self, fault: Refused | ModelError, sent: dict[str, Any]) -> DbrxError:
+    def _blamed(self, fault: Refused | ModelError | NoPath, sent: dict[str, Any]) -> DbrxError:
         """The fault with the flag that it speaks of, or with the models that there are."""
-        named = [name for name in FLAGS.keys() & sent.keys() if re.search(rf"(?<!\w){name}(?!\w)", fault.message)]
-        if named and isinstance(fault, Refused):
-            flags = sorted({FLAGS[name] for name in named})
+        flags = _flags(fault.message, sent)
+        if flags and isinstance(fault, Refused):
             fault.hint = f"leave out {' and '.join(flags)}, or choose another value"
-        elif "model" in fault.message.lower() and self._listing.names and self._listing.find(self.name) is None:
+        elif self._unlisted and (
+            isinstance(fault, NoPath) or re.search(rf"model|{re.escape(self.name)}", fault.message)
+        ):
             return ModelError(fault.message, f"it lists {self.server.said(', '.join(self._listing.names[:10]))}")
         return fault
 
@@ -298,14 +301,11 @@ class RemoteEngine:
             raise DbrxError(f"{host} gave an empty reply ({reason}){thought}", "ask otherwise, or raise --max-tokens")
         if request.logprobs is not None and reply.text and not reply.logprobs:
             raise DbrxError(f"{host} tells no log-probabilities", "leave out --logprobs, or load the model here")
-        if request.constraint is not None and reason == "stop":
-            try:
-                json.loads(reply.text)
-            except (ValueError, RecursionError):
-                raise DbrxError(
-                    f"{host} does not keep to --schema: the reply is not JSON",
-                    "take a server that knows response_format, or load the model here",
-                ) from None
+        if request.constraint is not None:
+            wrong = misfit(request.constraint.json_schema, reply.text, reason == "stop" and not request.stop)
+            if wrong:
+                hint = "take a server that knows response_format, or load the model here"
+                raise DbrxError(f"{host} does not keep to --schema: {wrong}", hint)
 
     def _done(self, request: Request, reply: _Reply, reason: FinishReason, fault: DbrxError | None) -> Done:
         now = time.perf_counter()
@@ -374,13 +374,15 @@ class _Reply:
         self.thought = self.thought or thinks(choice)
         text = self._add(text_of(choice))
         ids, logprobs = ids_of(choice), logprobs_of(choice)
+        if not ids and all(one.token_id is not None for one in logprobs):
+            ids = [one.token_id for one in logprobs if one.token_id is not None]
         self.ids += ids
         self.logprobs += logprobs
         tokens = max(len(ids), len(logprobs), bool(text))
         return [
             Delta(
                 text if i == tokens - 1 else "",
-                ids[i] if i < len(ids) else logprobs[i].token_id if i < len(logprobs) else None,
+                ids[i] if i < len(ids) else None,
                 logprobs[i] if i < len(logprobs) else None,
             )
             for i in range(tokens)
@@ -388,7 +390,8 @@ class _Reply:
 
     def finish(self) -> str:
         """What was held back, when no more comes."""
-        rest, self._repeated = "" if self._held == self._repeated else self._held, ""
+        rest = "" if self._held == self._repeated else self._held
+        self._repeated = self._held = ""
         return self._add(rest, ended=True)
 
     def note(self, chunk: dict[str, Any]) -> None:
@@ -415,6 +418,11 @@ class _Reply:
         new = self._held.removeprefix(self._repeated)
         self._repeated = self._held = ""
         return new
+
+
+def _flags(said: str, sent: dict[str, Any]) -> list[str]:
+    """The flags behind those fields of a request of which a server speaks."""
+    return sorted({FLAGS[name] for name in FLAGS.keys() & sent.keys() if re.search(rf"(?<!\w){name}(?!\w)", said)})
 
 
 def _number(values: Any, key: str, otherwise: int) -> int:

@@ -1,0 +1,556 @@
+"""`--url` against what servers of many makers answer: addresses, lists, contexts, forms of replies, batches."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from dbrx_cli.engine import Constraint, Delta, Done, Request, at_once, wire
+from dbrx_cli.engine.at_once import at_once as answers
+from dbrx_cli.engine.fitting import misfit
+from model.errors import ConnectionFault, ModelError
+from model.messages import Message
+from tests.cli import Cli
+from tests.stub_server import TEXT, Handler, Send, Server, after_pieces, choice, chunks, status, whole
+from tests.test_remote import ask, engine
+
+TLS = Path(__file__).parent / "data" / "tls"
+HI = [Message("user", "Hi")]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"],
+          "additionalProperties": False}  # fmt: skip
+
+
+def asked(server: Server) -> dict[str, Any]:
+    """What the last request held."""
+    return server.seen[-1][2]
+
+
+# --- addresses and lists --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("root", "address"),
+    [
+        ("/serving-endpoints", "/serving-endpoints"),  # Databricks
+        ("/v1beta/openai", "/v1beta/openai/"),  # Google
+        ("/api/paas/v4", "/api/paas/v4"),
+        ("/api/v1", "/api/v1"),  # OpenRouter
+        ("/openai/v1", "/openai/v1"),  # Azure
+        ("/openai/v1", "/openai"),  # Groq
+        ("/proxy/v1", "/proxy/v1/chat/completions"),
+        ("/api/v3", "/api/v3/models"),
+        ("", "/"),  # Perplexity
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_addresses(server: Server, cli: Cli, root: str, address: str, listed: bool) -> None:
+    server.root, server.list_status = root, 200 if listed else 404
+    result = cli("generate", "-q", "--no-log", "-m", "dbrx-b", "--url", server.url + address, "hi")
+    assert (result.code, result.out) == (0, TEXT + "\n")
+    assert server.seen[-1][0] == f"{root}/chat/completions"
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(404, 7), (405, 7), (501, 7), (403, 4), (400, 1), (500, 7), (302, 7)])
+def test_a_server_without_a_list(server: Server, cli: Cli, code: int, exit_code: int) -> None:
+    server.list_status, server.models = code, {"error": {"message": "no such path"}}
+    assert cli("generate", "-q", "--no-log", "-m", "dbrx", "--url", server.url, "hi").out == TEXT + "\n"
+    result = cli("generate", "--no-log", "--url", server.url, "hi")
+    assert result.code == exit_code and "name one with -m" in result.fault
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        {"object": "list", "data": [{"id": "x"}]},
+        [{"id": "x"}],  # Together
+        ["x"],
+        {"models": [{"name": "x"}]},  # Cohere
+        {"data": [{"id": "x"}, {"id": 3}, "y", None]},
+    ],
+)
+def test_forms_of_lists(server: Server, models: Any) -> None:
+    server.models = models
+    assert engine(server).name == "x"
+
+
+@pytest.mark.parametrize("models", [[], {"data": []}, {"data": None}, {"data": [{"id": "openai/*"}]}])
+def test_a_list_without_a_name(server: Server, models: Any) -> None:
+    server.models = models
+    with pytest.raises(ModelError, match="names no model"):
+        engine(server)
+    assert engine(server, model="x").name == "x"
+
+
+def test_names_that_are_not_listed(server: Server, cli: Cli) -> None:
+    server.models = {
+        "data": [{"id": "dbrx:latest", "max_model_len": 99}, {"id": "m", "aliases": ["small"]}, {"id": "openai/*"}]
+    }
+    for name in ("dbrx", "dbrx:latest", "small", "openai/gpt", "m:latest"):  # ollama, llama-server, LiteLLM
+        assert cli("generate", "--no-log", "-m", name, "--url", server.url, "hi").err == ""
+        assert asked(server)["model"] == name
+    assert engine(server, model="dbrx").context == 99
+    result = cli("generate", "--no-log", "-m", "other", "--url", server.url, "hi")
+    assert result.code == 0 and "does not list other" in result.err and "dbrx:latest, m, openai/*" in result.err
+    for code, said in ((404, "The model `other` does not exist"), (400, "Invalid model name passed in model=other"),
+                       (400, "Server is pinned to 'm'; requested 'other'."), (404, "not known here")):  # fmt: skip
+        server.reply = status(code, {"error": said})
+        result = cli("generate", "-q", "--no-log", "-m", "other", "--url", server.url, "hi")
+        assert result.code == 3 and said in result.fault and "it lists dbrx:latest, m, openai/*" in result.fault
+
+
+@pytest.mark.parametrize(
+    ("entry", "context"),
+    [
+        ({"meta": {"n_ctx": 512, "n_ctx_train": 8192}}, 512),  # llama-server
+        ({"max_model_len": 600}, 600),  # vLLM, SGLang
+        ({"context_length": 131072, "top_provider": {"context_length": 32000}}, 32000),  # OpenRouter
+        ({"max_input_tokens": 400}, 400),  # LiteLLM
+        ({"context_window": 8192}, 8192),  # Groq
+        ({"max_context_length": 32768, "loaded_context_length": 4096}, 4096),  # LM Studio
+        ({"limits": {"max_input_tokens": 7000}}, 7000),  # GitHub
+        ({"meta": {"n_ctx_train": 8192}}, 32768),
+        ({"max_model_len": True, "n_ctx": -1, "context_length": "8"}, 32768),
+    ],
+)
+def test_where_servers_tell_the_context(server: Server, entry: dict[str, Any], context: int) -> None:
+    server.models = {"data": [{"id": "x", **entry}]}
+    assert engine(server).context == context and engine(server, model="unlisted").context == context
+    assert engine(server, context=100).context == 100 and engine(server, context=5000).context == min(context, 5000)
+
+
+def test_no_more_is_asked_for_than_the_context_holds(server: Server, cli: Cli) -> None:
+    server.models = {"data": [{"id": "x", "max_model_len": 600}]}
+    for flags in ((), ("-n", "5000")):
+        assert cli("generate", "--no-log", "--url", server.url, *flags, "hi").code == 0
+        assert 560 < asked(server)["max_tokens"] < 600
+    cli("generate", "--no-log", "--url", server.url, "-n", "7", "hi")
+    assert asked(server)["max_tokens"] == 7
+    result = cli("generate", "--no-log", "--url", server.url, "--context", "50", "word " * 300)
+    assert result.code == 6 and "--context is 50" in result.fault
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------------
+
+
+def test_only_what_was_given_is_sent(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("generate", "-q", "--no-log", "--url", server.url)
+    usual = {"model", "messages", "stream", "stream_options", "max_tokens"}
+    cli(*run, "hi")
+    assert set(asked(server)) == usual
+    cli(*run, "--temperature", "0.7", "--seed", "0", "hi")  # defaults of models here, but given
+    assert set(asked(server)) == {*usual, "temperature", "seed"} and asked(server)["seed"] == 0
+    monkeypatch.setenv("DBRX_TOP_P", "0.5")
+    cli(*run, "hi")
+    assert set(asked(server)) == {*usual, "top_p"}
+    assert json.loads(cli(*run, "--json", "hi").out)["seed"] is None
+    for seed in ("-1", str(2**31), str(2**64 - 1)):
+        result = cli(*run, "--seed", seed, "hi")
+        assert result.code == 2 and "seed must be from 0 to 2147483647" in result.fault
+
+
+@pytest.mark.parametrize(
+    ("owner", "keys"),
+    [
+        ("llamacpp", {"repeat_penalty"}),
+        ("vllm", {"repetition_penalty"}),
+        ("me", {"repeat_penalty", "repetition_penalty"}),
+    ],
+)
+def test_the_key_of_the_repetition_penalty(server: Server, owner: str, keys: set[str]) -> None:
+    server.models = {"data": [{"id": "x", "owned_by": owner}]}
+    remote = engine(server)
+    ask(remote, params=replace(remote.defaults, repetition_penalty=1.5))
+    assert {key: value for key, value in asked(server).items() if "penalty" in key} == dict.fromkeys(keys, 1.5)
+
+
+def refuse(*names: str, code: int = 422, said: str | None = None, then: Send = whole) -> Send:
+    """Refuses requests that hold any of these fields, in FastAPI's words."""
+
+    def reply(handler: Handler) -> None:
+        found = [name for name in names if name in handler.asked]
+        faults = [{"loc": ["body", name], "msg": "extra input"} for name in found]
+        if found:
+            handler.answer(code, {"detail": said or faults})
+        else:
+            then(handler)
+
+    return reply
+
+
+def test_what_is_left_out_when_a_server_refuses_it(server: Server) -> None:
+    for code, said in ((422, None), (400, "bad request"), (400, "stream_options is not supported")):
+        server.reply = refuse("stream_options", code=code, said=said)
+        remote = engine(server)
+        assert ask(remote).text == TEXT
+        before = len(server.seen)
+        assert ask(remote).text == TEXT and len(server.seen) == before + 1  # it has learnt
+    server.reply = refuse(
+        "max_tokens", said="Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    )
+    assert ask(engine(server)).text == TEXT and asked(server)["max_completion_tokens"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [(("-t", "1"), "temperature"), (("--min-p", "0.1"), "min_p"), (("--repetition-penalty", "2"), "repeat_penalty"),
+     (("--stop", "x"), "stop"), (("--seed", "1"), "seed"), (("--logprobs", "1", "--json"), "top_logprobs")],
+)  # fmt: skip
+def test_a_refused_option_is_named(server: Server, cli: Cli, flags: tuple[str, ...], field: str) -> None:
+    server.reply = refuse(field)
+    result = cli("generate", "-q", "--no-log", "--url", server.url, *flags, "hi")
+    flag = {"-t": "--temperature"}.get(flags[0], flags[0])
+    assert result.code == 1 and f"body.{field}: extra input" in result.fault and f"leave out {flag}" in result.fault
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--adapter", "no/such"), ("--quantize", "int8"), ("--dtype", "float32"), ("--attn", "eager"), ("--compile",),
+     ("--revision", "main"), ("--lookup", "4"), ("--device-map", "cpu"), ("--max-memory", "cpu=1GiB"),
+     ("--offload", "disk"), ("--expert-cache", "1GiB"), ("--threads", "2"), ("--prompt-cache", "x"), ("--resume", "x")],
+)  # fmt: skip
+def test_flags_that_no_server_hears_of(server: Server, cli: Cli, flags: tuple[str, ...]) -> None:
+    result = cli("generate", "--no-log", "--url", server.url, *flags, "hi")
+    assert result.code == 2 and f"{flags[0]} has no effect with --url" in result.fault and not server.seen
+
+
+def test_settings_for_models_here_do_not_hinder(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DBRX_QUANTIZE", "int8")
+    monkeypatch.setenv("DBRX_URL", server.url)
+    assert cli("generate", "-q", "--no-log", "hi").out == TEXT + "\n"
+    result = cli("generate", "--no-log", "--threads", "2", "hi")
+    assert result.code == 2 and "--threads has no effect with --url" in result.fault and "DBRX_URL" in result.fault
+
+
+# --- forms of replies -----------------------------------------------------------------------------------------------
+
+STOP = choice(None, "stop")
+ERROR = {"message": "overloaded"}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        chunks(choice("Hel", ""), choice("lo", "null"), choice("", "stop")),
+        chunks(choice([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), STOP),
+        chunks(choice("Hello"), "[DONE]"),
+        chunks(choice("Hello"), STOP),  # no [DONE]: transformers
+        chunks(choice("Hello"), choice(None, "STOP")),
+        chunks({"choices": []}, {"choices": None, "usage": None}, choice("Hello"), choice(None, "eos_token")),
+        chunks({"message": "", "choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}),
+        status(200, {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
+        status(200, b'{\n "choices": [{"message": {"content": "Hello"},\n "finish_reason": "stop"}]\n}'),
+        status(200, b'data: {"choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}\n'),
+    ],
+)  # fmt: skip
+def test_forms_of_a_whole_reply(server: Server, reply: Send) -> None:
+    server.reply = reply
+    done = ask(engine(server))
+    assert (done.text, done.finish_reason, done.error) == ("Hello", "stop", None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        (chunks({"error": ERROR}), 7), (chunks({"error": "overloaded"}), 7), (chunks({"object": "error", **ERROR}), 7),
+        (chunks(ERROR), 7), (chunks({"detail": [{"loc": ["body"], "msg": "overloaded"}]}), 7),
+        (chunks({"error": {**ERROR, "code": 503}}), 7), (chunks({"error": {**ERROR, "code": 401}}), 4),
+        (chunks({"error": {"message": "overloaded context", "code": 400}}), 6),
+        (status(200, b'event: error\ndata: {"message": "overloaded"}\n\n'), 7),
+        (status(200, b"event: error\ndata: overloaded\n\n"), 7),
+        (status(200, b'event: error\ndata: {"error": {"type": "x", "message": "overloaded"}}'), 7),
+        (status(200, {"error": ERROR}), 7), (status(400, [{"error": ERROR}]), 1),
+    ],
+)  # fmt: skip
+def test_errors_in_every_form(server: Server, cli: Cli, reply: Send, code: int) -> None:
+    server.reply = reply
+    result = cli("generate", "-q", "--no-log", "--url", server.url, "hi")
+    assert result.code == code and result.out == "" and "overloaded" in result.fault
+
+
+def test_a_reply_that_breaks_off_is_kept_as_far_as_it_came(server: Server, cli: Cli) -> None:
+    server.reply = after_pieces(lambda handler: handler.event({"error": "out of memory"}))
+    run = ("generate", "-q", "--url", server.url)
+    answer = json.loads(cli(*run, "--no-log", "--json", "hi").out)
+    assert (answer["text"], answer["finish_reason"], answer["error"]["code"]) == (TEXT, "interrupted", 7)
+    *_, last = map(json.loads, cli(*run, "--no-log", "--jsonl", "hi").out.splitlines())
+    assert last["event"] == "done" and "out of memory" in last["error"]["message"]
+    result = cli(*run, "hi")
+    assert (result.code, result.out) == (7, TEXT + "\n") and "gave up: out of memory" in result.fault
+    assert "sea is blü" in cli("sessions", "show", "1").out
+    result = cli("chat", "-q", "--url", server.url, stdin="hi\n")
+    assert (result.code, result.out) == (7, TEXT + "\n")
+    assert [m["content"] for m in json.loads(cli("sessions", "export", "2", "--json").out)["messages"]] == ["hi", TEXT]
+
+
+def test_an_empty_reply_is_told(server: Server, cli: Cli) -> None:
+    thought = {"choices": [{"delta": {"reasoning_content": "Hm."}, "finish_reason": "length"}]}
+    for reply, words in ((chunks(STOP), "empty reply (stop)"), (chunks(thought), "though the model has thought")):
+        server.reply = reply
+        result = cli("generate", "-q", "--json", "--no-log", "--url", server.url, "hi")
+        assert (result.code, result.out) == (1, "") and words in result.fault
+
+
+def test_halves_of_characters(server: Server, cli: Cli) -> None:
+    server.reply = chunks(choice("a\ud83d"), choice("\ude00b"), choice("\ud800"), choice("c\udc00\ud801"), STOP)
+    assert ask(engine(server)).text == "a😀b\ufffdc\ufffd\ufffd"
+    assert cli("generate", "-q", "--no-log", "--url", server.url, "hi").out == "a😀b\ufffdc\ufffd\ufffd\n"
+
+
+def test_patience_lasts_until_the_first_text(server: Server) -> None:
+    def slow(handler: Handler) -> None:
+        handler.begin()
+        handler.event(choice("", role="assistant"))
+        time.sleep(1.6 * wire.IDLE_SECONDS)  # it reads the prompt
+        handler.piece("x", "stop")
+        handler.end()
+
+    server.reply = slow
+    assert ask(engine(server)).text == "x"
+
+
+@pytest.mark.parametrize("line", [b": at work\n\n", b'data: {"choices": [{"delta": {"content": ""}}]}\n\n'])
+def test_signs_of_life_without_text_do_not_last_for_ever(
+    server: Server, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    monkeypatch.setattr(wire, "FIRST_SECONDS", 0.2)
+    monkeypatch.setattr(wire, "SIGNS", 2)
+
+    def reply(handler: Handler) -> None:
+        handler.begin()
+        for _ in range(100):
+            handler.raw(line)
+            time.sleep(0.02)
+
+    server.reply = reply
+    began = time.monotonic()
+    with pytest.raises(ConnectionFault, match="too long"):
+        ask(engine(server))
+    assert time.monotonic() - began < 1.5
+
+
+# --- schemas, log-probabilities, going on ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    '{"a": 1}', '{"b": "é\\u00e9", "a": 2}', ' {\n"a":\t3 }\n', "Sure! {}",
+    '{"a": "1"}', '{"b": "x"}', '{"a": 1, "c": 2}', "[]", "",
+])  # fmt: skip
+def test_a_reply_is_held_against_its_schema(server: Server, text: str) -> None:
+    server.reply = chunks(choice(text + " "), STOP)
+    done = ask(engine(server), constraint=Constraint(SCHEMA))
+    assert asked(server)["response_format"]["json_schema"]["schema"] == SCHEMA
+    try:
+        fits = not list(jsonschema.Draft202012Validator(SCHEMA).iter_errors(json.loads(text)))
+    except ValueError:
+        fits = False
+    assert (done.error is None) == fits and (fits or "does not keep to --schema" in str(done.error))
+
+
+def test_a_reply_that_is_cut_off_must_begin_as_json() -> None:
+    assert misfit(SCHEMA, '{"a": ', ended=False) is None
+    assert misfit(SCHEMA, "I'm glad", ended=False) == "the reply is not JSON"
+
+
+def token(text: str, logprob: Any, top: Any = None, **more: Any) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "top_logprobs": top or [], **more}
+
+
+def test_log_probabilities(server: Server) -> None:
+    content = [token("a", -1, [token("b", -3.0), token("a", -1.0)], id=7), token("\ud800", float("-inf"), id=8)]
+    server.reply = chunks(choice("ab", logprobs={"content": content}), STOP)
+    remote = engine(server)
+    first, second, done = remote.stream(Request(HI, remote.defaults, logprobs=2))
+    assert asked(server)["logprobs"] is True and asked(server)["top_logprobs"] == 2
+    assert isinstance(first, Delta) and isinstance(second, Delta) and isinstance(done, Done) and done.logprobs
+    assert (first.text + second.text, first.token_id, done.token_ids) == ("ab", 7, [7, 8])
+    assert [(one.text, one.logprob) for one in done.logprobs[0].top] == [("a", -1.0), ("b", -3.0)]
+    assert (done.logprobs[1].text, done.logprobs[1].logprob) == ("\ufffd", -9999.0)
+    # A plain completion's form.
+    told = {"tokens": ["x", "y"], "token_logprobs": [None, -2.0], "top_logprobs": [None, {"y": -2.0, "z": -1.5}]}
+    server.reply = chunks({"choices": [{"text": "xy", "logprobs": told, "finish_reason": "stop"}]})
+    done = ask(remote, "Once", logprobs=2)
+    assert done.logprobs and [(one.text, one.logprob) for one in done.logprobs] == [("y", -2.0)]
+    assert [one.text for one in done.logprobs[0].top] == ["z", "y"] and asked(server)["logprobs"] == 2
+    server.reply = whole
+    done = ask(remote, logprobs=0)
+    assert done.text == TEXT and "tells no log-probabilities" in str(done.error)
+
+
+def test_token_ids_of_vllm(server: Server) -> None:
+    server.models = {"data": [{"id": "x", "owned_by": "vllm"}]}
+    server.reply = chunks(choice("", token_ids=None), choice("ab", token_ids=[5, 6]), choice("", "stop", token_ids=[2]))
+    assert ask(engine(server)).token_ids == [5, 6, 2] and asked(server)["return_token_ids"] is True
+
+
+@pytest.mark.parametrize(("owner", "sent"), [
+    ("vllm", {"continue_final_message": True, "add_generation_prompt": False}), ("llamacpp", {}),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "pieces", [["there", "."], ["Hel", "lo ", "there."], ["Hello there."], ["Hell", "yes"], ["He"]]
+)
+def test_going_on_with_a_reply(server: Server, owner: str, sent: dict[str, Any], pieces: list[str]) -> None:
+    server.models = {"data": [{"id": "x", "owned_by": owner}]}
+    server.reply = chunks(*map(choice, pieces), STOP)
+    remote = engine(server)
+    *deltas, done = remote.stream(Request([*HI, Message("assistant", "Hello ")], remote.defaults, continue_final=True))
+    assert isinstance(done, Done) and sent.items() <= asked(server).items()
+    assert asked(server)["messages"][-1] == {"role": "assistant", "content": "Hello "}
+    new = "".join(pieces).removeprefix("Hello ")
+    assert "".join(delta.text for delta in deltas if isinstance(delta, Delta)) == new
+    assert done.text == "Hello " + new
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_has_the_servers_name_everywhere(server: Server, cli: Cli) -> None:
+    server.models = {"data": [{"id": "theirs"}]}
+    start, *_ = map(json.loads, cli("generate", "--jsonl", "--url", server.url, "hi").out.splitlines())
+    assert start["model"] == "theirs"
+    cli("chat", "--url", server.url, stdin="hi\n")
+    assert {entry["model"] for entry in json.loads(cli("sessions", "list", "--json").out)} == {"theirs"}
+    result = cli("chat", "-c", "--url", server.url, stdin="/tokens\n/regen\n/system x\n/set\nmore\n")
+    assert result.code == 0 and "was held with" not in result.err
+    assert " 0 tokens" not in result.err and "the server's default" in result.err
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def batch(tmp_path: Path, *lines: dict[str, Any]) -> tuple[Path, Path]:
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return prompts, output
+
+
+def records(output: Path) -> dict[int, dict[str, Any]]:
+    return {record["index"]: record for record in map(json.loads, output.read_text().splitlines())}
+
+
+def test_a_batch_asks_at_once_and_goes_on(server: Server, cli: Cli, tmp_path: Path) -> None:
+    together = threading.Barrier(4, timeout=5)
+
+    def reply(handler: Handler) -> None:
+        if handler.asked.get("temperature") == 3:
+            handler.answer(400, {"error": {"message": "temperature must be at most 2"}})
+            return
+        together.wait()  # no reply before four are asked for
+        handler.begin()
+        handler.piece(handler.asked["messages"][-1]["content"].upper(), "stop")
+        handler.event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}})
+        handler.end()
+
+    server.reply = reply
+    lines = [{"prompt": f"p{i}"} for i in range(8)]
+    prompts, output = batch(tmp_path, *lines, {"prompt": "hot", "temperature": 3}, {"prompt": "s", "seed": 2**40})
+    run = ("generate", "--batch", prompts, "--output", output, "--batch-size", "4", "--url", server.url)
+    result = cli(*run, "-v")
+    assert result.code == 1 and "40 tokens in" in result.err and "2 of 10 prompts got no answer" in result.err
+    found = records(output)
+    assert [found[i]["text"] for i in range(8)] == [f"P{i}" for i in range(8)]
+    assert "--temperature" in found[8]["error"]["message"] and "line 10: seed must be" in found[9]["error"]["message"]
+    asked_for = len(server.seen)
+    result = cli(*run)  # without -m: the answers are this server's model's
+    assert result.code == 1 and "8 of 10 prompts were answered before" in result.err
+    assert sum(path.endswith("completions") for path, _, _ in server.seen[asked_for:]) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [(status(401, {}), 4, "answered 401"), (status(404, {"error": "no model x"}), 3, "no model x")],
+)
+def test_what_hits_all_lines_ends_a_batch(
+    server: Server, cli: Cli, tmp_path: Path, fault: Send, code: int, words: str
+) -> None:
+    server.reply = fault
+    prompts, output = batch(tmp_path, *[{"prompt": f"p{i}"} for i in range(40)])
+    result = cli("generate", "-q", "--batch", prompts, "--output", output, "--url", server.url)
+    assert result.code == code and words in result.fault and len(server.seen) < 30
+
+
+def test_faults_of_one_reply_do_not_end_a_batch(
+    server: Server, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_once, "PAUSES", (0.01, 0.01))
+    tries: dict[str, int] = {}
+
+    def reply(handler: Handler) -> None:
+        prompt = handler.asked["messages"][-1]["content"]
+        tries[prompt] = tries.get(prompt, 0) + 1
+        if prompt == "busy" and tries[prompt] < 3:
+            handler.answer(429, {"error": "slow down"}, retry_after="0")
+        elif prompt == "flagged":
+            handler.answer(403, {"error": "flagged"})
+        elif prompt == "breaks":
+            handler.answer(500, b"oh")
+        elif prompt == "stops":
+            handler.begin()
+            handler.piece("half")
+        else:
+            whole(handler)
+
+    server.reply = reply
+    words = ("good", "busy", "flagged", "breaks", "stops", "more")
+    prompts, output = batch(tmp_path, *[{"prompt": word} for word in words])
+    result = cli("generate", "--batch", prompts, "--output", output, "--batch-size", "1", "--url", server.url)
+    assert result.code == 1 and "3 of 6 prompts got no answer" in result.err
+    found = records(output)
+    assert {word for i, word in enumerate(words) if "error" in found[i]} == {"flagged", "breaks", "stops"}
+    assert tries["busy"] == 3 and all(found[i]["text"] == TEXT for i in (0, 1, 5))
+
+
+def test_a_batch_that_is_left_hangs_up(server: Server) -> None:
+    def reply(handler: Handler) -> None:
+        if handler.asked["messages"][-1]["content"] == "quick":
+            whole(handler)
+        else:
+            after_pieces(Handler.hang)(handler)
+
+    server.reply = reply
+    remote = engine(server)
+    requests = [(i, Request([Message("user", "quick" if i == 0 else "slow")], remote.defaults)) for i in range(3)]
+    stream = answers(remote, requests, 3)
+    assert next(stream)[0] == 0
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert server.gone.wait(2) and time.monotonic() - began < 1
+
+
+# --- TLS ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secure(server: Server) -> Server:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "certificate.pem", TLS / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return server
+
+
+def test_certificates(secure: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = secure.url.replace("http:", "https:")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    result = cli("generate", "--no-log", "--url", address, "hi")
+    assert result.code == 7 and "certificate" in result.fault and "SSL_CERT_FILE" in result.fault
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "certificate.pem"))
+    assert cli("generate", "-q", "--no-log", "--url", address, "hi").out == TEXT + "\n"
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file")
+    result = cli("generate", "--no-log", "--url", address, "hi")
+    assert result.code == 2 and "SSL_CERT_FILE" in result.fault
+    result = cli("generate", "--no-log", "--url", secure.url, "hi")
+    assert result.code == 7 and "https://?" in result.fault
+
+
+def test_https_to_a_server_without(server: Server, cli: Cli) -> None:
+    began = time.monotonic()
+    result = cli("generate", "--no-log", "--url", server.url.replace("http:", "https:"), "hi")
+    assert result.code == 7 and "does not answer in TLS" in result.fault and time.monotonic() - began < 4
