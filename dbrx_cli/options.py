@@ -253,15 +253,15 @@ class EngineOptions(ModelOptions):
     ] = None
 
 
-def _refuse_with_url(context: typer.Context) -> None:
-    """`InputError` for a flag that was typed and that no server hears of.
+# Of these no server hears. What environment and settings file say of them is for models here, and is passed over.
+UNHEARD = {field.name for field in fields(ModelOptions)} - {"model", "context"} | {"lookup", "prompt_cache", "resume"}
 
-    What environment and settings file say is for models here, and is passed over.
-    """
-    unheard = {field.name for field in fields(ModelOptions)} - {"model", "context"}
+
+def _refuse_with_url(context: typer.Context) -> None:
+    """`InputError` for a flag that was typed and that no server hears of."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in unheard | {"lookup", "prompt_cache", "resume"} and source and source.name == "COMMANDLINE":
+        if parameter.name in UNHEARD and source is not None and source.name == "COMMANDLINE":
             flag = max(parameter.opts, key=len)
             raise InputError(f"{flag} has no effect with --url", "leave it out, or load the model here")
 

@@ -16,7 +16,10 @@ import pytest
 from dbrx_cli.engine import Constraint, Delta, Done, Request, at_once, wire
 from dbrx_cli.engine.at_once import at_once as answers
 from dbrx_cli.engine.fitting import misfit
-from model.errors import ConnectionFault, ModelError
+from dbrx_cli.engine.remote import RemoteEngine, ServerParams
+from dbrx_cli.options import UNHEARD, EngineOptions, OutputOptions
+from dbrx_cli.report import Report
+from model.errors import ConnectionFault, DbrxError, ModelError
 from model.messages import Message
 from tests.cli import Cli
 from tests.stub_server import TEXT, Handler, Send, Server, after_pieces, choice, chunks, status, whole
@@ -51,19 +54,20 @@ def asked(server: Server) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("listed", [True, False])
-def test_addresses(server: Server, cli: Cli, root: str, address: str, listed: bool) -> None:
+def test_addresses(server: Server, root: str, address: str, listed: bool) -> None:
     server.root, server.list_status = root, 200 if listed else 404
-    result = cli("generate", "-q", "--no-log", "-m", "dbrx-b", "--url", server.url + address, "hi")
-    assert (result.code, result.out) == (0, TEXT + "\n")
+    options = EngineOptions(url=server.url + address, model="dbrx-b")
+    assert ask(RemoteEngine.open(options, Report(OutputOptions()))).text == TEXT
     assert server.seen[-1][0] == f"{root}/chat/completions"
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(404, 7), (405, 7), (501, 7), (403, 4), (400, 1), (500, 7), (302, 7)])
-def test_a_server_without_a_list(server: Server, cli: Cli, code: int, exit_code: int) -> None:
+def test_a_server_without_a_list(server: Server, code: int, exit_code: int) -> None:
     server.list_status, server.models = code, {"error": {"message": "no such path"}}
-    assert cli("generate", "-q", "--no-log", "-m", "dbrx", "--url", server.url, "hi").out == TEXT + "\n"
-    result = cli("generate", "--no-log", "--url", server.url, "hi")
-    assert result.code == exit_code and "name one with -m" in result.fault
+    assert ask(engine(server, model="dbrx")).text == TEXT
+    with pytest.raises(DbrxError) as fault:
+        engine(server)
+    assert fault.value.exit_code == exit_code and "name one with -m" in fault.value.one_line
 
 
 @pytest.mark.parametrize(
@@ -89,21 +93,22 @@ def test_a_list_without_a_name(server: Server, models: Any) -> None:
     assert engine(server, model="x").name == "x"
 
 
-def test_names_that_are_not_listed(server: Server, cli: Cli) -> None:
+def test_names_that_are_not_listed(server: Server, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     server.models = {
         "data": [{"id": "dbrx:latest", "max_model_len": 99}, {"id": "m", "aliases": ["small"]}, {"id": "openai/*"}]
     }
     for name in ("dbrx", "dbrx:latest", "small", "openai/gpt", "m:latest"):  # ollama, llama-server, LiteLLM
-        assert cli("generate", "--no-log", "-m", name, "--url", server.url, "hi").err == ""
-        assert asked(server)["model"] == name
+        assert ask(RemoteEngine.open(EngineOptions(url=server.url, model=name), Report(OutputOptions()))).text == TEXT
+        assert asked(server)["model"] == name and capsys.readouterr().err == ""
     assert engine(server, model="dbrx").context == 99
     result = cli("generate", "--no-log", "-m", "other", "--url", server.url, "hi")
     assert result.code == 0 and "does not list other" in result.err and "dbrx:latest, m, openai/*" in result.err
     for code, said in ((404, "The model `other` does not exist"), (400, "Invalid model name passed in model=other"),
                        (400, "Server is pinned to 'm'; requested 'other'."), (404, "not known here")):  # fmt: skip
         server.reply = status(code, {"error": said})
-        result = cli("generate", "-q", "--no-log", "-m", "other", "--url", server.url, "hi")
-        assert result.code == 3 and said in result.fault and "it lists dbrx:latest, m, openai/*" in result.fault
+        with pytest.raises(ModelError) as fault:
+            ask(engine(server, model="other"))
+        assert said in fault.value.one_line and "it lists dbrx:latest, m, openai/*" in fault.value.one_line
 
 
 @pytest.mark.parametrize(
@@ -128,11 +133,10 @@ def test_where_servers_tell_the_context(server: Server, entry: dict[str, Any], c
 
 def test_no_more_is_asked_for_than_the_context_holds(server: Server, cli: Cli) -> None:
     server.models = {"data": [{"id": "x", "max_model_len": 600}]}
-    for flags in ((), ("-n", "5000")):
-        assert cli("generate", "--no-log", "--url", server.url, *flags, "hi").code == 0
-        assert 560 < asked(server)["max_tokens"] < 600
-    cli("generate", "--no-log", "--url", server.url, "-n", "7", "hi")
-    assert asked(server)["max_tokens"] == 7
+    remote = engine(server)
+    for wanted, sent in ((1024, range(560, 600)), (5000, range(560, 600)), (7, [7])):
+        ask(remote, params=replace(remote.defaults, max_tokens=wanted))
+        assert asked(server)["max_tokens"] in sent
     result = cli("generate", "--no-log", "--url", server.url, "--context", "50", "word " * 300)
     assert result.code == 6 and "--context is 50" in result.fault
 
@@ -151,9 +155,11 @@ def test_only_what_was_given_is_sent(server: Server, cli: Cli, monkeypatch: pyte
     cli(*run, "hi")
     assert set(asked(server)) == {*usual, "top_p"}
     assert json.loads(cli(*run, "--json", "hi").out)["seed"] is None
-    for seed in ("-1", str(2**31), str(2**64 - 1)):
-        result = cli(*run, "--seed", seed, "hi")
-        assert result.code == 2 and "seed must be from 0 to 2147483647" in result.fault
+    result = cli(*run, "--seed", str(2**31), "hi")
+    assert result.code == 2 and "seed must be from 0 to 2147483647" in result.fault
+    for seed in (-1, 2**32 - 1, 2**64 - 1):
+        with pytest.raises(ValueError, match="seed must be"):
+            ServerParams(seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -199,26 +205,28 @@ def test_what_is_left_out_when_a_server_refuses_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "field"),
-    [(("-t", "1"), "temperature"), (("--min-p", "0.1"), "min_p"), (("--repetition-penalty", "2"), "repeat_penalty"),
-     (("--stop", "x"), "stop"), (("--seed", "1"), "seed"), (("--logprobs", "1", "--json"), "top_logprobs")],
+    ("given", "field", "flag"),
+    [({"temperature": 1}, "temperature", "--temperature"), ({"min_p": 0.1}, "min_p", "--min-p"),
+     ({"repetition_penalty": 2}, "repeat_penalty", "--repetition-penalty"), ({"seed": 1}, "seed", "--seed"),
+     ({"stop": ("x",)}, "stop", "--stop"), ({"logprobs": 1}, "top_logprobs", "--logprobs"),
+     ({"constraint": Constraint(SCHEMA)}, "response_format", "--schema")],
 )  # fmt: skip
-def test_a_refused_option_is_named(server: Server, cli: Cli, flags: tuple[str, ...], field: str) -> None:
+def test_a_refused_option_is_named(server: Server, given: dict[str, Any], field: str, flag: str) -> None:
     server.reply = refuse(field)
-    result = cli("generate", "-q", "--no-log", "--url", server.url, *flags, "hi")
-    flag = {"-t": "--temperature"}.get(flags[0], flags[0])
-    assert result.code == 1 and f"body.{field}: extra input" in result.fault and f"leave out {flag}" in result.fault
+    remote = engine(server)
+    params = {name: given.pop(name) for name in list(given) if hasattr(remote.defaults, name)}
+    with pytest.raises(DbrxError) as fault:
+        ask(remote, params=replace(remote.defaults, **params), **given)
+    assert fault.value.exit_code == 1 and f"body.{field}: extra input" in fault.value.message
+    assert fault.value.hint == f"leave out {flag}, or choose another value"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--adapter", "no/such"), ("--quantize", "int8"), ("--dtype", "float32"), ("--attn", "eager"), ("--compile",),
-     ("--revision", "main"), ("--lookup", "4"), ("--device-map", "cpu"), ("--max-memory", "cpu=1GiB"),
-     ("--offload", "disk"), ("--expert-cache", "1GiB"), ("--threads", "2"), ("--prompt-cache", "x"), ("--resume", "x")],
-)  # fmt: skip
-def test_flags_that_no_server_hears_of(server: Server, cli: Cli, flags: tuple[str, ...]) -> None:
-    result = cli("generate", "--no-log", "--url", server.url, *flags, "hi")
-    assert result.code == 2 and f"{flags[0]} has no effect with --url" in result.fault and not server.seen
+def test_flags_that_no_server_hears_of(server: Server, cli: Cli) -> None:
+    for flags in (("--adapter", "no/such"), ("--compile",), ("--lookup", "4"), ("--resume", "x")):
+        result = cli("generate", "--no-log", "--url", server.url, *flags, "hi")
+        assert result.code == 2 and f"{flags[0]} has no effect with --url" in result.fault and not server.seen
+    assert UNHEARD >= {"revision", "attn", "dtype", "quantize", "device_map", "max_memory", "offload", "expert_cache"}
+    assert UNHEARD >= {"threads", "prompt_cache"} and not UNHEARD & {"model", "context", "url", "seed", "max_tokens"}
 
 
 def test_settings_for_models_here_do_not_hinder(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +277,11 @@ def test_forms_of_a_whole_reply(server: Server, reply: Send) -> None:
         (status(200, {"error": ERROR}), 7), (status(400, [{"error": ERROR}]), 1),
     ],
 )  # fmt: skip
-def test_errors_in_every_form(server: Server, cli: Cli, reply: Send, code: int) -> None:
+def test_errors_in_every_form(server: Server, reply: Send, code: int) -> None:
     server.reply = reply
-    result = cli("generate", "-q", "--no-log", "--url", server.url, "hi")
-    assert result.code == code and result.out == "" and "overloaded" in result.fault
+    with pytest.raises(DbrxError, match="overloaded") as fault:
+        ask(engine(server))
+    assert fault.value.exit_code == code
 
 
 def test_a_reply_that_breaks_off_is_kept_as_far_as_it_came(server: Server, cli: Cli) -> None:
@@ -290,12 +299,13 @@ def test_a_reply_that_breaks_off_is_kept_as_far_as_it_came(server: Server, cli: 
     assert [m["content"] for m in json.loads(cli("sessions", "export", "2", "--json").out)["messages"]] == ["hi", TEXT]
 
 
-def test_an_empty_reply_is_told(server: Server, cli: Cli) -> None:
+def test_an_empty_reply_is_told(server: Server) -> None:
     thought = {"choices": [{"delta": {"reasoning_content": "Hm."}, "finish_reason": "length"}]}
     for reply, words in ((chunks(STOP), "empty reply (stop)"), (chunks(thought), "though the model has thought")):
         server.reply = reply
-        result = cli("generate", "-q", "--json", "--no-log", "--url", server.url, "hi")
-        assert (result.code, result.out) == (1, "") and words in result.fault
+        with pytest.raises(DbrxError) as fault:
+            ask(engine(server))
+        assert fault.value.exit_code == 1 and words in fault.value.message
 
 
 def test_halves_of_characters(server: Server, cli: Cli) -> None:
