@@ -29,7 +29,8 @@ from .safetensors_file import read_json, shown
 # What stands at the top level beside the network's own keys and those of transformers' base class.
 IGNORED_AT_TOP = BASE_CLASS | HARMLESS_IF_EMPTY | ROPE_KEYS | {
     "num_key_value_heads",
-    "quantization", "quantization_config",  # the formats read them where they know the packing, and refuse others
+    # The formats read these where they know the packing, and refuse others.
+    "quantization", "quantization_config", "compression_config",
 }  # fmt: skip
 IGNORED_INSIDE = BASE_CLASS | HARMLESS_IF_EMPTY | {*ROPE_OBJECTS, "hidden_size"}
 KINDS = ("dbrx", "dbrx_converted")  # the latter where a tool took the experts apart

@@ -146,7 +146,6 @@ FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Tensors], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:config")  # compression_config is no key of DBRX's
 @pytest.mark.parametrize("form", FOREIGN)
 def test_what_others_quantized_is_named(tmp_path: Path, form: str) -> None:
     settings, tensors, message = FOREIGN[form]
@@ -204,7 +203,8 @@ def test_settings_that_were_left_behind_hinder_nobody(tmp_path: Path, settings: 
 def test_gptq_says_its_format_under_either_key(tmp_path: Path, key: str) -> None:
     stored, values = quantized(apart(), lambda name, w: quantize_gptq(name, w, 4, 32, lowered=False))
     settings = {"quant_method": "gptq", "bits": 4, key: "gptq_v2"}
-    with open_weights(write(tmp_path / "m", stored, {**CONFIG, Q: settings})) as opened:
+    config = {**CONFIG, "model_type": "dbrx_converted", Q: settings}  # GPTQModel's name for it
+    with open_weights(write(tmp_path / "m", stored, config)) as opened:
         name = "transformer.blocks.1.norm_attn_norm.attn.out_proj.weight"
         assert torch.equal(opened.read(name, torch.float32), values[name])
 
