@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.tokenizer import AutoTokenizer, Tokenizer
 from model.tokenizer_files import tokenizer_json
 from tests.cli import Cli
-from tests.gguf_files import SPECIAL, write_gguf
+from tests.gguf_files import CONFIG, SPECIAL, write_gguf
 from tests.test_tokenizer import demo_json, split_json, varied_texts, written
 from tests.test_tokenizer import tokenizer_json as json_of
 
@@ -230,3 +230,39 @@ def test_transformers_reads_and_saves_the_same_ids(
         again = AutoTokenizer.from_pretrained(saved)  # what that release saves loads here
         assert [again.encode(text) for text in TEXTS] == ids and again.eos_token == ours.eos_token
         assert {name: again.special_tokens[name] for name in known} == known
+
+
+WHOLE_FOLDER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text = sys.argv[1], sys.argv[2]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
+with torch.no_grad():
+    print(json.dumps([ids[0].tolist(), model(ids).logits[0, -1].tolist()]))
+"""
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("clip", [8.0, None])
+def test_transformers_computes_a_converted_folder_right(tmp_path: Path, clip: float | None, cli: Cli) -> None:
+    """Needs REFERENCE_PYTHONS; tokenizer, configuration and weights together, from a GGUF file."""
+    pythons = os.environ.get("REFERENCE_PYTHONS")
+    if not pythons:
+        pytest.skip("REFERENCE_PYTHONS names no interpreters with transformers")
+    import torch
+
+    from model import DbrxForCausalLM
+
+    config = {**CONFIG, "attn_config": {**CONFIG["attn_config"], "clip_qkv": clip}}
+    path = write_gguf(tmp_path / "m.gguf", config=config)
+    assert cli("convert", path, tmp_path / "out").code == 0
+    text = "hello world 12345678 3333"
+    ids = AutoTokenizer.from_pretrained(path).encode(text)
+    with torch.no_grad():
+        ours = DbrxForCausalLM.from_pretrained(path)(torch.tensor([ids])).logits[0, -1]
+    for python in pythons.split(":"):
+        command = [python, "-c", WHOLE_FOLDER, str(tmp_path / "out"), text]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+        their_ids, logits = json.loads(ran.stdout.splitlines()[-1])
+        assert their_ids == ids and torch.allclose(torch.tensor(logits), ours, atol=1e-3), python
