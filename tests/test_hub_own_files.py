@@ -133,6 +133,13 @@ def test_what_was_changed_since_is_refused_and_with_verify_set_aside(server: Fak
     models.download(NAME, to=tmp_path, verify=True, progress=progress)
     assert (tmp_path / "config.json.changed-1").read_bytes() == MINE
     assert config.read_bytes() == checkpoint()["config.json"]
+    server.add(NAME, checkpoint(seed=1))  # nothing is set aside where something else is refused
+    config.write_bytes(MINE)
+    (tmp_path / "README.md").write_bytes(MINE)
+    (tmp_path / ".cache/huggingface/download/README.md.metadata").unlink()
+    with pytest.raises(InputError, match="not downloaded"):
+        models.download(NAME, to=tmp_path, verify=True)
+    assert config.read_bytes() == MINE
     assert progress.notices == ["config.json is not what the Hub has: kept as config.json.changed-1, and fetched anew"]
 
 

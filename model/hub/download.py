@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,11 +13,8 @@ from ..errors import InputError, ModelError
 from .client import Hub
 from .fetch import disk_fault, fetch
 from .layout import (
-    CHANGED,
-    DAMAGED,
     CacheSnapshot,
     Place,
-    PlainFolder,
     cached_commit,
     missing_files,
     write_ref,
@@ -25,6 +23,7 @@ from .layout import (
 from .listing import HubFile
 from .partial import sweep
 from .patience import Patience, run
+from .plain_folder import CHANGED, DAMAGED, PlainFolder
 from .plan import DEFAULT_REVISION, DownloadPlan, check_disk, check_name, is_offline, place_of, plan_download
 from .progress import Progress, Silent
 from .verify import remove, verify_cached
@@ -117,10 +116,12 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
 
     _publish_present(plan, place)
     progress.start(plan.total_bytes, sum(told.values()), len(plan.files))
-    for round_ in range(ROUNDS):
+    for round_ in itertools.count():
         missing = [file for file in plan.files if not place.holds(file)]
         if not missing:
             break
+        if round_ == ROUNDS:
+            raise ModelError(f"another program keeps removing {missing[0].path}", "run the same command again later")
         if round_:
             progress.notice(f"another program removed {missing[0].path} meanwhile: it is fetched again")
         _note_commit(plan, place, first=True)
@@ -142,11 +143,19 @@ def _keep_own_files(plan: DownloadPlan, place: Place, verify: bool, progress: Pr
     A damaged copy is set aside, and with `verify` also what was changed since it was downloaded.
     """
     gives_way = {DAMAGED, CHANGED} if verify else {DAMAGED}
+    changed: list[HubFile] = []
     for file in (file for file in plan.files if not file.present):
         if isinstance(place, PlainFolder) and place.in_the_way(file) in gives_way:
+            changed.append(file)
+        else:
+            place.refuse(file)
+    for file in changed:
+        assert isinstance(place, PlainFolder)
+        try:
             aside = place.set_aside(file)
-            progress.notice(f"{file.path} is not what the Hub has: kept as {aside.name}, and fetched anew")
-        place.refuse(file)
+        except OSError as error:
+            raise disk_fault(error, file, place) from None
+        progress.notice(f"{file.path} is not what the Hub has: kept as {aside.name}, and fetched anew")
 
 
 def _check_whole(plan: DownloadPlan) -> None:

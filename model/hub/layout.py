@@ -1,7 +1,7 @@
-"""Where files lie: the cache that all Hub clients share, or a plain folder with the Hub's bookkeeping beside.
+"""Where files lie: the cache that all Hub clients share. plain_folder.py is the other place that a download knows.
 
-models--org--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<path>}, locks in .locks/. A plain folder keeps
-the same facts in .cache/huggingface/. An etag is a large file's sha256, a small one's git id.
+models--org--name/{blobs/<etag>, refs/<revision>, snapshots/<commit>/<path>}, locks in .locks/. An etag is a large
+file's sha256, a small one's git id.
 
 The listing of a commit is kept beside, in .dbrx/<commit>.json. It is not kept where huggingface_hub keeps its own
 (trees/<commit>.json): that library takes a snapshot for incomplete, offline, when a file of that listing is not there,
@@ -13,10 +13,8 @@ from __future__ import annotations
 import errno
 import fnmatch
 import hashlib
-import itertools
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,12 +23,10 @@ from typing import Any, Protocol
 from ..errors import InputError, ModelError
 from ..formats.locate import gguf_models, missing_parts
 from ..safetensors_file import read_text
-from .listing import COMMIT, ETAG, HubFile, check_together, is_safe
+from .listing import COMMIT, HubFile, check_together, is_safe
 
 PIECE = 1 << 20
 OURS, THEIRS = ".dbrx", "trees"  # folders of kept listings: this program's, huggingface_hub's
-CHANGED = "it was changed since it was downloaded"
-DAMAGED = "it has the right size and another checksum"
 NO_SYMLINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # What a checkpoint needs to be loaded, beyond the shards that its index names.
 ESSENTIAL = ("config.json", "*.safetensors.index.json", "tokenizer*.json", "*.tiktoken", "*.jinja")
@@ -113,78 +109,6 @@ class CacheSnapshot:
         for path in (self.root / file.path, self.blob(file), self.tree_path, self.storage / "refs" / "name"):
             if (part := obstacle(self.storage, path)) is not None:
                 raise InputError(f"{part} is not a folder, or is a link out of the cache", "remove it")
-
-
-class PlainFolder:
-    """Plain files in a folder of the user's; what is known about them in .cache/huggingface/, as other clients do."""
-
-    def __init__(self, folder: Path, commit: str) -> None:
-        self.root = folder
-        self.commit = commit
-        self.scratch = folder / ".cache" / "huggingface" / "download"
-        self.tree_path = folder / ".cache" / "huggingface" / OURS / f"{commit}.json"
-        self._seen: dict[str, tuple[int, ...] | None] = {}  # what lay in the way of a file, and may be replaced
-
-    def kept(self) -> list[HubFile] | None:
-        theirs = self.tree_path.parent.with_name(THEIRS) / self.tree_path.name
-        return read_tree(self.tree_path) or read_tree(theirs)
-
-    def blob(self, file: HubFile) -> Path:
-        return self.root / file.path
-
-    def lock(self, file: HubFile) -> Path:
-        return self.scratch / f"{file.path}.lock"
-
-    def holds(self, file: HubFile) -> bool:
-        """Size and noted etag, or the checksum where nothing is noted: another commit's shard has the same size."""
-        path = self.blob(file)
-        if file_size(path) != file.size:
-            return False
-        return noted_etag(self.root, file.path) == file.etag or digest(path, file.etag) == file.etag
-
-    has_blob = holds
-
-    def publish(self, file: HubFile) -> None:
-        if noted_etag(self.root, file.path) != file.etag:
-            note = self.scratch / f"{file.path}.metadata"
-            write_atomically(note, f"{self.commit}\n{file.etag}\n{time.time()}\n")
-
-    def refuse(self, file: HubFile) -> None:
-        state = _state(self.blob(file))
-        if file.path in self._seen and self._seen[file.path] == state:
-            return
-        reason = self.in_the_way(file)
-        if reason is not None:
-            hint = "move it away, or name another folder with --to"
-            if reason is CHANGED:
-                hint += "; --verify sets it aside and fetches the file anew"
-            raise InputError(f"{file.path} is not put into {self.root}: {reason}", hint)
-        self._seen[file.path] = state
-
-    def in_the_way(self, file: HubFile) -> str | None:
-        """Why a file must not take its place: something lies there that is not as a download left it."""
-        path = self.blob(file)
-        if os.path.lexists(self.root) and not self.root.is_dir():
-            return f"{self.root} is not a folder"
-        for way in (path, self.lock(file), self.tree_path):
-            if (part := obstacle(self.root, way)) is not None:
-                return f"{part} is not a folder, or is a link"
-        if not os.path.lexists(path) or self.holds(file):
-            return None
-        if path.is_symlink() or not path.is_file():
-            return f"{path} is a link, or not a file"
-        noted = note(self.root, file.path)
-        if noted is None:
-            return DAMAGED if file_size(path) == file.size else "a file of this name is there that was not downloaded"
-        return None if digest(path, noted[0]) == noted[0] else CHANGED
-
-    def set_aside(self, file: HubFile) -> Path:
-        """Give a file that was changed another name, and return that."""
-        path = self.blob(file)
-        names = (path.with_name(f"{path.name}.changed-{i}") for i in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        os.rename(path, aside)
-        return aside
 
 
 def in_blobs(storage: Path, path: Path) -> Path | None:
@@ -324,34 +248,6 @@ def file_size(path: Path) -> int | None:
         return path.stat().st_size if path.is_file() else None
     except (OSError, ValueError):
         return None
-
-
-def note(folder: Path, path: str) -> tuple[str, float] | None:
-    """What a plain folder's notes say of a file: its etag, and until when (seconds since 1970) nobody changed it."""
-    try:
-        lines = read_text(folder / ".cache" / "huggingface" / "download" / f"{path}.metadata").splitlines()
-        return (lines[1], float(lines[2])) if ETAG.fullmatch(lines[1]) else None
-    except (ModelError, ValueError, IndexError):
-        return None
-
-
-def noted_etag(folder: Path, path: str) -> str | None:
-    """The etag in the notes, if the file's time says that nobody changed it since."""
-    noted = note(folder, path)
-    try:
-        # One second of tolerance: some file systems keep no finer times.
-        return noted[0] if noted and (folder / path).stat().st_mtime - 1 <= noted[1] else None
-    except OSError:
-        return None
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What changes when somebody writes a file, or another in its place."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def obstacle(folder: Path, path: Path) -> Path | None:

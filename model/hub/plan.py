@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from ..errors import ConnectionFault, InputError, ModelError, ResourceError
 from .client import Hub
-from .layout import CacheSnapshot, Place, PlainFolder, matching, missing_files
+from .layout import CacheSnapshot, Place, matching, missing_files
 from .listing import HubFile, is_safe
 from .partial import resumable
 from .patience import Patience, run
+from .plain_folder import PlainFolder
 
 T = TypeVar("T")
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .layout import digest, file_size, in_blobs, missing_files, names_in, note, tree_of
+from .layout import digest, file_size, in_blobs, missing_files, names_in, tree_of
 from .listing import ETAG
+from .plain_folder import note
 from .progress import Progress, Silent
 
 
