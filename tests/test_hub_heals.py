@@ -158,6 +158,20 @@ def test_the_file_that_is_not_there_is_named(server: FakeHub) -> None:
         models.download(NAME)
 
 
+def test_what_a_server_says_shows_no_secret_and_no_control_characters(
+    server: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    server.repos[NAME].refs |= dict.fromkeys(("hf_canary", "a\x1b]0;title\x07", "b\nc"), "0" * 40)
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint.replace("//", "//user:secret@"))
+    for name, revision in ((NAME, "v9"), ("acme/none", None)):
+        with pytest.raises(DbrxError) as caught:
+            models.download(name, revision=revision)
+        told = caught.value.one_line
+        assert told.isprintable() and "canary" not in told and "secret" not in told
+    assert "[token]" in str(caught.value.hint) or "HF_ENDPOINT" in str(caught.value.hint)
+
+
 # Partial files
 
 
