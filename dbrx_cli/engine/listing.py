@@ -16,6 +16,7 @@ CONTEXT_KEYS = (
     "max_model_len", "context_length", "context_window", "max_context_length", "loaded_context_length", "max_seq_len",
     "n_ctx", "context", "max_input_tokens",
 )  # fmt: skip
+TOLD = 8  # names in a notice
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ class Listing:
     def names(self) -> list[str]:
         """Of all models."""
         return [str(entry["id"]) for entry in self.entries]
+
+    @property
+    def summary(self) -> str:
+        """The first names, as a notice tells them."""
+        more = len(self.entries) - TOLD
+        return ", ".join(self.names[:TOLD]) + (f" and {more} more" if more > 0 else "")
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The entry that answers to a name: its own, an alias, one with `latest` for a tag, or a pattern (LiteLLM)."""

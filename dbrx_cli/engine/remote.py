@@ -97,10 +97,10 @@ class RemoteEngine:
                 raise ModelError(f"{server.host} names no model", "name one with -m")
             name = names[0]
             if len(names) > 1:
-                has = server.said(", ".join(names[:10]))
+                has = server.said(listing.summary)
                 report.notice(f"{server.host} has several models, {server.said(name)} is taken; choose with -m: {has}")
         elif listing.entries and listing.find(name) is None:
-            has = server.said(", ".join(listing.names[:10]))
+            has = server.said(listing.summary)
             report.notice(f"{server.host} does not list {name}, which is asked for all the same; it lists {has}")
         if len(server.bases) == 1:
             report.detail(f"paths of {server.host} begin with {server.bases[0]}")
@@ -266,7 +266,7 @@ class RemoteEngine:
         elif self._unlisted and (
             isinstance(fault, NoPath) or re.search(rf"model|{re.escape(self.name)}", fault.message)
         ):
-            return ModelError(fault.message, f"it lists {self.server.said(', '.join(self._listing.names[:10]))}")
+            return ModelError(fault.message, f"it lists {self.server.said(self._listing.summary)}")
         return fault
 
     def _answer(self, answer: Answer, reply: _Reply) -> Generator[Delta, None, FinishReason]:
