@@ -164,7 +164,8 @@ class Repl:
                 if came and grows:
                     self.report.notice("what came of the reply is kept")
                 raise fault
-            interrupted = record is None or record.finish_reason == "interrupted"
+            # An interrupt may also come when the reply is complete already.
+            interrupted = fault is not None or record is None or record.finish_reason == "interrupted"
             if interrupted:
                 self.reader.drop()
             self._tell_end(record, came)

@@ -1,0 +1,48 @@
+"""Promise 30: what was shown whole is kept, whatever signal comes behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbrx_cli.repl.signals import Signals
+from tests.cli import ROOT, environment
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(800, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+def test_a_signal_behind_a_reply_takes_nothing_away(tmp_path: Path, count: int) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    command = [sys.executable, "-m", "tests.signal_processes", str(tmp_path), str(count), str(seed)]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ends = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(ends) == count and all(end["took"] < 2 for end in ends)
+    assert [end for end in ends if not end["whole"]] == []
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+    assert all(end["code"] == codes[signal.Signals(end["signal"])] for end in ends)
+
+
+def test_signals_interrupt_only_where_they_are_heard() -> None:
+    steps: list[str] = []
+    with pytest.raises(SystemExit) as left, Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        steps.append("waited")
+        with pytest.raises(KeyboardInterrupt), signals.heard():
+            steps.append("never")
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, for an impatient finger
+        with signals.heard():
+            with signals.waiting():
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+                steps.append("saved")
+            steps.append("never")
+    assert left.value.code == 143 and steps == ["waited", "saved"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
