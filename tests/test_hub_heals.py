@@ -156,6 +156,11 @@ def test_the_file_that_is_not_there_is_named(server: FakeHub) -> None:
     server.alter = lambda answer: [*answer, file("absent.json")] if isinstance(answer, list) else answer
     with pytest.raises(ModelError, match=r"absent\.json"):
         models.download(NAME)
+    server.alter = None
+    server.add("acme/dbrx-gguf", {"config.json": b"{}", "model-Q4_K_M.gguf": b"x"})
+    with pytest.raises(ModelError, match=r"model\.safetensors missing") as caught:
+        models.download("acme/dbrx-gguf")
+    assert "hf download acme/dbrx-gguf FILE.gguf" in str(caught.value.hint)
 
 
 def test_what_a_server_says_shows_no_secret_and_no_control_characters(

@@ -162,10 +162,10 @@ def _check_whole(plan: DownloadPlan) -> None:
     """`ModelError` if what the Hub lists is no whole checkpoint, or less than its index names."""
     missing = missing_files(plan.folder)
     if missing:
-        raise ModelError(
-            f"{plan.name} is not complete on the Hub: {shortened(missing)} missing",
-            "run the same command again later, or choose another --revision",
-        )
+        hint = "run the same command again later, or choose another --revision"
+        if any(file.path.endswith(".gguf") for file in plan.listing):
+            hint = f"it holds GGUF files, which are chosen by name: hf download {plan.name} FILE.gguf"
+        raise ModelError(f"{plan.name} is not complete on the Hub: {shortened(missing)} missing", hint)
 
 
 def shortened(names: Sequence[str]) -> str:
