@@ -186,7 +186,7 @@ def run(
     if answers.answered:
         report.notice(f"{len(answers.answered)} of {len(jobs)} prompts were answered before")
     faults: dict[int, DbrxError] = {}
-    done, tokens, started = len(jobs) - len(by_index), 0, time.perf_counter()
+    done, tokens, empty, started = len(jobs) - len(by_index), 0, 0, time.perf_counter()
 
     def write(index: int, result: Done | DbrxError) -> None:
         answers.write(record(by_index[index], result, flags))
@@ -205,12 +205,15 @@ def run(
                 write(index, result)
                 done += isinstance(result, Done)
                 tokens += result.usage.completion_tokens if isinstance(result, Done) else 0
+                empty += isinstance(result, Done) and not result.text.strip()
                 advance(done + len(faults), len(jobs))
     except (KeyboardInterrupt, DbrxError):
         report.notice(f"{done} of {len(jobs)} prompts are answered{answers.advice}")
         raise
     seconds = time.perf_counter() - started
     report.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f}/s)")
+    if empty:
+        report.notice(f"{empty} of {len(jobs)} replies {'is' if empty == 1 else 'are'} empty")
     if faults:
         first = faults[min(faults)]
         which = "a prompt" if len(faults) == 1 else f"{len(faults)} of {len(jobs)} prompts"

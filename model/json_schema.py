@@ -218,7 +218,8 @@ _TOKEN = re.compile(
     r"|\\x[0-9a-fA-F]{2}|\\[pP]\{[^}]*\}|\\c[A-Za-z]|\\.|\(\?.?.?|\[\^?|.",
     re.DOTALL,
 )
-_WHITE = r"\t\n\x0B\x0C\r \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}"
+_WHITE = r"\t-\r \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}"
+_CODES = {"0": 0, "b": 8, "v": 11}  # of one letter, `b` in a class alone
 _DOT = r"[^\n\r\x{2028}\x{2029}]"
 
 
@@ -228,7 +229,7 @@ def engine_pattern(pattern: str) -> str:
     `ValueError` for what ECMA-262 does not know; what the engine does not know is left for it to refuse.
     """
     new: list[str] = []
-    inside, before = False, ""  # of a class [...]; the token before
+    inside, before = "", ""  # what began the class [...] that is open; the token before
     for token in _TOKEN.findall(pattern):
         if token[0] == "\\":
             new.append(_escape(token, inside))
@@ -240,34 +241,37 @@ def engine_pattern(pattern: str) -> str:
         elif inside and token == before == "-":
             raise ValueError(r"-- in a class is ambiguous: write \-")
         elif token == "]" and before == "[^":
-            new[-1], inside = "(?s:.)", False
+            new[-1], inside = "(?s:.)", ""
         elif token == "]" and before == "[":
             raise ValueError("an empty class")
         elif token.startswith("(?") and not re.match(r"\(\?(?:[:=!]|<.)", token):
             raise ValueError(f"{token} is no group of ECMA-262")
         else:
             new.append(_DOT if token == "." and not inside else token)
-            inside = token[0] == "[" if not inside else token != "]"
+            if token == "]" or not inside:
+                inside = token if token[0] == "[" else ""
         before = token
     return "".join(new)
 
 
-def _escape(token: str, inside: bool) -> str:
+def _escape(token: str, inside: str) -> str:
     letter, rest = token[1:2], token[2:]
     if letter == "s":
         return _WHITE if inside else f"[{_WHITE}]"
     if letter == "S":
         return f"[^{_WHITE}]"
-    if letter == "c" and rest:
-        return f"\\x{ord(rest) % 32:02X}"
-    if letter == "0":
-        return r"\x00"
-    if letter == "b" and inside:
-        return r"\x08"
     if letter == "u" and rest[4:6] == "\\u":  # two halves of a character
         return rf"\x{{{0x10000 + ((int(rest[:4], 16) & 0x3FF) << 10) + (int(rest[6:], 16) & 0x3FF):X}}}"
     if letter in "<>":
         return letter
-    if letter.isascii() and (letter in "dDwWtnrfvbBk123456789" or not letter.isalnum() or (letter in "uxpP" and rest)):
+    code = _CODES.get(letter, -1) if letter != "b" or inside else -1
+    if letter == "c" and rest:
+        code = ord(rest) % 32
+    elif letter in "ux" and rest:
+        code = int(rest.strip("{}"), 16)
+    if code >= 0:
+        # As itself where it must come: what cannot be spelled, `CONTROL` has to find. The engine would leave it out.
+        return chr(code) if inside != "[^" and CONTROL.match(chr(code)) else rf"\x{{{code:X}}}"
+    if letter.isascii() and (letter in "dDwWtnrfbBk123456789" or not letter.isalnum() or (letter in "pP" and rest)):
         return token
     raise ValueError(f"{token} has no meaning in ECMA-262")

@@ -40,6 +40,7 @@ class Engine:
         text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1].content
         if text in self.faults:
             raise self.faults[text]
+        text = text.removeprefix("silence")
         yield Delta(text, None)
         yield replace(DONE, text=text, model=self.name)
 
@@ -189,6 +190,11 @@ def test_a_line_that_is_refused_does_not_end_the_batch(batch: Batch, engine: Eng
     assert [record.get("text") for record in batch.records] == ["one", None, "three"]
     assert batch.records[1]["error"]["code"] == engine.faults[word].exit_code
     assert batch(lines, *URL).code == 1 and len(engine.asked) == 4  # the fault alone is tried again
+
+
+def test_empty_replies_are_counted(batch: Batch) -> None:
+    result = batch([{"prompt": "one"}, {"prompt": "silence"}, {"prompt": "silence"}], *URL)
+    assert result.code == 0 and "2 of 3 replies are empty" in result.fault
 
 
 def test_a_server_that_is_gone_ends_the_batch(batch: Batch) -> None:

@@ -90,6 +90,22 @@ def test_schema_and_raw(cli: Cli, tiny_checkpoint: Path, prompts: Path, tmp_path
         assert json.loads(record["text"]) in ("yes", "no", 3) and record["finish_reason"] == "stop"
 
 
+def test_a_reply_that_gets_stuck_is_one_fault_in_one_line(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """No letter can be spelled that the pattern wants: what came is kept, and in a batch each line tells it."""
+    schema = tmp_path / "schema.json"
+    properties = {"k": {"const": 1}, "s": {"type": "string", "pattern": r"^a[^\b\t\n\f\r\x20-\u{10ffff}]$"}}
+    schema.write_text(json.dumps({"type": "object", "properties": properties, "required": ["k", "s"]}))
+    lines = [{"prompt": "hi"}, {"prompt": "ho"}, {"prompt": "long " * 700}]
+    result = run(cli, tiny_checkpoint, write_lines(tmp_path / "p", lines), "-n", "40", "--schema", schema)
+    assert result.code == 1 and [record["error"]["code"] for record in records(result.out)] == [2, 2, 6]
+    alone = ("generate", "-m", tiny_checkpoint, *COMMON[:-2], "-n", "40", "--schema", schema, "hi")
+    answer = json.loads(cli(*alone, "--json").out)
+    assert answer["text"].startswith("{") and answer["error"]["code"] == 2
+    for flags in ((), ("--no-stream",)):
+        stuck = cli(*alone, *flags)
+        assert (stuck.code, stuck.out) == (2, answer["text"] + "\n") and "cannot be completed" in stuck.fault
+
+
 def test_an_output_file_is_gone_on_with(cli: Cli, tiny_checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     assert run(cli, tiny_checkpoint, prompts, "--output", out) == Result(0, "", "")

@@ -158,6 +158,21 @@ def test_a_name_cannot_come_twice_through_an_escape() -> None:
         assert not takes(schema, text)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["^a\x01b$", r"^a\x01b$", r"^a\u0001b$", r"^a\u{1}b$", r"^a\cAb$", r"^a[\u0001]b$", r"^a[\x00-\x02]b$"],
+)
+def test_control_characters_in_a_pattern_are_not_left_out(pattern: str) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    assert takes(schema, r'"a\u0001b"')
+    assert not takes(schema, '"ab"')
+
+
+def test_control_characters_that_a_pattern_excludes_ask_for_nothing() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": r"^[^\x00-\x1f\x7f]+$"}}}
+    assert takes(schema, '{"a": "b c"}') and not takes(schema, r'{"a": "\t"}')
+
+
 def test_control_characters_are_spelled_where_no_name_is_free() -> None:
     schema = {"type": "object", "properties": {"a\x01": {"const": "\x02"}}, "required": ["a\x01"]}
     assert takes({**schema, "additionalProperties": False}, r'{"a\u0001": "\u0002"}')
