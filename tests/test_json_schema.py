@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import calendar
 import datetime
+import itertools
 import json
 import shutil
 import subprocess
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from model.bpe import GPT2_PATTERN, AddedToken, Vocabulary
 from model.constrain import SchemaMask, check_schema
-from model.decode import LooksAhead
 from model.errors import InputError
 from model.json_schema import engine_pattern
 from model.tokenizer import Tokenizer
@@ -39,16 +39,20 @@ def letters() -> Tokenizer:
     return Tokenizer(Vocabulary(GPT2_PATTERN, single, ids, {"<end>": AddedToken(END)}), eos_token_ids=(END,))
 
 
+@lru_cache(maxsize=1)
+def mask_of(schema: str) -> tuple[SchemaMask, itertools.count[int]]:
+    """A mask, and the numbers of rows that it has not seen: one for each text."""
+    return SchemaMask(json.loads(schema), letters(), END + 1), itertools.count()
+
+
 def takes(schema: dict[str, Any], text: str) -> bool:
     """Whether a reply may be this text."""
-    mask, ids = SchemaMask(schema, letters(), END + 1), list(text.encode())
-    assert isinstance(mask, LooksAhead)
-    for length, token in enumerate([*ids, END]):
-        if length == len(ids) and mask.complete(0, ids):
+    mask, rows = mask_of(json.dumps(schema))
+    row, ids, nothing = next(rows), [*text.encode(), END], torch.zeros(END + 1)
+    for length, token in enumerate(ids):
+        if token == END and mask.complete(row, ids[:length]):
             return True
-        if not mask(0, ids[:length], torch.zeros(END + 1))[token].isfinite() or not mask.leads_on(
-            0, [*ids, END][: length + 1]
-        ):
+        if not mask(row, ids[:length], nothing)[token].isfinite() or not mask.leads_on(row, ids[: length + 1]):
             return False
     return True
 
@@ -60,15 +64,21 @@ def takes_value(schema: dict[str, Any], value: Any) -> bool:
 # Patterns
 
 
-def test_patterns_are_read_as_javascript_reads_them() -> None:
-    """None in the table: JavaScript refuses the pattern, so it is not taken here either."""
-    for pattern, answers in json.loads(TABLE.read_text("utf-8")).items():
+@pytest.mark.parametrize("share", [12, pytest.param(1, marks=pytest.mark.reference)])
+def test_patterns_are_read_as_javascript_reads_them(share: int) -> None:
+    """None in the table: JavaScript refuses the pattern, so it is not taken here either.
+
+    share: every how many texts are looked at, to save seconds; and the first two of those that match.
+    """
+    for number, (pattern, answers) in enumerate(json.loads(TABLE.read_text("utf-8")).items()):
         schema = {"type": "string", "pattern": pattern}
         if answers is None:
             with pytest.raises(InputError):
                 check_schema(schema)
         else:
-            for text, expected in answers.items():
+            matching = [text for text, expected in answers.items() if expected]
+            for text in {*matching[:2], *list(answers)[number % share :: share]}:
+                expected = answers[text]
                 assert takes_value(schema, text) is expected, (pattern, text)
 
 
@@ -94,7 +104,7 @@ def test_what_only_the_engine_knows_is_no_pattern(pattern: str) -> None:
 
 def test_days_are_those_of_the_calendar() -> None:
     date, moment = ({"type": "string", "format": format} for format in ("date", "date-time"))
-    for year in (1, 4, 100, 400, 1600, 1900, 2000, 2020, 2023, 2100, 9999):
+    for year in (1, 4, 1900, 2000, 2023, 9999):
         for month, day in ((2, 28), (2, 29), (2, 30), (4, 30), (4, 31), (12, 31), (1, 0), (13, 1)):
             text = f"{year:04}-{month:02}-{day:02}"
             try:
