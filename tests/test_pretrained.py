@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
 from model.absent import ABSENT
 from model.bpe import cl100k_vocabulary
 from model.errors import ModelError, ResourceError
+from model.formats import open_weights
+from model.formats.write_checkpoint import write_checkpoint
 from model.tokenizer import Tokenizer
 from tests import fidelity
 from tests.gguf_files import write_gguf
@@ -200,3 +204,29 @@ def test_parts_and_size_of_a_network() -> None:
     assert network.num_parameters() == sum(p.numel() for p in network.parameters())
     network.set_attn_implementation("sdpa")
     assert network.transformer.attention == "sdpa"
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("variable", ["TRANSFORMERS_4", "TRANSFORMERS_5"])
+def test_transformers_computes_from_what_is_written(variable: str, tmp_path: Path) -> None:
+    """Needs TRANSFORMERS_4 and TRANSFORMERS_5: interpreters that have transformers 4.57.6, and 5.24.0 or newer.
+
+    The models have bases 500000 and 10000, with a clip and without, and are written by both writers.
+    """
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no interpreter")
+    asked, golden = [], []
+    for name in ("like_dbrx", "two_to_one", "deep", "one_kv_head"):
+        case, folder = fidelity.load(name), tmp_path / name
+        case.network.save_pretrained(folder)
+        with open_weights(folder) as weights:
+            write_checkpoint(weights, tmp_path / f"{name}-converted", torch.float32, lambda _: None)
+        kept = case.data["positions"] < 60
+        for written in (folder, tmp_path / f"{name}-converted"):
+            asked.append([str(written), case.data["input_ids"][:60].tolist()])
+            golden.append((case.data["positions"][kept], case.data["logits"][kept]))
+    script = Path(__file__).parent / "reference" / "transformers_logits.py"
+    command = [os.environ[variable], str(script)]
+    ran = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True, timeout=300)
+    for logits, (positions, expected) in zip(json.loads(ran.stdout.splitlines()[-1]), golden, strict=True):
+        assert fidelity.distance(torch.tensor(logits)[positions], expected) < 1e-4
