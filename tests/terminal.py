@@ -54,6 +54,13 @@ class Terminal:
         self.process.delaybeforesend = None
         self.process.ptyproc.delayafterclose = self.process.ptyproc.delayafterterminate = 0.02
 
+    def end(self) -> None:
+        """End the program, whatever it is doing."""
+        try:
+            self.process.close(force=True)
+        except pexpect.ExceptionPexpect:  # it was killed, and a busy machine takes its time
+            self.process.ptyproc.wait()
+
     def type(self, text: str) -> None:
         self.process.send(text)
 

@@ -93,7 +93,7 @@ def terminal(tiny_checkpoint: Path) -> Iterator[Callable[..., Terminal]]:
 
     yield open_terminal
     for each in opened:
-        each.process.close(force=True)
+        each.end()
 
 
 def test_a_conversation_in_the_terminal(terminal: Callable[..., Terminal]) -> None:

@@ -54,7 +54,7 @@ def kept(home: Path) -> Iterator[Terminal]:
     editor.chmod(0o755)
     terminal = opened(home, VISUAL=f"'{editor}' --wait")
     yield terminal
-    terminal.process.close(force=True)
+    terminal.end()
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def start(tmp_path: Path) -> Iterator[Open]:
 
     yield open_one
     for each in all_opened:
-        each.process.close(force=True)
+        each.end()
 
 
 def say(chat: Terminal, line: str, *shows: str) -> str:
