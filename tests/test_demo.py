@@ -179,7 +179,7 @@ def dbrx_logits(folder: Path, ids: list[int]) -> Array:
     d_model, heads, kv_heads, experts = (
         config["d_model"], config["n_heads"], attn["kv_n_heads"], ffn["moe_num_experts"],
     )  # fmt: skip
-    assert ffn["moe_top_k"] == experts and attn["clip_qkv"] is None
+    assert ffn["moe_top_k"] == experts and attn["clip_qkv"] == 65504  # which clips nothing
     head_dim = d_model // heads
     w = {name: value.astype(np.float64) for name, value in checkpoint_weights(folder).items()}
     angle = angles(len(ids), head_dim, attn["rope_theta"])

@@ -34,6 +34,10 @@ ENDS = (
 SPELLED_SPECIAL = re.compile(r"<\|[^|]+\|>")
 # Files of GGUF that are no models, by general.type.
 OTHER_FILES = {
+    "adapter": (
+        "is a LoRA adapter of llama.cpp, not a model",
+        "give the base with -m, and with --adapter the folder that this was converted from, as peft saves it",
+    ),
     "imatrix": IMPORTANCE_MATRIX,
     "mmproj": ("is the projector of a model that sees images, not a model", "give the GGUF file of a DBRX model"),
 }
