@@ -253,11 +253,13 @@ def test_another_program_that_tidies_up_meanwhile(server: FakeHub) -> None:
     server.pace = 0.001
     storage = Path(constants.HF_HUB_CACHE) / "models--acme--tiny-dbrx"
     for pattern in ("blobs/*.incomplete", "blobs", "snapshots/*", ""):
+        tidied: list[Path] = []
 
-        def tidy(sent: int, pattern: str = pattern) -> None:
+        def tidy(sent: int, pattern: str = pattern, tidied: list[Path] = tidied) -> None:
             if sent >= 150_000:
                 server.watch = None
-                for path in storage.glob(pattern) if pattern else [storage]:
+                tidied += storage.glob(pattern) if pattern else [storage]
+                for path in tidied:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         server.bytes_sent, server.watch = 0, tidy
@@ -265,7 +267,8 @@ def test_another_program_that_tidies_up_meanwhile(server: FakeHub) -> None:
         folder = models.download(NAME, progress=progress)
         same(folder, checkpoint())
         assert models.resolve(NAME, download=False) == folder
-        assert any("another program removed" in notice for notice in progress.notices)
+        assert tidied or pattern == "snapshots/*"  # on a busy machine no file may be whole by then
+        assert any("another program removed" in notice for notice in progress.notices) == bool(tidied)
         if pattern == "blobs/*.incomplete":  # what had come is not fetched again
             assert server.bytes_sent == sum(len(checkpoint()[name]) for name in WANTED)
         shutil.rmtree(storage)
