@@ -58,12 +58,13 @@ class Question:
             raise ModelError(*QUANTIZED_ON_GPU)
         if machine.gpus and options.compile:
             raise ModelError(*COMPILED_ON_GPU)
-        if not machine.gpus and options.attn == "flash":
-            raise ModelError("flash attention needs an NVIDIA GPU", "leave out --attn")
+        dtype = found.dtype if options.dtype == "auto" else options.dtype
+        if options.attn == "flash" and (not machine.gpus or dtype == "float32"):
+            raise ModelError("flash attention needs an NVIDIA GPU, and bfloat16 or float16", "leave out --attn")
         question = cls(
             name,
             found.config,
-            found.dtype if options.dtype == "auto" else options.dtype,
+            dtype,
             quantize,
             machine,
             min(options.context or CONTEXT, found.config.max_seq_len),

@@ -81,7 +81,7 @@ def _gpus(text: str, first: int) -> list[Device]:
     if key in GPUS:
         memory, rate = GPUS[key]
         size, bandwidth = memory * GIB, rate * GB
-    elif key[0].isdigit():
+    elif re.fullmatch(r"[\d.]+[KMGT]?I?B?", key):
         size, bandwidth = parse_size(key), GPU_BANDWIDTH
     else:
         raise InputError(f"--devices: {match[2]!r} is not a known GPU", f"give its memory, or one of {', '.join(GPUS)}")

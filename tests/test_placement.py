@@ -243,6 +243,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
         (("--devices", "4xH100", "--compile"), "leave out --compile"),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
+        (("--devices", "8xH100", "--dtype", "float32", "--attn", "flash"), "bfloat16 or float16"),
     ],
 )
 def test_nothing_is_planned_that_is_refused_when_it_runs(cli: Cli, options: tuple[str, ...], named: str) -> None:
