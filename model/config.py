@@ -6,9 +6,9 @@ import json
 import math
 import os
 import warnings
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .absent import absent
 from .config_keys import (
@@ -18,6 +18,7 @@ from .config_keys import (
     ROPE_KEYS,
     ROPE_OBJECTS,
     listed,
+    own_names,
     refuse_changing,
     require_untransposed,
     rope_base,
@@ -40,8 +41,6 @@ MAX_BASE = 1e30  # beyond it the angles are no longer numbers of float32
 LIMIT = 2**31  # of any dimension: a hostile number must fail here, not in a loop over it
 ACTIVATIONS = ("silu", "gelu", "relu")
 
-Sub = TypeVar("Sub", bound="DbrxAttentionConfig | DbrxFFNConfig")
-
 
 @dataclass(frozen=True)
 class DbrxAttentionConfig:
@@ -53,6 +52,7 @@ class DbrxAttentionConfig:
     rope_theta: float = DEFAULT_BASE
 
     def __post_init__(self) -> None:
+        _set_types(self, "attn_config")
         _positive(self, "attn_config", "kv_n_heads")
         if not 1 <= self.rope_theta <= MAX_BASE:
             raise ModelError(f"config: rope_theta must be from 1 to {MAX_BASE:g}, not {self.rope_theta}")
@@ -75,6 +75,7 @@ class DbrxFFNConfig:
     moe_normalize_expert_weights: float | None = 1.0  # p of the norm that the chosen weights are divided by
 
     def __post_init__(self) -> None:
+        _set_types(self, "ffn_config")
         if self.ffn_act_fn is None:
             object.__setattr__(self, "ffn_act_fn", {"name": "silu"})
         _positive(self, "ffn_config", "ffn_hidden_size", "moe_num_experts", "moe_top_k")
@@ -123,7 +124,8 @@ class DbrxConfig:
         for name, kind in (("attn_config", DbrxAttentionConfig), ("ffn_config", DbrxFFNConfig)):
             value = getattr(self, name)
             if not isinstance(value, kind):
-                object.__setattr__(self, name, _sub_config(kind, name, {} if value is None else value))
+                object.__setattr__(self, name, kind(**_inner(kind, name, value)))
+        _set_types(self, "")
         _positive(self, "", "d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size")
         kv_heads = self.attn_config.kv_n_heads
         if self.d_model % self.n_heads or self.head_dim % 2:
@@ -166,20 +168,32 @@ class DbrxConfig:
     def from_pretrained(
         cls, name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None, **changes: Any
     ) -> DbrxConfig:
-        """Read the configuration of a folder, a GGUF file or a Hub id; `changes` replace values of it.
+        """Read the configuration of a folder, a file (config.json or GGUF) or a Hub id; `changes` replace values of it.
 
-        `ModelError` if there is none that can be used.
+        A dict for `attn_config` or `ffn_config` replaces what it names. `ModelError` if there is none that can be used.
         """
         from .hub import resolve
 
-        source = resolve(name_or_path, revision=revision, token=token, patterns=["config.json"])
+        changes = own_names(changes)
+        unknown = sorted(changes.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise TypeError(f"DbrxConfig has no value {listed(unknown)} to change")
+        source = Path(name_or_path)
+        if not (source.suffix == ".json" and source.is_file()):
+            source = resolve(name_or_path, revision=revision, token=token, patterns=["config.json"])
         if source.is_dir():
-            config = cls.from_json(source / "config.json")
+            source = source / "config.json"
+        if source.suffix == ".json":
+            config = cls.from_json(source)
         else:
             from .formats.gguf_file import open_gguf
             from .formats.gguf_metadata import config_of
 
             config = config_of(open_gguf(source))
+        for name in {"attn_config", "ffn_config"} & changes.keys():
+            part, change = getattr(config, name), changes[name]
+            if not isinstance(change, type(part)):
+                changes[name] = replace(part, **_inner(type(part), name, change))
         return replace(config, **changes)
 
     @classmethod
@@ -194,6 +208,9 @@ class DbrxConfig:
     @classmethod
     def _read(cls, values: dict[str, Any], where: str) -> DbrxConfig:
         """See `from_dict`; warnings begin with `where`."""
+        if not isinstance(values, dict):
+            raise ModelError(f"config: must be an object, not {type(values).__name__}")
+        values = own_names(values)
         kind = values.get("model_type", "dbrx")
         if kind not in KINDS:
             raise ModelError(f"config: model_type is {shown(repr(kind))}, not 'dbrx'", "choose a DBRX checkpoint")
@@ -206,8 +223,9 @@ class DbrxConfig:
         if dropped:
             plural = "s" * (len(dropped) > 1)
             warnings.warn(f"{where}: ignoring unknown key{plural} {listed(dropped)}", stacklevel=3)
-        attn = (values.get("attn_config") or {}) | {"rope_theta": rope_base(values, where)}
-        return cls(**_typed(cls, "", {k: v for k, v in values.items() if k in known} | {"attn_config": attn}))
+        attn = {k: v for k, v in (values.get("attn_config") or {}).items() if k not in ROPE_OBJECTS}
+        attn["rope_theta"] = rope_base(values, where)
+        return cls(**{k: v for k, v in values.items() if k in known} | {"attn_config": attn})
 
     @classmethod
     def from_json(cls, path: str | Path) -> DbrxConfig:
@@ -234,7 +252,7 @@ class DbrxConfig:
         transformers 5 takes no whole number for a float, nor the rotary base from attn_config; it and MLX fail at a
         `clip_qkv` of null.
         """
-        values = _floats(self)
+        values = asdict(self)
         values["attn_config"]["clip_qkv"] = values["attn_config"]["clip_qkv"] or NO_CLIP
         rope = {"rope_type": "default", "rope_theta": values["attn_config"]["rope_theta"]}
         return {"architectures": ["DbrxForCausalLM"], "model_type": "dbrx", **values, "rope_parameters": rope}
@@ -253,19 +271,6 @@ class DbrxConfig:
         self.to_json_file(Path(folder) / "config.json")
 
 
-def _floats(config: Any) -> dict[str, Any]:
-    """As `dataclasses.asdict`, with a float wherever one belongs."""
-    values = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            value = _floats(value)
-        elif "float" in str(f.type) and value is not None:
-            value = float(value)
-        values[f.name] = value
-    return values
-
-
 def _positive(config: Any, scope: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -278,39 +283,40 @@ def _require_object(name: str, value: Any) -> None:
         raise ModelError(f"config: {name} must be an object, not {type(value).__name__}")
 
 
-def _sub_config(kind: type[Sub], name: str, values: Any) -> Sub:
+def _inner(kind: type[Any], name: str, values: Any) -> dict[str, Any]:
+    """The fields of `kind` that a parsed `attn_config` or `ffn_config` names."""
     _require_object(name, values)
+    values = values or {}
     refuse_changing(f"{name}.", values)
     known = [f.name for f in fields(kind)]
     unknown = [key for key in values if key not in known and key not in IGNORED_INSIDE]
     if unknown:
         raise ModelError(f"config: unknown key {shown(repr(unknown[0]))} in {name}", f"known keys: {', '.join(known)}")
-    return kind(**_typed(kind, name, {key: value for key, value in values.items() if key in known}))
+    given = {key: value for key, value in values.items() if key in known and key != "rope_theta"}
+    if name == "attn_config" and rope_bases({name: values}):
+        given["rope_theta"] = rope_base({name: values}, "config")
+    return given
 
 
-def _typed(kind: Any, scope: str, values: dict[str, Any]) -> dict[str, Any]:
+def _set_types(config: Any, scope: str) -> None:
     """Numbers where numbers belong, so that a wrong config fails here and not deep inside the network.
 
     null stands for the default where the network does not depend on it.
     """
-    for f in fields(kind):
-        if f.name not in values or f.default is MISSING:
+    for f in fields(config):
+        if f.default is MISSING:
             continue
-        value, optional = values[f.name], "None" in str(f.type)
-        whole = f.type == "int" or f.type is int
+        value, optional = getattr(config, f.name), "None" in str(f.type)
+        whole, truth = f.type == "int", f.type == "bool"
         if value is None and not whole:
-            values[f.name] = value if optional else f.default
+            object.__setattr__(config, f.name, None if optional else f.default)
             continue
         if value == {"__float__": "Infinity"}:  # as transformers 5 writes it
-            value = values[f.name] = math.inf
-        truth = f.type == "bool" or f.type is bool
-        fits = isinstance(value, bool) if truth else _is_number(value, whole, infinite=optional)
-        if not fits:
+            value = math.inf
+        if not (isinstance(value, bool) if truth else _is_number(value, whole, infinite=optional)):
             name = f"{scope}.{f.name}" if scope else f.name
             raise ModelError(f"config: {name} must be {f.type}, not {shown(repr(value))}")
-        if whole:
-            values[f.name] = int(value)
-    return values
+        object.__setattr__(config, f.name, value if truth else int(value) if whole else float(value))
 
 
 def _is_number(value: Any, whole: bool, infinite: bool) -> bool:

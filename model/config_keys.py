@@ -31,8 +31,21 @@ HARMLESS_IF_EMPTY = {"uniform_expert_assignment", "pruned_heads", "per_layer_con
 ROPE_OBJECTS = ("rope_scaling", "rope_parameters")  # where both stand, transformers takes the first
 ROPE_KEYS = {*ROPE_OBJECTS, "rope_theta"}
 DEFAULT_BASE = 10000.0
+# transformers' attribute_map: the names that generic code uses, and our own.
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "max_position_embeddings": "max_seq_len",
+}
 # transformers before 5.15 multiplied by an expert's w1 and v1 as they are stored, not by their transposes.
 TRANSPOSED = re.compile(r"5\.(\d|1[0-4])(\D|$)")
+
+
+def own_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The top level with our names for transformers' general ones; where both stand, ours counts."""
+    aliased = {ALIASES[key]: value for key, value in values.items() if key in ALIASES}
+    return aliased | {key: value for key, value in values.items() if key not in ALIASES}
 
 
 def rope_bases(values: dict[str, Any]) -> dict[str, Any]:

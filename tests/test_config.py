@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -140,6 +141,7 @@ def test_the_real_network_has_every_parameter_and_no_other() -> None:
         ({"d_model": float("inf")}, "d_model must be int"),
         ({"d_model": 10**400}, "d_model must be"),
         ({"attn__rope_theta": 10**400}, "rope_theta must be"),
+        ({"attn__rope_theta": 10**31}, "rope_theta must be from 1 to"),
         ({"attn_config": "x"}, "attn_config must be an object, not str"),
         ({"attn_config": 5}, "attn_config must be an object, not int"),
         ({"ffn__uniform_expert_assignment": True}, "ffn_config.uniform_expert_assignment True is not supported"),
@@ -314,6 +316,68 @@ def test_a_second_rope_theta_is_warned_about_and_not_taken() -> None:
     values = changed(attn__rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     with pytest.warns(UserWarning, match="the former counts"):
         assert DbrxConfig.from_dict(values).attn_config.rope_theta == 500000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(REAL))
+    return tmp_path
+
+
+def test_a_changed_part_keeps_what_it_does_not_name(folder: Path) -> None:
+    """As transformers 5.24.0 merges them."""
+    real = DbrxConfig.from_dict(REAL)
+    config = DbrxConfig.from_pretrained(folder, attn_config={"clip_qkv": 4}, ffn_config={"moe_top_k": 1})
+    assert config.attn_config == dataclasses.replace(real.attn_config, clip_qkv=4)
+    assert config.ffn_config == dataclasses.replace(real.ffn_config, moe_top_k=1)
+    assert DbrxConfig.from_pretrained(folder, attn_config=None, ffn_config={}) == real
+    for change in ({"rope_parameters": {"rope_theta": 1e6}}, {"rope_theta": 10**6}):
+        config = DbrxConfig.from_pretrained(folder, attn_config=change)
+        assert config.attn_config == dataclasses.replace(real.attn_config, rope_theta=1e6)
+    whole = DbrxAttentionConfig(kv_n_heads=4)
+    assert DbrxConfig.from_pretrained(folder, attn_config=whole).attn_config == whole
+    with pytest.raises(ModelError, match="unknown key 'clip' in attn_config"):
+        DbrxConfig.from_pretrained(folder, attn_config={"clip": 4})
+
+
+def test_the_constructor_reads_the_rotary_objects_too() -> None:
+    assert DbrxConfig(attn_config={"rope_parameters": ROPE_500000}).attn_config.rope_theta == 500000  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="rope_scaling 'yarn' is not supported"):
+        DbrxConfig(attn_config={"rope_scaling": {"rope_type": "yarn", "factor": 4}})  # type: ignore[arg-type]
+
+
+def test_general_names_stand_for_our_own(folder: Path) -> None:
+    names = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_seq_len",
+    }
+    renamed = {{ours: general for general, ours in names.items()}.get(key, key): REAL[key] for key in REAL}
+    for values in (renamed, REAL | {"hidden_size": 32}):
+        assert DbrxConfig.from_dict(values) == DbrxConfig.from_dict(REAL)
+    assert DbrxConfig.from_pretrained(folder, hidden_size=96).d_model == 96
+    with pytest.raises(TypeError, match="no value num_layers to change"):
+        DbrxConfig.from_pretrained(folder, num_layers=2)
+
+
+def test_a_large_base_is_a_float() -> None:
+    base = DbrxConfig.from_dict(changed(attn__rope_theta=10**25)).attn_config.rope_theta
+    assert type(base) is float and base == 1e25
+
+
+def test_what_is_no_value_is_refused_by_the_constructor_too() -> None:
+    with pytest.raises(ModelError, match="n_layers must be int, not '2'"):
+        DbrxConfig(n_layers="2")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"attn_config\.kv_n_heads must be int"):
+        DbrxAttentionConfig(kv_n_heads=None)  # type: ignore[arg-type]
+    for values in ([], None, "x"):
+        with pytest.raises(ModelError, match="must be an object"):
+            DbrxConfig.from_dict(values)  # type: ignore[arg-type]
+
+
+def test_the_file_itself_can_be_given(folder: Path) -> None:
+    assert DbrxConfig.from_pretrained(folder / "config.json") == DbrxConfig.from_pretrained(folder)
 
 
 def test_a_saved_config_is_the_same(tmp_path: Path) -> None:
