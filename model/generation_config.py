@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .config_keys import listed
 from .errors import ModelError
 from .safetensors_file import read_json, shown
 from .sampling import MIN_TEMPERATURE, SamplingParams
@@ -16,6 +18,15 @@ from .sampling import MIN_TEMPERATURE, SamplingParams
 # The names of the values that flags and arguments replace, where they differ.
 REPLACED_BY = {"max_new_tokens": "max_tokens", "do_sample": "temperature"}
 NOT_GREEDY = {"temperature", "top_p", "top_k", "min_p"}  # what a greedy choice does not look at
+# What transformers 5.24.0 applies, this program does not, and the value at which it does nothing (null never does).
+NOT_APPLIED: dict[str, Any] = {
+    "bad_words_ids": [], "begin_suppress_tokens": [], "constraints": [], "diversity_penalty": 0, "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "epsilon_cutoff": 0, "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None, "force_words_ids": [], "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "guidance_scale": 1, "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "num_beams": 1, "penalty_alpha": 0, "sequence_bias": {}, "stop_strings": [],
+    "suppress_tokens": [], "token_healing": False, "top_h": 1, "typical_p": 1, "watermarking_config": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class GenerationConfig:
         if not all(ids.values()) and config.is_file():
             named = read_json(config)
             ids = {key: found or _ids(config, key, named.get(key)) for key, found in ids.items()}
+        ignored = [key for key, off in NOT_APPLIED.items() if values.get(key) not in (None, off)]
+        if ignored:
+            plural = "s" * (len(ignored) > 1)
+            # Of this line, so that it is told once though tokenizer and network both read the file.
+            warnings.warn(f"{path}: ignoring unsupported key{plural} {listed(ignored)}", stacklevel=1)
         given: dict[str, Any] = {}
         faults = {}
         for key, read in READ.items():

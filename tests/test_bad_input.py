@@ -178,6 +178,9 @@ def test_a_bad_default_is_named_and_a_flag_replaces_it(cli: Cli, tiny_checkpoint
     ran = cli("generate", "-m", folder, "-n", "1", "hi")
     assert ran.code == 3 and "generation_config.json: temperature must be" in ran.fault and "-temperature" in ran.fault
     assert cli("generate", "-m", folder, "-n", "1", "-t", "0", "hi").code == 0
+    ran = cli("convert", folder, tmp_path / "out")  # which has no such flag
+    assert ran.code == 3 and "temperature must be" in ran.fault and "mend the file" in ran.fault
+    assert "--temperature" not in ran.fault and not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_network_is_refused(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:

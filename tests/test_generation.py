@@ -176,7 +176,7 @@ def read(folder: Path, values: dict[str, Any] | None, config: dict[str, Any] | N
         ({"top_p": 1, "min_p": 0, "repetition_penalty": 1}, {"top_p": 1, "min_p": 0, "repetition_penalty": 1}),
         ({"top_p": 1.5}, {"top_p": 1}),
         (dict.fromkeys(("temperature", "top_p", "top_k", "do_sample", "max_new_tokens")), {}),
-        ({"max_length": 20, "num_beams": 4, "cache_implementation": "static"}, {}),
+        ({"max_length": 20, "num_beams": 1, "cache_implementation": "static"}, {}),
     ],
 )
 def test_odd_values_mean_what_transformers_makes_of_them(
@@ -186,6 +186,17 @@ def test_odd_values_mean_what_transformers_makes_of_them(
     assert found.sampling().under() == SamplingParams(**expected) and not found.faults
     again = read(tmp_path, found.to_dict())
     assert again.sampling() == found.sampling() and again.to_dict().get("temperature", 1) > 0
+
+
+def test_what_would_act_and_is_not_applied_is_named_once(tmp_path: Path) -> None:
+    idle = {"no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1.0, "suppress_tokens": None, "bad_words_ids": []}
+    read(tmp_path, idle | {"forced_eos_token_id": None, "epsilon_cutoff": 0.0, "remove_invalid_values": False})
+    acting = {"no_repeat_ngram_size": 2, "num_beams": 4, "suppress_tokens": [1], "forced_eos_token_id": 0}
+    with pytest.warns(UserWarning) as told:
+        read(tmp_path, idle | acting)
+    keys = ", ".join(sorted(acting))
+    path = tmp_path / "generation_config.json"
+    assert [str(each.message) for each in told] == [f"{path}: ignoring unsupported keys {keys}"]
 
 
 def test_top_p_of_zero_leaves_the_likeliest_token(tmp_path: Path) -> None:

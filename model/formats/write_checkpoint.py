@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import expected_tensors
+from ..errors import ModelError
 from .scratch import put_in_place, scratch_folder
 from .weights import Weights
 
@@ -30,7 +31,7 @@ def companions(source: Path) -> Callable[[Path], None]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     generation = GenerationConfig.from_source(source)
     for fault in generation.faults.values():
-        raise fault
+        raise ModelError(fault.message, "mend the file")  # no flag replaces a value here
 
     def finish(written: Path) -> None:
         tokenizer.save_pretrained(written)
