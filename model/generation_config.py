@@ -138,6 +138,12 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _id(value: Any) -> int:
+    if (number := _whole(value)) >= 2**63:
+        raise ValueError("no tensor holds it")
+    return number
+
+
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, not {shown(repr(value))}")
@@ -196,6 +202,6 @@ def as_ids(value: Any) -> tuple[int, ...]:
     """One id, several or none -> a tuple. One below 0 is none: that is how some files write it."""
     each = value if isinstance(value, list | tuple) else [] if value is None else [value]
     try:
-        return tuple(i for i in map(_whole, each) if i >= 0)
+        return tuple(i for i in map(_id, each) if i >= 0)
     except ValueError:
-        raise ValueError(f"token ids must be whole numbers, not {shown(repr(value))}") from None
+        raise ValueError(f"token ids must be whole numbers below 2^63, not {shown(repr(value))}") from None

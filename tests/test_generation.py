@@ -254,7 +254,7 @@ def test_ends_of_a_reply_are_found_where_transformers_reads_them(
     assert (found.eos_token_id, found.pad_token_id) == (eos, pad)
 
 
-@pytest.mark.parametrize("value", ["7", True, 7.5, [[7]], {"a": 1}, [7, None]])
+@pytest.mark.parametrize("value", ["7", True, 7.5, [[7]], {"a": 1}, [7, None], 2**63, [7, 10**400]])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_ids_that_are_none_are_refused(value: Any, file: str, tmp_path: Path) -> None:
     both: list[dict[str, Any]] = [{}, {"eos_token_id": value}]
