@@ -256,6 +256,8 @@ ERROR = {"message": "overloaded"}
         status(200, {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
         status(200, b'{\n "choices": [{"message": {"content": "Hello"},\n "finish_reason": "stop"}]\n}'),
         status(200, b'data: {"choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}\n'),
+        status(200, b'\xef\xbb\xbfdata: {"choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}\n'),
+        status(200, b'\xef\xbb\xbf{"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}'),
     ],
 )  # fmt: skip
 def test_forms_of_a_whole_reply(server: Server, reply: Send) -> None:
@@ -413,9 +415,11 @@ def test_going_on_with_a_reply(server: Server, owner: str, sent: dict[str, Any],
     *deltas, done = remote.stream(Request([*HI, Message("assistant", "Hello ")], remote.defaults, continue_final=True))
     assert isinstance(done, Done) and sent.items() <= asked(server).items()
     assert asked(server)["messages"][-1] == {"role": "assistant", "content": "Hello "}
-    new = "".join(pieces).removeprefix("Hello ")
+    new = "".join(pieces)
+    if owner == "llamacpp":  # which may begin by repeating; elsewhere it is new text that says the same again
+        new = new.removeprefix("Hello ")
     assert "".join(delta.text for delta in deltas if isinstance(delta, Delta)) == new
-    assert done.text == "Hello " + new
+    assert done.text == new
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

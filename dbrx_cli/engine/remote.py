@@ -109,7 +109,7 @@ class RemoteEngine:
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
         """See `Engine.stream`. A reply that breaks off is kept as far as it came, its Done has the fault."""
         path, content = self._asked(request)
-        reply = _Reply(request)
+        reply = _Reply(request, self.owner == "llamacpp")
         reason: FinishReason = "interrupted"
         fault: DbrxError | None = None
         answer = None
@@ -353,7 +353,8 @@ class RemoteEngine:
 class _Reply:
     """A reply as it comes, with its clock."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, repeats: bool) -> None:
+        """repeats: whether the server may begin by repeating what it goes on from, as llama.cpp's does."""
         self.text = ""
         self.pieces = 0
         self.ids: list[int] = []
@@ -364,9 +365,8 @@ class _Reply:
         self.first_at: float | None = None
         self.last_at: float | None = None
         self._half = ""  # of a surrogate pair whose other half comes with the next piece
-        # What it goes on from; llama.cpp's server may begin by repeating that.
-        last = request.prompt[-1] if request.continue_final else None
-        self.before = self._repeated = last.content if isinstance(last, Message) else ""
+        last = request.prompt[-1] if request.continue_final and repeats else None
+        self._repeated = last.content if isinstance(last, Message) else ""
         self._held = ""  # the part of that which has come
 
     def take(self, choice: dict[str, Any]) -> list[Delta]:

@@ -227,7 +227,7 @@ class Answer:
 
     def _lines(self) -> Iterator[str]:
         """The lines of the body, each as soon as it is whole; the last one even without its end."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
         held = ""
         while (part := self._next(self._deadline)) is not None:
             assert isinstance(part, bytes)
@@ -361,7 +361,7 @@ def _read_trusted(file: str | None, folder: str | None) -> ssl.SSLContext:
 
 def _message(body: bytes) -> str:
     """What an error's body says, or its first words."""
-    text = body[:65536].decode("utf-8", "replace")
+    text = body[:65536].decode("utf-8-sig", "replace")
     try:
         return words_of(json.loads(text))
     except (ValueError, RecursionError):
