@@ -15,7 +15,7 @@ import pytest
 
 from dbrx_cli.engine import Constraint, Delta, Done, Request, at_once, wire
 from dbrx_cli.engine.at_once import at_once as answers
-from dbrx_cli.engine.fitting import misfit
+from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import UNHEARD, EngineOptions, OutputOptions
 from dbrx_cli.report import Report
@@ -364,6 +364,41 @@ def test_a_reply_is_held_against_its_schema(server: Server, text: str) -> None:
     except ValueError:
         fits = False
     assert (done.error is None) == fits and (fits or "does not keep to --schema" in str(done.error))
+
+
+def members(*names: str, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {n: {"type": "integer"} for n in names}, "required": [*names], **more}
+
+
+@pytest.mark.parametrize(("schema", "texts"), [
+    ({"oneOf": [members("k", "n", additionalProperties=False), members("z", additionalProperties=False)]},
+     ['{"n": 1, "k": 2}', '{"n": 1, "z": 2}']),
+    ({"allOf": [members("a"), members("b", "c")]}, ['{"c": 1, "b": 1, "a": 2}', '{"b": 1, "a": 2}']),
+    ({"type": "array", "prefixItems": [members("a", "b")]}, ['[{"b": 1, "a": 2}, {}, []]', '[{"b": 1}]']),
+    ({"type": "object", "additionalProperties": members("a", "b")}, ['{"x": {"b": 1, "a": 2}}', '{"x": {"a": 1}}']),
+    (members("a", patternProperties={"^x": {"type": "integer"}}, additionalProperties=False),
+     ['{"x": 1, "a": 2}', '{"x": 1, "y": 3, "a": 2}']),
+    ({"$defs": {"x": {"$ref": "#/$defs/y"}, "y": members("a", "b")}, "$ref": "#/$defs/x"},
+     ['{"b": 1, "a": 2}', '{"b": 1}']),
+    (members(*"abcdef", required=[]), ['{"f": 1, "d": 1.0, "a": 0}', '{"f": 1, "d": 1.5, "a": 0}']),
+    ({"type": "integer"}, ["1.0", "-2e2", "1.5"]),
+    ({"type": "number", "minimum": 0, "maximum": 200}, ["1e2", "1e-7", "-1e-7", "1e3"]),
+    ({"type": "array"}, ["[" * 300 + "]" * 300, json.dumps([*range(2000)])]),
+])  # fmt: skip
+def test_order_of_keys_and_spelling_of_numbers_are_free(schema: dict[str, Any], texts: list[str]) -> None:
+    valid = jsonschema.Draft202012Validator(schema).is_valid
+    assert [misfit(schema, text, True) is None for text in texts] == [valid(json.loads(text)) for text in texts]
+
+
+def test_what_takes_too_long_to_check_is_no_fault(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = members(*"abcdefghijklmnop", required=[])
+    text = json.dumps({name: "x" if name == "a" else 1 for name in "ponmlkjihgfedcba"})
+    with pytest.raises(Undecided):
+        misfit(schema, text, True)
+    server.reply = chunks(choice(text), STOP)
+    remote = RemoteEngine.open(EngineOptions(url=server.url), Report(OutputOptions()))
+    assert ask(remote, constraint=Constraint(schema)).error is None
+    assert "could not be checked against --schema" in capsys.readouterr().err
 
 
 def test_a_reply_that_is_cut_off_must_begin_as_json() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
-from dbrx_cli.engine.fitting import misfit
+from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.listing import Listing, context_of
 from dbrx_cli.engine.wire import TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
@@ -302,7 +302,12 @@ class RemoteEngine:
         if request.logprobs is not None and reply.text and not reply.logprobs:
             raise DbrxError(f"{host} tells no log-probabilities", "leave out --logprobs, or load the model here")
         if request.constraint is not None:
-            wrong = misfit(request.constraint.json_schema, reply.text, reason == "stop" and not request.stop)
+            ended = reason == "stop" and not request.stop
+            try:
+                wrong = misfit(request.constraint.json_schema, reply.text, ended)
+            except Undecided:
+                self._report.notice("the reply could not be checked against --schema: its keys stand in another order")
+                return
             if wrong:
                 hint = "take a server that knows response_format, or load the model here"
                 raise DbrxError(f"{host} does not keep to --schema: {wrong}", hint)
