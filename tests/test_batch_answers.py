@@ -199,7 +199,8 @@ def test_empty_replies_are_counted(batch: Batch) -> None:
 
 def test_a_server_that_is_gone_ends_the_batch(batch: Batch) -> None:
     result = batch([{"prompt": "one"}, {"prompt": "gone"}, {"prompt": "three"}], *URL)
-    assert result.code == 7 and [record["text"] for record in batch.records] == ["one"]
+    texts = [record["text"] for record in batch.records]  # the third prompt is answered at the same time, or not at all
+    assert result.code == 7 and texts in (["one"], ["one", "three"])
 
 
 def test_an_empty_reply_is_told(cli: Cli, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import UNHEARD, EngineOptions, OutputOptions
 from dbrx_cli.report import Report
-from model.errors import ConnectionFault, DbrxError, ModelError
+from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
 from model.messages import Message
 from tests.cli import Cli
 from tests.stub_server import TEXT, Handler, Send, Server, after_pieces, choice, chunks, status, whole
@@ -523,6 +524,23 @@ def test_what_hits_all_lines_ends_a_batch(
     prompts, output = batch(tmp_path, *[{"prompt": f"p{i}"} for i in range(40)])
     result = cli("generate", "-q", "--batch", prompts, "--output", output, "--url", server.url)
     assert result.code == code and words in result.fault and len(server.seen) < 30
+
+
+def test_a_fault_that_ends_a_batch_keeps_what_came(server: Server) -> None:
+    def reply(handler: Handler) -> None:
+        (status(401, {}) if handler.asked["messages"][-1]["content"] == "1" else whole)(handler)
+
+    def requests() -> Iterator[tuple[int, Request]]:
+        for i in range(3):
+            yield i, Request([Message("user", str(i))], remote.defaults)
+        all_came.set()
+
+    server.reply, remote, all_came = reply, engine(server), threading.Event()
+    stream = answers(remote, requests(), 1)
+    assert next(stream)[0] == 0 and all_came.wait(5)
+    assert next(stream)[0] == 2
+    with pytest.raises(AccessError):
+        next(stream)
 
 
 def test_faults_of_one_reply_do_not_end_a_batch(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 
 from dbrx_cli.engine import Done, Engine, Request
@@ -19,7 +20,8 @@ def at_once(
 ) -> Iterator[tuple[int, Done | DbrxError]]:
     """See `batched.answers`: in `rows` threads, each of which waits for one reply after the other.
 
-    When the caller goes (Ctrl-C too), the replies that are under way are broken off.
+    A fault that is raised comes behind the answers that had come before it. When the caller goes (Ctrl-C too), the
+    replies that are under way are broken off.
     """
     line, lock, stop = iter(requests), Lock(), Event()
     ready: SimpleQueue[tuple[int, Done | Exception] | None] = SimpleQueue()
@@ -45,11 +47,22 @@ def at_once(
             number, result = found
             answered = answered or isinstance(result, Done)
             if isinstance(result, Exception) and not (isinstance(result, DbrxError) and _of_one(result, answered)):
+                stop.set()
+                yield from _arrived(ready)
                 raise result
             yield number, result
     finally:
         stop.set()
         engine.close()
+
+
+def _arrived(ready: SimpleQueue[tuple[int, Done | Exception] | None]) -> Iterator[tuple[int, Done]]:
+    """The answers that nobody has taken yet."""
+    with contextlib.suppress(Empty):
+        while True:
+            found = ready.get_nowait()
+            if found is not None and isinstance(found[1], Done):
+                yield found[0], found[1]
 
 
 def _whole(engine: Engine, request: Request, stop: Event) -> Done | Exception:
