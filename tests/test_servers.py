@@ -193,7 +193,12 @@ def refuse(*names: str, code: int = 422, said: str | None = None, then: Send = w
 
 
 def test_what_is_left_out_when_a_server_refuses_it(server: Server) -> None:
-    for code, said in ((422, None), (400, "bad request"), (400, "stream_options is not supported")):
+    for code, said in (
+        (422, None),
+        (400, "bad request"),
+        (400, "stream_options is not supported"),
+        (400, "stream_options is not allowed in this context"),
+    ):
         server.reply = refuse("stream_options", code=code, said=said)
         remote = engine(server)
         assert ask(remote).text == TEXT
@@ -273,10 +278,13 @@ def test_forms_of_a_whole_reply(server: Server, reply: Send) -> None:
         (chunks({"error": ERROR}), 7), (chunks({"error": "overloaded"}), 7), (chunks({"object": "error", **ERROR}), 7),
         (chunks(ERROR), 7), (chunks({"detail": [{"loc": ["body"], "msg": "overloaded"}]}), 7),
         (chunks({"error": {**ERROR, "code": 503}}), 7), (chunks({"error": {**ERROR, "code": 401}}), 4),
-        (chunks({"error": {"message": "overloaded context", "code": 400}}), 6),
+        (chunks({"error": {"message": "overloaded context window", "code": 400}}), 6),
         (status(200, b'event: error\ndata: {"message": "overloaded"}\n\n'), 7),
         (status(200, b"event: error\ndata: overloaded\n\n"), 7),
         (status(200, b'event: error\ndata: {"error": {"type": "x", "message": "overloaded"}}'), 7),
+        (status(400, {"error": "overloaded: this is no context-free grammar"}), 1),
+        (status(400, {"error": "overloaded: ContextWindowExceededError"}), 6),
+        (status(400, {"error": "overloaded: the request exceeds the available context"}), 6),
         (status(200, {"error": ERROR}), 7), (status(400, [{"error": ERROR}]), 1),
     ],
 )  # fmt: skip

@@ -33,7 +33,8 @@ LARGEST_LINE = 1 << 20  # bytes; a token's line has some hundred
 LARGEST_ANSWER = 8 << 20
 TRY_AGAIN = "try again, or see what the server logs"
 TOO_LONG = re.compile(
-    r"context|too long|maximum.*tokens|tokens.*maximum|(input|prompt) length|fewer tokens|less than.*tokens"
+    r"context[ _-]?(length|window|size|limit)|maximum context|exceed.*context|context.*exceed|too long"
+    r"|maximum.*tokens|tokens.*maximum|(input|prompt) length|fewer tokens|less than.*tokens"
 )
 
 
