@@ -69,7 +69,7 @@ class Job:
         seed = request.params.seed
         own = dict(self.sampling or {})
         if seed is not None and "seed" not in own:
-            own["seed"] = (seed + self.index) % 2**64
+            own["seed"] = (seed + self.index) % request.params.SEEDS
         try:
             params = replace(request.params, **own)
         except ValueError as error:  # a server's bounds are narrower

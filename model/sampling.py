@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,8 @@ MAX_LOOKUP = 64  # a wider step to verify them is no longer cheap
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. Temperature 0 is greedy; the neutral value of each other field switches it off."""
+
+    SEEDS: ClassVar = 2**64  # so many are counted through
 
     temperature: float = 0.7
     top_p: float = 0.95

@@ -546,6 +546,14 @@ def test_a_fault_that_ends_a_batch_keeps_what_came(server: Server) -> None:
     server.reply, remote, all_came = reply, engine(server), threading.Event()
     stream = answers(remote, requests(), 1)
     assert next(stream)[0] == 0 and all_came.wait(5)
+def test_seeds_of_a_batch_begin_anew_behind_the_last(server: Server, cli: Cli, tmp_path: Path) -> None:
+    prompts, output = batch(tmp_path, *[{"prompt": f"p{i}"} for i in range(3)])
+    last = 2**31 - 1
+    run = ("generate", "--batch", prompts, "--output", output, "--seed", str(last), "--url", server.url)
+    assert cli(*run).code == 0
+    assert [records(output)[i]["seed"] for i in range(3)] == [last, 0, 1]
+
+
     assert next(stream)[0] == 2
     with pytest.raises(AccessError):
         next(stream)

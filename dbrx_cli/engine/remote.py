@@ -22,7 +22,6 @@ from model.sampling import SamplingParams
 DBRX_CONTEXT = 32768  # where the server does not say
 BYTES_A_TOKEN = 4.0  # of English; corrected by what the server counts
 TOKENS_A_MESSAGE = 5  # of the chat template
-SEEDS = 2**31  # servers keep no more of a seed than this for sure; llama.cpp takes 2**32 - 1 for "any"
 END = "[DONE]"
 # How servers by `owned_by` go on with the last message, and which key the repetition penalty has (else: both keys).
 GO_ON: dict[str, dict[str, bool]] = {
@@ -47,6 +46,8 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in (*SAMPLING, "repetition
 class ServerParams(SamplingParams):
     """What a server is asked for; None leaves it to the server."""
 
+    SEEDS = 2**31  # servers keep no more of a seed for sure; llama.cpp takes 2**32 - 1 for "any"
+
     temperature: Any = None
     top_p: Any = None
     top_k: Any = None
@@ -57,8 +58,8 @@ class ServerParams(SamplingParams):
 
     def __post_init__(self) -> None:
         SamplingParams(**{name: value for name, value in vars(self).items() if value is not None})  # its bounds hold
-        if self.seed is not None and not 0 <= self.seed < SEEDS:
-            raise ValueError(f"seed must be from 0 to {SEEDS - 1} for a server, not {self.seed}")
+        if self.seed is not None and not 0 <= self.seed < self.SEEDS:
+            raise ValueError(f"seed must be from 0 to {self.SEEDS - 1} for a server, not {self.seed}")
 
 
 class RemoteEngine:
