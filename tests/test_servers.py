@@ -257,6 +257,8 @@ ERROR = {"message": "overloaded"}
         chunks(choice("Hello"), "[DONE]"),
         chunks(choice("Hello"), STOP),  # no [DONE]: transformers
         chunks(choice("Hello"), choice(None, "STOP")),
+        status(200, b'event: ping\ndata: at work\n\ndata: {"choices": [{"text": "Hello"}]}\n\ndata: [DONE]\n'),
+        chunks({"choices": [{"index": 1, "text": "No", "finish_reason": "length"}]}, choice("Hello"), STOP),
         chunks({"choices": []}, {"choices": None, "usage": None}, choice("Hello"), choice(None, "eos_token")),
         chunks({"message": "", "choices": [{"delta": {"content": "Hello"}, "finish_reason": "stop"}]}),
         status(200, {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),

@@ -18,7 +18,7 @@ UNLIKELY = -9999.0  # OpenAI's spelling of minus infinity, which JSON has no num
 
 
 def read_chunk(server: Server, name: str, data: str) -> dict[str, Any]:
-    """The object of an event; `DbrxError` if it tells an error, or is nonsense."""
+    """The object of an event, empty if it is of a foreign kind; `DbrxError` if it tells an error, or is nonsense."""
     try:
         chunk = json.loads(data)
     except (ValueError, RecursionError):
@@ -26,6 +26,8 @@ def read_chunk(server: Server, name: str, data: str) -> dict[str, Any]:
     if not isinstance(chunk, dict):
         if name == "error":
             raise OneReply(f"{server.host} gave up: {server.said(data)}", TRY_AGAIN)
+        if name not in ("", "message"):  # such as ping
+            return {}
         raise OneReply(f"{server.host} sent what is no part of a reply", "check --url")
     if name == "error" or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
         raise _error(server, chunk)

@@ -281,6 +281,8 @@ class RemoteEngine:
             chunk = read_chunk(self.server, name, data)
             reply.note(chunk)
             for choice in chunk.get("choices") or []:
+                if choice.get("index") not in (None, 0):  # another reply, which nobody asked for
+                    continue
                 if reason is None:
                     pieces = reply.pieces
                     deltas = reply.take(choice)
