@@ -123,7 +123,7 @@ def test_names_that_are_not_listed(server: Server, cli: Cli, capsys: pytest.Capt
         ({"max_context_length": 32768, "loaded_context_length": 4096}, 4096),  # LM Studio
         ({"limits": {"max_input_tokens": 7000}}, 7000),  # GitHub
         ({"meta": {"n_ctx_train": 8192}}, 32768),
-        ({"max_model_len": True, "n_ctx": -1, "context_length": "8"}, 32768),
+        ({"max_model_len": True, "n_ctx": -1, "context_length": "8", "context_window": 10**400}, 32768),
     ],
 )
 def test_where_servers_tell_the_context(server: Server, entry: dict[str, Any], context: int) -> None:
@@ -321,6 +321,15 @@ def test_an_empty_reply_is_told(server: Server) -> None:
         assert fault.value.exit_code == 1 and words in fault.value.message
 
 
+def test_counts_and_names_that_are_nonsense(server: Server, cli: Cli) -> None:
+    usage = {"prompt_tokens": 10**400, "completion_tokens": 10**400}
+    server.reply = chunks(choice("Hello", "stop"), {"choices": [], "usage": usage})
+    server.models = {"data": [{"id": "\ud800"}, {"id": "x"}]}
+    result = cli("generate", "--no-log", "--json", "-v", "--url", server.url, "hi")
+    answer = json.loads(result.out)
+    assert (result.code, answer["model"], answer["usage"]["completion_tokens"]) == (0, "x", 1)
+
+
 def test_halves_of_characters(server: Server, cli: Cli) -> None:
     server.reply = chunks(choice("a\ud83d"), choice("\ude00b"), choice("\ud800"), choice("c\udc00\ud801"), STOP)
     assert ask(engine(server)).text == "a😀b\ufffdc\ufffd\ufffd"
@@ -432,11 +441,12 @@ def test_log_probabilities(server: Server) -> None:
     assert [(one.text, one.logprob) for one in done.logprobs[0].top] == [("a", -1.0), ("b", -3.0)]
     assert (done.logprobs[1].text, done.logprobs[1].logprob) == ("\ufffd", -9999.0)
     # A plain completion's form.
-    told = {"tokens": ["x", "y"], "token_logprobs": [None, -2.0], "top_logprobs": [None, {"y": -2.0, "z": -1.5}]}
+    top = {"y": -2.0, "z": -1.5, "w": -(10**400)}
+    told = {"tokens": ["x", "y"], "token_logprobs": [None, -2.0], "top_logprobs": [None, top]}
     server.reply = chunks({"choices": [{"text": "xy", "logprobs": told, "finish_reason": "stop"}]})
     done = ask(remote, "Once", logprobs=2)
     assert done.logprobs and [(one.text, one.logprob) for one in done.logprobs] == [("y", -2.0)]
-    assert [one.text for one in done.logprobs[0].top] == ["z", "y"] and asked(server)["logprobs"] == 2
+    assert [one.text for one in done.logprobs[0].top] == ["z", "y", "w"] and asked(server)["logprobs"] == 2
     server.reply = whole
     done = ask(remote, logprobs=0)
     assert done.text == TEXT and "tells no log-probabilities" in str(done.error)
@@ -536,6 +546,14 @@ def test_what_hits_all_lines_ends_a_batch(
     assert result.code == code and words in result.fault and len(server.seen) < 30
 
 
+def test_seeds_of_a_batch_begin_anew_behind_the_last(server: Server, cli: Cli, tmp_path: Path) -> None:
+    prompts, output = batch(tmp_path, *[{"prompt": f"p{i}"} for i in range(3)])
+    last = 2**31 - 1
+    run = ("generate", "--batch", prompts, "--output", output, "--seed", str(last), "--url", server.url)
+    assert cli(*run).code == 0
+    assert [records(output)[i]["seed"] for i in range(3)] == [last, 0, 1]
+
+
 def test_a_fault_that_ends_a_batch_keeps_what_came(server: Server) -> None:
     def reply(handler: Handler) -> None:
         (status(401, {}) if handler.asked["messages"][-1]["content"] == "1" else whole)(handler)
@@ -548,14 +566,6 @@ def test_a_fault_that_ends_a_batch_keeps_what_came(server: Server) -> None:
     server.reply, remote, all_came = reply, engine(server), threading.Event()
     stream = answers(remote, requests(), 1)
     assert next(stream)[0] == 0 and all_came.wait(5)
-def test_seeds_of_a_batch_begin_anew_behind_the_last(server: Server, cli: Cli, tmp_path: Path) -> None:
-    prompts, output = batch(tmp_path, *[{"prompt": f"p{i}"} for i in range(3)])
-    last = 2**31 - 1
-    run = ("generate", "--batch", prompts, "--output", output, "--seed", str(last), "--url", server.url)
-    assert cli(*run).code == 0
-    assert [records(output)[i]["seed"] for i in range(3)] == [last, 0, 1]
-
-
     assert next(stream)[0] == 2
     with pytest.raises(AccessError):
         next(stream)

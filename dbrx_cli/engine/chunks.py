@@ -125,8 +125,12 @@ def _likelihood(entry: Any) -> Likelihood | None:
     value, id = entry.get("logprob"), entry.get("id")
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
+    try:
+        value = float(value)
+    except OverflowError:  # an int with hundreds of digits
+        value = UNLIKELY
     return Likelihood(
-        id if type(id) is int else None, whole(entry["token"]), float(value) if math.isfinite(value) else UNLIKELY
+        id if type(id) is int else None, whole(entry["token"]), value if math.isfinite(value) else UNLIKELY
     )
 
 

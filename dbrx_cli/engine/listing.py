@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from dbrx_cli.engine.wire import Busy, Forbidden, NoPath, OneReply, Refused, Server
+from dbrx_cli.engine.chunks import whole
+from dbrx_cli.engine.wire import LARGEST_COUNT, Busy, Forbidden, NoPath, OneReply, Refused, Server
 from model.errors import DbrxError
 
 # Of vLLM, OpenRouter, Groq, Mistral, LM Studio, tabbyAPI, llama.cpp, this program and LiteLLM; `n_ctx_train`, for
@@ -77,7 +78,7 @@ class Listing:
 def context_of(entry: dict[str, Any]) -> int | None:
     """The context in tokens, if the entry tells it: the least, where it tells several (a provider's, the model's)."""
     told = [parts.get(key) for parts in _parts(entry) for key in CONTEXT_KEYS]
-    return min((n for n in told if isinstance(n, int) and not isinstance(n, bool) and n > 0), default=None)
+    return min((n for n in told if type(n) is int and 0 < n < LARGEST_COUNT), default=None)
 
 
 def _parts(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -92,7 +93,10 @@ def _aliases(entry: dict[str, Any]) -> list[Any]:
 
 
 def _entries(answer: Any) -> tuple[dict[str, Any], ...] | None:
-    """The models of an answer: OpenAI's form, or the bare list; None if it is neither."""
+    """The models of an answer: OpenAI's form, or the bare list; None if it is neither.
+
+    What cannot be written is no name.
+    """
     if isinstance(answer, dict) and "data" in answer:
         answer = answer["data"] or []
     elif isinstance(answer, dict) and isinstance(answer.get("models"), list):
@@ -101,4 +105,4 @@ def _entries(answer: Any) -> tuple[dict[str, Any], ...] | None:
         return None
     entries = [{"id": model} if isinstance(model, str) else model for model in answer]
     entries = [{"id": model.get("name"), **model} for model in entries if isinstance(model, dict)]
-    return tuple(model for model in entries if isinstance(model["id"], str))
+    return tuple(model for model in entries if isinstance(model["id"], str) and whole(model["id"]) == model["id"])

@@ -12,7 +12,7 @@ from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLo
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.listing import Listing, context_of
-from dbrx_cli.engine.wire import TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
+from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, DbrxError, InputError, ModelError
@@ -435,4 +435,4 @@ def _flags(said: str, sent: dict[str, Any]) -> list[str]:
 
 def _number(values: Any, key: str, otherwise: int) -> int:
     value = values.get(key) if isinstance(values, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else otherwise
+    return value if type(value) is int and 0 <= value < LARGEST_COUNT else otherwise

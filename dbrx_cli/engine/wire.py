@@ -31,6 +31,7 @@ IDLE_SECONDS = 60.0  # of silence between two lines of a reply
 SIGNS = 6  # how often signs of life without any text renew that patience
 LARGEST_LINE = 1 << 20  # bytes; a token's line has some hundred
 LARGEST_ANSWER = 8 << 20
+LARGEST_COUNT = 2**53  # of tokens: beyond it is nonsense, and no float
 TRY_AGAIN = "try again, or see what the server logs"
 TOO_LONG = re.compile(
     r"context[ _-]?(length|window|size|limit)|maximum context|exceed.*context|context.*exceed|too long"
