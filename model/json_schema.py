@@ -106,6 +106,7 @@ class _Rewriter:
             return schema
         if not self._can_end(schema, frozenset()):
             return False
+        self._refuse_open_zero(schema)
         new: dict[str, Any] = {}
         for key, value in schema.items():
             if key in REMARKS or (key == "$id" and schema is self._root):
@@ -145,6 +146,33 @@ class _Rewriter:
         if side or key == "multipleOf":
             self._exact(key, value)
         return value
+
+    def _refuse_open_zero(self, schema: dict[str, Any]) -> None:
+        """`InputError` for a range between 0, left out, and less than 1: the engine would let 0 in."""
+        for bounds in self._bounds(schema, frozenset()):
+            for key, side in SIDES.items():
+                if key.startswith("exclusive") and {(side, 0), (-side, 1)} <= bounds:
+                    fault = f"{self._name}: {key} 0 cannot be kept beside a bound between 0 and {side}"
+                    raise InputError(fault, f'set "{key.removeprefix("exclusive").lower()}": {side * 0.0001}')
+
+    def _bounds(self, schema: Any, behind: frozenset[str]) -> set[frozenset[tuple[int, int]]]:
+        """For each case of a schema the bounds that meet in it: (side, 0) at 0, left out, (side, 1) less than 1 off."""
+        if not isinstance(schema, dict):
+            return {frozenset()}
+        numbers = {key: value for key, value in schema.items() if key in SIDES and _is_number(value)}
+        zeros = {(SIDES[key], 0) for key, value in numbers.items() if value == 0 and key.startswith("exclusive")}
+        fractions = {(SIDES[key], 1) for key, value in numbers.items() if 0 < -SIDES[key] * value < 1}
+        found = {frozenset(zeros | fractions)}
+        groups = [[each] for each in _list(schema.get("allOf"))]
+        groups += [_list(schema.get(key)) for key in ("anyOf", "oneOf")]
+        more = [{each for case in group for each in self._bounds(case, behind)} for group in groups if group]
+        ref = schema.get("$ref")
+        pointer = self._pointer(ref) if isinstance(ref, str) else None
+        if pointer is not None and pointer not in behind:
+            more.append(self._bounds(self._target(pointer), behind | {pointer}))
+        for cases in more:
+            found = {one | other for one in found for other in cases}
+        return found
 
     def _exact(self, key: str, value: Any) -> None:
         """`InputError` for a number, however deep, that the engine would change."""

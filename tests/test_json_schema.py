@@ -137,6 +137,33 @@ def test_numbers_that_would_become_others_are_refused(schema: dict[str, Any]) ->
         check_schema(schema)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [{"exclusiveMinimum": 0, "maximum": 0.5}, {"exclusiveMinimum": 0.0, "exclusiveMaximum": 0.01},
+     {"exclusiveMaximum": 0, "minimum": -0.5}, {"allOf": [{"exclusiveMinimum": 0}, {"maximum": 0.05}]},
+     {"exclusiveMinimum": 0, "anyOf": [{"type": "null"}, {"$ref": "#/$defs/small"}]},
+     {"oneOf": [{"const": 0}, {"exclusiveMinimum": 0, "$ref": "#/$defs/small"}]}],
+    ids=str,
+)  # fmt: skip
+def test_a_fraction_above_0_is_refused(schema: dict[str, Any]) -> None:
+    """The engine's grammar of such a range takes 0 itself."""
+    with pytest.raises(InputError, match=r"exclusiveM\w+ 0 cannot be kept") as fault:
+        check_schema({"type": ["number", "null"], **schema, "$defs": {"small": {"maximum": 0.5}}})
+    assert "0.0001" in fault.value.hint
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"exclusiveMinimum": 0, "maximum": 1}, {"exclusiveMinimum": 0}, {"exclusiveMaximum": 0, "minimum": -1.5},
+     {"minimum": 0.0001, "maximum": 0.5}, {"anyOf": [{"exclusiveMinimum": 0}, {"maximum": -0.5}]}],
+    ids=str,
+)  # fmt: skip
+def test_other_ranges_at_0_are_kept(schema: dict[str, Any]) -> None:
+    schema = {"type": "number", **schema}
+    for text in ("0", "-0", "0.0", "-0.0", "0.1", "-0.1", "0.5", "1", "-0.6", "-1.6"):
+        assert takes(schema, text) is Draft202012Validator(schema).is_valid(json.loads(text)), text
+
+
 def test_bounds_that_no_number_reaches_are_kept() -> None:
     for bound in (1e20, 10**20, 2**63 - 1, 2**53 + 1):
         schema = {"type": "integer", "minimum": -bound, "maximum": bound, "default": 10**30}
