@@ -206,31 +206,68 @@ class _Rewriter:
                 found = found.get(step) if isinstance(found, dict) else None
         return found
 
+    def _together(self, schema: Any, behind: frozenset[str]) -> Iterator[tuple[dict[str, Any], frozenset[str]] | None]:
+        """A schema and all that `allOf` and references join to it, each with what led there; None for a circle."""
+        if not isinstance(schema, dict):
+            return
+        yield schema, behind
+        for each in _list(schema.get("allOf")):
+            yield from self._together(each, behind)
+        ref = schema.get("$ref")
+        pointer = self._pointer(ref) if isinstance(ref, str) else None
+        if pointer in behind:
+            yield None
+        elif pointer is not None:
+            yield from self._together(self._target(pointer), behind | {pointer})
+
     def _can_end(self, schema: Any, behind: frozenset[str]) -> bool:
         """Whether some finite value could fit, as far as references tell; behind: those that lead here.
 
         A definition that requires itself fits nothing, but a parser goes on with it for ever.
         """
-        if not isinstance(schema, dict):
-            return True
-        ends = partial(self._can_end, behind=behind)
-        ref = schema.get("$ref")
-        pointer = self._pointer(ref) if isinstance(ref, str) else None
-        if pointer is not None:
-            if pointer in behind or not self._can_end(self._target(pointer), behind | {pointer}):
+        joined: _Joined = []
+        for each in self._together(schema, behind):
+            if each is None:
                 return False
-        if not all(map(ends, _list(schema.get("allOf")))):
+            joined.append((each[0], partial(self._can_end, behind=each[1])))
+        for part, ends in joined:
+            if any((cases := _list(part.get(key))) and not any(map(ends, cases)) for key in ("anyOf", "oneOf")):
+                return False
+        endless = [kind for kind, can in (("object", _object_can_end), ("array", _array_can_end)) if not can(joined)]
+        types = [_list(part.get("type")) or [part.get("type")] for part, _ in joined]
+        return not any(all(kind in endless for kind in kinds) for kinds in types)
+
+
+_Joined = list[tuple[dict[str, Any], Callable[[Any], bool]]]  # schemas that hold together, and what can end in each
+
+
+def _object_can_end(joined: _Joined) -> bool:
+    required = {key for part, _ in joined for key in _list(part.get("required")) if isinstance(key, str)}
+    some = any(_least(part, "minProperties") >= 1 for part, _ in joined)
+    for part, ends in joined:
+        listed, patterns = (_dict(part.get(key)) for key in ("properties", "patternProperties"))
+        other = None if patterns else part.get("additionalProperties")
+        if not all(ends(listed.get(key, other)) for key in required):
             return False
-        if any((cases := _list(schema.get(key))) and not any(map(ends, cases)) for key in ("anyOf", "oneOf")):
+        free = [*listed.values(), *patterns.values(), part.get("additionalProperties")]
+        free = [each for each in free if each is not False]
+        if some and free and not any(map(ends, free)):
             return False
-        if schema.get("type") == "object":
-            properties = schema.get("properties")
-            listed = properties if isinstance(properties, dict) else {}
-            return all(ends(listed.get(key)) for key in _list(schema.get("required")) if isinstance(key, str))
-        if schema.get("type") == "array" and _is_number(schema.get("minItems")):
-            first = [*_list(schema.get("prefixItems")), schema.get("items")]
-            return all(map(ends, first[: int(schema["minItems"])] if math.isfinite(schema["minItems"]) else first))
-        return True
+    return True
+
+
+def _array_can_end(joined: _Joined) -> bool:
+    least = max((_least(part, "minItems") for part, _ in joined), default=0)
+    for part, ends in joined:
+        first = [*_list(part.get("prefixItems")), part.get("items")]
+        if not all(map(ends, first[: int(min(least, len(first)))])):
+            return False
+    return True
+
+
+def _least(schema: Mapping[str, Any], key: str) -> float:
+    least = schema.get(key)
+    return least if isinstance(least, int | float) else 0
 
 
 def _is_number(value: Any) -> bool:
@@ -239,6 +276,10 @@ def _is_number(value: Any) -> bool:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 _TOKEN = re.compile(

@@ -324,13 +324,22 @@ ENDLESS: dict[str, dict[str, Any]] = {
     "required": {"type": "object", "properties": {"n": {"$ref": "#/$defs/node"}}, "required": ["n"]},
     "every case": {"anyOf": [{"$ref": "#/$defs/node"},
                              {"type": "array", "prefixItems": [{"$ref": "#/$defs/node"}], "minItems": 1}]},
+    "a list of one type": {**NODE, "type": ["object"], "properties": {"next": {"$ref": "#"}}},
+    "an array, a list of one type": {"type": ["array"], "items": {"$ref": "#"}, "minItems": 1.0},
+    "parts that hold together": {"allOf": [{"type": "object"}, {"required": ["n"]},
+                                           {"properties": {"n": {"$ref": "#"}}}]},
+    "a type behind a reference": {"$ref": "#/$defs/kind", "properties": {"n": {"$ref": "#"}}, "required": ["n"]},
+    "any name": {"type": "object", "additionalProperties": {"$ref": "#"}, "minProperties": 1},
+    "a name of a pattern": {"type": "object", "patternProperties": {"^a": {"$ref": "#"}}, "additionalProperties": False,
+                            "minProperties": 1},
+    "a required name that is not listed": {"type": "object", "additionalProperties": {"$ref": "#"}, "required": ["a"]},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_could_never_end_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"nothing fits|unsatisfiable"):
-        check_schema({"$defs": {"node": NODE}, **ENDLESS[name]})
+        check_schema({"$defs": {"node": NODE, "kind": {"type": "object"}}, **ENDLESS[name]})
 
 
 def test_what_could_never_end_is_left_out_where_it_may() -> None:
@@ -338,6 +347,12 @@ def test_what_could_never_end_is_left_out_where_it_may() -> None:
     assert takes_value(schema, {"a": 1}) and not takes(schema, '{"n')
     ends = {**NODE, "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
     assert takes_value({"$defs": {"node": ends}, "$ref": "#/$defs/node"}, {"next": {"next": None}})
+    for schema, value in (
+        ({"type": "object", "additionalProperties": {"$ref": "#"}}, {"a": {}}),
+        ({"type": ["array", "null"], "items": {"$ref": "#"}, "minItems": 1}, [[None]]),
+        ({**CLOSED, "properties": {"a": INTEGER, "n": {"$ref": "#"}}, "minProperties": 1}, {"a": 1}),
+    ):
+        assert takes_value(schema, value) and Draft202012Validator(schema).is_valid(value)
 
 
 def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
