@@ -184,11 +184,11 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> _Vocabulary:
 def _grammar(schema: Mapping[str, Any], name: str) -> str:
     from llguidance import LLMatcher
 
-    for part in parts(schema):
-        least, named = part.get("minProperties"), part.get("required")
-        if isinstance(least, int) and least > max(1, len(named) if isinstance(named, list) else 0):
-            raise InputError(f"{name}: minProperties cannot be enforced: a name could come twice", "use `required`")
     ready = rewritten(schema, name)
+    for part in parts(ready):
+        least, named = part.get("minProperties"), part.get("required")
+        if isinstance(least, int | float) and least > max(1, len(named) if isinstance(named, list) else 0):
+            raise InputError(f"{name}: minProperties cannot be enforced: a name could come twice", "use `required`")
     grammar = _compiled(ready, name, _escapes(ready, name))
     _fault(LLMatcher.validate_grammar(grammar), name)
     if cases := overlapping(ready, lambda probe: _is_empty(probe, name)):

@@ -91,6 +91,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing allowed": ({"enum": []}, "Unsatisfiable"),
     "one of that overlap": ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
     "names that could come twice": ({"type": "object", "minProperties": 2}, "minProperties"),
+    "as many, written as a fraction": ({"type": "object", "minProperties": 2.0}, "minProperties"),
     "bounds that are no numbers": ({"type": "integer", "minimum": "3"}, "minimum"),
     "properties that are no object": ({"properties": []}, ""),
 }
