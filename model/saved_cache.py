@@ -197,5 +197,6 @@ def require_same(metadata: Mapping[str, str], made_by: Mapping[str, str]) -> Non
 
 
 def starts_like_one(head: bytes) -> bool:
-    """Whether a file that begins so (its first 64 bytes) is one of these, however damaged behind."""
-    return head[8:].startswith(json.dumps({"__metadata__": PROGRAM}, separators=(",", ":")).encode()[:-2])
+    """Whether a file that begins so (its first 64 bytes) is one of these, cut there or damaged behind."""
+    start = json.dumps({"__metadata__": PROGRAM}, separators=(",", ":")).encode()[:-2]
+    return len(head) > 8 and head[8:][: len(start)] == start[: len(head) - 8]

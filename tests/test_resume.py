@@ -279,14 +279,17 @@ def test_a_damaged_beginning_is_told_and_kept(cli: Cli, tiny_checkpoint: Path, t
     state = tmp_path / "state"
     command = command_of(tiny_checkpoint, state, "--seed", "3")
     whole = cli(*command)
-    for number in (1, 2):
-        bad = bytearray(state.read_bytes())
-        bad[200] ^= 1
+    content = state.read_bytes()
+    flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    for number, bad in enumerate((flipped, content[:20], bytes(len(content))), 1):
         state.write_bytes(bad)
         again = cli(*command)
         assert again.code == 0 and f"kept as state.damaged-{number}" in again.fault
         assert text_of(again.out.encode()) == text_of(whole.out.encode())
         assert (tmp_path / f"state.damaged-{number}").read_bytes() == bad
+    for foreign in (content[:8], bytes(100) + b"boot", content[:12] + b"?" + content[13:]):
+        state.write_bytes(foreign)
+        assert cli(*command).code == 2 and state.read_bytes() == foreign
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--prompt-cache"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,8 +59,15 @@ def refuse_foreign(path: Path) -> None:
             raise InputError(f"{path} is not a plain file", "name another file")
         with path.open("rb") as file:
             head = file.read(HEAD)
-    if head and not starts_like_one(head):
+            ours = not head or starts_like_one(head) or _is_blank(file)
+    if not ours:
         raise InputError(f"{path} is no file of saved keys and values", "remove it, or name another file")
+
+
+def _is_blank(file: BinaryIO) -> bool:
+    """Whether a file is all zeros, as a crash of the machine may leave one."""
+    file.seek(0)
+    return not any(map(any, iter(partial(file.read, 1 << 16), b"")))
 
 
 @contextmanager
