@@ -107,13 +107,22 @@ class AnswerFile:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise InputError(f"--output {self.path} is not a plain file", "leave --output out to write to stdout")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_at_path(file):
+                return file
         except BlockingIOError:
             os.close(file)
             raise InputError(f"another process is writing {self.path}", "wait for it, or choose another file") from None
         except BaseException:
             os.close(file)
             raise
-        return file
+        os.close(file)  # another process has put a mended file in its place since it was opened
+        return self._open()
+
+    def _is_at_path(self, file: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _take_up(self, wanted: Mapping[Key, Wanted], model: str) -> None:
         with open(self.path, "rb") as file:
@@ -129,7 +138,9 @@ class AnswerFile:
                 fault = f"--output {self.path} holds {what} (line {number})"
                 raise InputError(fault, "choose another file, or delete this one to ask anew")
             answered.add(prompt.index)
-            kept.append(line + b"\n")
+            # An id may have moved to another line.
+            head, moved = (FIRST + str(index).encode() for index in (values["index"], prompt.index))
+            kept.append(moved + line.removeprefix(head) + b"\n")
         self.answered = frozenset(answered)
         if b"".join(kept) != data:
             self._replace(b"".join(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Generator
@@ -167,6 +168,33 @@ def test_an_id_is_never_taken_for_an_index(batch: Batch, engine: Engine) -> None
     assert batch(lines, *URL).code == 0
     again = batch(lines, *URL)
     assert again.code == 0 and "all 7 prompts" in again.fault and len(engine.asked) == 7
+
+
+def test_an_answer_moves_with_its_id(batch: Batch, engine: Engine) -> None:
+    lines = [{"id": name, "prompt": name} for name in ("a", "b")]
+    assert batch(lines, *URL, "--seed", "5").code == 0
+    before = batch.records
+    assert batch([{"id": "new", "prompt": "new"}, *lines], *URL, "--seed", "5").code == 0 and len(engine.asked) == 3
+    assert {record["id"]: record["index"] for record in batch.records} == {"new": 0, "a": 1, "b": 2}
+    assert batch.records[:2] == [record | {"index": record["index"] + 1} for record in before]
+
+
+def test_a_file_that_another_process_has_replaced_is_opened_anew(
+    batch: Batch, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one mends the file between this one's opening it and locking it."""
+    assert batch(LINES, *URL).code == 0
+    lock, mended = fcntl.flock, batch.folder / "mended"
+
+    def replace_first(file: int, how: int) -> None:
+        if mended.exists():
+            mended.replace(batch.out)
+        lock(file, how)
+
+    shutil.copy(batch.out, mended)
+    monkeypatch.setattr(fcntl, "flock", replace_first)
+    assert batch([*LINES, {"prompt": "three"}], *URL).code == 0 and len(engine.asked) == 3
+    assert [record["text"] for record in batch.records] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
