@@ -386,7 +386,9 @@ def test_the_editor_brings_the_text_back_unsent(chat: Terminal, home: Path) -> N
         if "waits" in draft:
             chat.until("\nwaits")
             chat.type("\x03")
-        chat.until(lambda text, shows=shows: shows in text.replace("^C", "") and " tokens" in text.splitlines()[-1])
+            chat.until("^C\ndbrx: the editor")
+            chat.until("was stopped by Ctrl-C;")
+        chat.until(lambda text, shows=shows: shows in text and " tokens" in text.splitlines()[-1])
         assert asked(chat, home) == before
         chat.type("\x15")
         chat.until(lambda text: ready(chat))

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def edit_text(text: str) -> str:
             file.write(text + "\n")
         with _interrupts_are_the_editors():
             code = subprocess.run([*words, name]).returncode
+        if code == -signal.SIGINT:
+            print(file=sys.stderr)  # behind the ^C
+            raise InputError(f"the editor {command!r} was stopped by Ctrl-C; nothing is changed")
+        if code < 0:
+            raise InputError(f"the editor {command!r} was ended by {signal.Signals(-code).name}; nothing is changed")
         if code:
             raise InputError(f"the editor {command!r} ended with {code}; nothing is changed")
         return path.read_text("utf-8")
