@@ -413,6 +413,8 @@ PASTES = {
     "block in it": 'def f():\n    """Doc."""\n"""',
     "slash": "/etc/hosts holds\n127.0.0.1\tlocalhost",
     "command of lines": "/clear\nis a command",
+    "slash and quotes": '/etc/x holds\n""" only',
+    "quotes and slash": '"""one\n/two """ and """ three',
     "lines": "".join(f"line {i} {'é你🙂' * 9}\n" for i in range(5)),
 }
 
@@ -434,8 +436,6 @@ def test_a_paste_is_one_message_as_it_is(chat: Terminal, home: Path, text: str) 
     chat.type(paste(text.replace("\n", "\r\n" if "slash" in text else "\n")))
     say(chat, "", "You said")
     assert asked(chat, home) == [text]
-    if "open" in text:
-        return
     chat.type("\x1b[A")
     say(chat, "", "You said")  # again from the history
     assert [each.strip("\n") for each in asked(chat, home)] == [text.strip("\n")] * 2
@@ -460,6 +460,21 @@ def test_a_paste_during_a_reply_waits_unsent(chat: Terminal, home: Path) -> None
     assert asked(chat, home) == ["slowly one two three four five six seven eight"]
     say(chat, "", "\nthe end\n\n>>>")
     assert asked(chat, home)[1:] == [text]
+
+
+def test_a_slow_paste_across_the_end_of_a_reply_holds_no_report(chat: Terminal, home: Path) -> None:
+    chat.type("slowly one two three four\r")
+    chat.until("one two")
+    whole = paste("first\nsecond")
+    chat.type(whole[:12])
+    shown = prompts_of(chat)
+    chat.until(lambda text: prompts_of(chat) > shown)  # the prompt has asked where the cursor is
+    time.sleep(0.1)
+    chat.type(whole[12:])
+    chat.until("... second")
+    chat.until(lambda text: " tokens" in text.splitlines()[-1])
+    say(chat, "", "You said: first")
+    assert asked(chat, home)[1:] == ["first\nsecond"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,12 +31,14 @@ from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.completion import ReplCompleter
 from dbrx_cli.repl.history import PrivateHistory
 from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
+from dbrx_cli.repl.typeahead import PASTE, PASTED
 from model.errors import DbrxError
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
 MENU = 6  # rows that are kept free below a command for the menu of completions
+CURSOR = re.compile(r"\x1b\[(\d+);\d+R")  # where a terminal says it is
 
 
 class Prompt:
@@ -44,6 +47,8 @@ class Prompt:
     def __init__(self, repl: Repl) -> None:
         self._repl = repl
         self._pasted = ""  # what the text begins with, if that was pasted: neither a block nor a command of many lines
+        self._cut = False  # a paste began before the prompt, and ends at it
+        self._sent: dict[str, Line] = {}  # what is in the history and cannot be typed as it was sent
         self._backslash = ""  # the text as it was when a backslash was typed
         self._input = Vt100Input(sys.stdin)
         self._session: PromptSession[Line] = PromptSession(
@@ -68,6 +73,7 @@ class Prompt:
             self._pasted = self._backslash = ""
             try:
                 with repl.typed.left_to_prompt() as before, repl.signals.heard():
+                    self._cut = before.rfind(PASTE) > before.rfind(PASTED)
                     self._feed(before)
                     return self._session.prompt([("bold fg:ansigreen", ">>> ")])
             except KeyboardInterrupt:
@@ -85,9 +91,12 @@ class Prompt:
 
     def remember(self, text: str) -> None:
         """Let Up bring a message that was written elsewhere."""
-        self._remember(text if typed(text) == Line(text) else _as_block(text))
+        self._remember(text, Line(text))
 
-    def _remember(self, text: str) -> None:
+    def _remember(self, text: str, line: Line) -> None:
+        text = next((each for each in (text, f"{BLOCK}{text}{BLOCK}") if _whole(each) == line), f" {text}")
+        if _whole(text) != line:  # in a later run, it is sent with the space
+            self._sent[text] = line
         history = self._session.history
         if text and text not in history.get_strings()[-1:]:
             history.append_string(text)
@@ -145,6 +154,10 @@ class Prompt:
         @keys.add(Keys.BracketedPaste)
         def _(event: KeyPressEvent) -> None:
             buffer, text = event.current_buffer, event.data.replace("\r\n", "\n").replace("\r", "\n")
+            if self._cut:  # amid the paste the terminal told where the cursor is, as the prompt had asked
+                for row in CURSOR.findall(text):
+                    event.app.renderer.report_absolute_cursor_row(int(row))
+                text, self._cut = CURSOR.sub("", text), False
             begins = buffer.name == DEFAULT_BUFFER and buffer.cursor_position == 0
             buffer.insert_text(text)
             if begins:
@@ -162,11 +175,11 @@ class Prompt:
         if self._pasted and text.startswith(self._pasted):
             words = text.split(maxsplit=1)
             return Line(text, bool(words) and words[0] in COMMANDS and "\n" not in text.strip())
-        return None if text.startswith(BLOCK) and Block(text).open else typed(text)
+        return self._sent.get(text) or _whole(text)
 
     def _send(self, line: Line | None, buffer: Buffer) -> None:
         line = line or Line(buffer.text)
-        self._remember(buffer.text if typed(buffer.text) == line else _as_block(buffer.text))
+        self._remember(buffer.text, line)
         get_app().exit(result=line)
 
     def _edit(self, buffer: Buffer) -> None:
@@ -194,9 +207,9 @@ class _Output(Vt100_Output):
             super().disable_bracketed_paste()
 
 
-def _as_block(text: str) -> str:
-    """How a message is typed that would be something else without quotes."""
-    return f"{BLOCK}{text}{BLOCK}"
+def _whole(text: str) -> Line | None:
+    """What a text means that was typed; None while a block is open."""
+    return None if text.startswith(BLOCK) and Block(text).open else typed(text)
 
 
 def _history(repl: Repl) -> History:
