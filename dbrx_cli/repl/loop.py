@@ -73,6 +73,7 @@ class Repl:
         self.multiline = False
         self.files: dict[str, str] = {}  # what /read has read for the next message, by its name
         self.replies: list[Done] = []
+        self.answered: Request | None = None  # what the last reply answers; None if that was interrupted
         self.used: int | None = None  # tokens of the context, if known
         self._running = True
         self._unsaved = False
@@ -152,7 +153,8 @@ class Repl:
                     before = fitted.turns[-1] if go_on else NOTHING
                     renderer = self._renderer(before.content)
                     coming = Coming(renderer, before, partial(self._keep, fitted), self.signals, often=grows)
-                    show(self.engine.stream(Request(fitted.messages, self.params, self.stop, go_on)), coming)
+                    request = Request(fitted.messages, self.params, self.stop, go_on)
+                    show(self.engine.stream(request), coming)
             except (KeyboardInterrupt, Exception) as error:
                 fault = error
                 if coming and not coming.record and coming.came and (grows or isinstance(error, KeyboardInterrupt)):
@@ -166,6 +168,7 @@ class Repl:
                 raise fault
             # An interrupt may also come when the reply is complete already.
             interrupted = fault is not None or record is None or record.finish_reason == "interrupted"
+            self.answered = None if interrupted else request
             if interrupted:
                 self.reader.drop()
             self._tell_end(record, came)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
+from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
 from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.words import count, quote
@@ -23,7 +24,8 @@ def regenerate(repl: Repl, argument: str) -> None:
     question = _last_question(repl)
     asked = repl.conversation.before(question + 1)
     repl.report.notice(f"another reply to {quote(asked.turns[-1].content, 30)}{repl.reading(asked, '; reads {}')}")
-    if repl.params.greedy or repl.params.seed is not None:
+    request = Request(asked.fit(repl.engine).messages, repl.params, repl.stop)
+    if request == repl.answered and (repl.params.greedy or repl.params.seed is not None):
         why = "the temperature is 0" if repl.params.greedy else f"the seed is {repl.params.seed}"
         repl.report.notice(f"{why}, so the reply will be the same; /set changes that")
     repl.answer(asked)
