@@ -643,6 +643,61 @@ def test_a_signal_saves_and_restores_the_terminal(
         assert len(turns) == 2
 
 
+def test_hangup_with_the_terminal_there_leaves_pastes_unmarked(start: Open) -> None:
+    chat = start("--no-log")
+    chat.type("slowly " + "partial " * 100 + "\r")
+    chat.until(lambda text: text.count("partial") > 105)
+    os.kill(chat.process.pid, signal.SIGHUP)
+    assert chat.leave() == 128 + signal.SIGHUP
+    sent = chat.received + chat.process.before
+    assert sent.rfind(b"\x1b[?2004l") > sent.rfind(b"\x1b[?2004h")
+
+
+STARTER = """
+import os, signal, subprocess, sys
+chat = subprocess.Popen([sys.executable, "-m", "tests.fake_chat", "--no-log"], process_group=0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+os.tcsetpgrp(0, chat.pid)
+print("pid", chat.pid, flush=True)
+print("it is", "stopped" if os.WIFSTOPPED(os.waitpid(chat.pid, os.WUNTRACED)[1]) else "ended", flush=True)
+os.waitpid(chat.pid, 0)
+"""
+
+
+@pytest.mark.parametrize("key, end", [("\x1a", "stopped"), ("\x1c", "ended")])
+def test_keys_that_stop_or_end_the_program_amid_a_reply_restore_the_terminal(
+    tmp_path: Path, key: str, end: str
+) -> None:
+    """No shell, which would restore it by itself."""
+    chat = Terminal([sys.executable, "-c", STARTER], variables={"DBRX_DATA": str(tmp_path)})
+    before = termios.tcgetattr(chat.process.fileno())
+    pid = int(re.findall(r"pid (\d+)", chat.until(">>>"))[0])
+    chat.type("slowly " + "word " * 40 + "\r")
+    chat.until(lambda text: text.count("word ") > 45)
+    during = termios.tcgetattr(chat.process.fileno())
+    assert during != before
+    chat.type(key)
+    chat.until(f"it is {end}")
+    assert termios.tcgetattr(chat.process.fileno()) == before
+    assert chat.received.rfind(b"\x1b[?2004l") > chat.received.rfind(b"\x1b[?2004h")
+    if end == "stopped":
+        os.kill(pid, signal.SIGCONT)
+        shown = chat.text.count("word ")
+        chat.until(lambda text: text.count("word ") > shown + 8)
+        assert termios.tcgetattr(chat.process.fileno()) == during
+        assert chat.received.rfind(b"\x1b[?2004h") > chat.received.rfind(b"\x1b[?2004l")
+    chat.end()
+
+
+def test_a_killed_chat_keeps_the_question_from_the_first_text_on(start: Open, tmp_path: Path) -> None:
+    chat = start()
+    chat.type("slowly one two three four\r")
+    chat.until("\none")
+    os.kill(chat.process.pid, signal.SIGKILL)
+    assert chat.leave() == -signal.SIGKILL
+    assert asked(chat, tmp_path) == ["slowly one two three four"]
+
+
 def test_a_terminal_that_goes_away_takes_nothing_along(start: Open, tmp_path: Path) -> None:
     chat = start()
     chat.type("slowly " + "partial " * 100 + "\r")

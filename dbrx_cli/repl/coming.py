@@ -30,7 +30,7 @@ class Coming:
         self.record: Done | None = None
         self._renderer, self._keep, self._signals, self._often = renderer, keep, signals, often
         self._before, self._texts, self._ids = before, [before.content], list(before.token_ids)
-        self._due = time.monotonic() + EVERY_S
+        self._due = time.monotonic()  # at the first text
 
     @property
     def message(self) -> Message:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
+from dbrx_cli.repl.typeahead import UNMARK, edits_lines
+
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -85,6 +87,9 @@ class _Mode:
 
 def _silence() -> None:
     """The terminal is gone: what is written to it would be a fault."""
+    with suppress(OSError, ValueError):  # it is there if only the signal came, and is left as it was found
+        if edits_lines():
+            os.write(sys.stdout.fileno(), UNMARK)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

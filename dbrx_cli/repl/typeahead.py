@@ -124,7 +124,12 @@ class Typeahead:
                 continue
             if numbers[piece] == signal.SIGINT:
                 self._data = PASTE if self._unfinished() else b""  # the rest of a paste is no lines
-            os.kill(0, numbers[piece])  # to all that the terminal itself would tell
+                os.kill(0, signal.SIGINT)  # to all that the terminal itself would tell
+            else:
+                self._restore()  # what stops or ends the program leaves the terminal to others
+                os.kill(0, numbers[piece])
+                time.sleep(QUIET_S)  # it takes effect meanwhile; or it is ignored, as without a shell
+                self._again()
 
     def _unfinished(self) -> bool:
         """Whether the end of a paste, or of a character, is missing."""
@@ -156,7 +161,7 @@ class Typeahead:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, self._before)
 
     def _again(self) -> None:
-        """After Ctrl-Z and `fg` the modes are the shell's."""
+        """After Ctrl-Z and `fg` the modes are the shell's, or those that the chat found."""
         if self._thread is not None:
             self._marked = False
             self._set_up()
