@@ -48,7 +48,7 @@ def kept(home: Path) -> Iterator[Terminal]:
     editor = home / "editor.sh"
     editor.write_text(
         '#!/bin/sh\nstat -c %a "$2" > "$DBRX_DATA/mode"\n'
-        'grep -q wait "$2" && echo waits && sleep 30\n'
+        'grep -q wait "$2" && echo waits && exec sleep 30\n'
         'grep -q fail "$2" && exit 3\nsed -i "s/first/edited/" "$2"\n'
     )
     editor.chmod(0o755)
