@@ -36,6 +36,14 @@ CL100K_SPELLINGS = frozenset(
 )
 POSSESSIVE = re.compile(r"([?*+]|\{\d*,?\d*\})\+")
 POSSESSIVE_COUNT = re.compile(r"\{\d*,?\d*\}\+")
+ESCAPED, INNERMOST_CLASS = re.compile(r"(?s)\\."), re.compile(r"\[[^\[\]]*\]")
+# What tokenizers' engine, Oniguruma, reads otherwise than tiktoken's, and what both read as the former does.
+READ_OTHERWISE = {
+    re.compile(r"\[:\^?\w+:\]"): r"\p{Alphabetic} in place of [[:alpha:]], and so on",
+    re.compile(r"\(\?[a-z-]*[ms]"): r"[\s\S] in place of a dot that may be a line's end",
+    re.compile(r"\$"): r"(?=\n|\z) in place of $, which is any line's end there",
+    re.compile(r"\^"): r"(?<![^\n]) in place of ^, which is any line's start there",
+}
 GOES_ON = re.compile(rb"[\r\n][^\r\n]+\Z")  # behind a line's end
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"  # tiktoken's key in its cache
@@ -256,11 +264,21 @@ def _pattern(regex: str) -> str:
             f"the pre_tokenizer's pattern has {found[0]}, which programs read in two ways",
             f"write {found[0][:-1]} in its place",
         )
+    bare = ESCAPED.sub("", regex)
+    for sign, hint in READ_OTHERWISE.items():
+        if found := sign.search(bare):
+            raise ModelError(
+                f"the pre_tokenizer's pattern has {found[0]}, which programs read in two ways", f"write {hint}"
+            )
+        while INNERMOST_CLASS.search(bare):  # the other signs are letters in a class
+            bare = INNERMOST_CLASS.sub("", bare)
     return regex
 
 
 def added_token(content: str, token_id: int, flags: Mapping[str, Any]) -> AddedToken:
     """Read one of a checkpoint's added tokens; `ModelError` for what would swallow text around it."""
+    if not isinstance(content, str):
+        raise ModelError(f"the content of an added token is {content!r}, which is no text")
     for flag in ("lstrip", "rstrip", "single_word"):
         if flags.get(flag):
             raise ModelError(f"the added token {content!r} with {flag} is not supported")
@@ -279,28 +297,39 @@ def _model(model: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
     for token, token_id in vocab.items():
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**24:
             raise ModelError(f"the token {token!r} has no usable id")
-    merges = []
+    merges: dict[tuple[str, str], None] = {}
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelError(f"the merge of {left!r} and {right!r} is not in the vocabulary")
-        merges.append((left, right))
-    return vocab, merges
+        merges.pop((left, right), None)  # of a merge that is there twice, tokenizers takes the last
+        merges[left, right] = None
+    return vocab, list(merges)
 
 
 def _reachable(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> list[str]:
     """The tokens that merging can arrive at, in the order of their merges, bytes first.
 
     A tokenizer.json merges pairs, tiktoken whatever neighbours make up a token. Both agree when the table holds only
-    tokens whose pair is what all earlier merges leave of their text; other tokens cannot come out of a text at all.
+    tokens whose pair is what all earlier merges leave of their text. Other tokens cannot come out of a text, if the
+    merges that make a pair's halves come before its own: `ModelError` where they do not, and the pair can meet.
     """
     rank = {token: -1 for token in vocab if token in BYTE_OF_CHARACTER}
     parts: dict[str, tuple[str, str]] = {}
+    early: list[tuple[str, str]] = []
     for left, right in merges:
         token = left + right
-        if token not in rank and left in rank and right in rank and _stays_apart(left, right, rank, parts):
+        if left not in rank or right not in rank:
+            early.append((left, right))
+        elif token not in rank and _stays_apart(left, right, rank, parts):
             rank[token] = len(parts)
             parts[token] = (left, right)
+    for left, right in early:
+        if left in rank and right in rank and _stays_apart(left, right, rank, parts):
+            raise ModelError(
+                f"the merge of {left!r} and {right!r} comes before those that make its halves",
+                "take the tokenizer.json that the model was trained with: training writes merges in the order of use",
+            )
     return list(rank)
 
 

@@ -229,6 +229,27 @@ def test_random_merge_tables_encode_as_tokenizers_does() -> None:
             assert ours.encode(text) == theirs.encode(text).ids, (merges, text)
 
 
+def test_merges_in_any_order_encode_as_tokenizers_does_or_are_refused() -> None:
+    rng, refused = random.Random(9), 0
+    words = ["".join(rng.choices("abc", k=rng.randint(1, 20))) for _ in range(20)]
+    pairs = [[left, right] for left in ("a", "b", "ab", "bc") for right in ("a", "b", "c", "bc", "ab")]
+    for _ in range(150):
+        merges = [["a", "b"], ["b", "c"], *rng.choices(pairs, k=3)]
+        rng.shuffle(merges)
+        vocab = {token: i for i, token in enumerate(dict.fromkeys([*ALPHABET.values(), *map("".join, merges)]))}
+        values = tokenizer_json(vocab, merges, PLAIN, {})
+        try:
+            ours = BytePairEncoder(vocabulary_from_json(values))
+        except ModelError as error:
+            assert "comes before those that make its halves" in error.message
+            refused += 1
+            continue
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(values))
+        for text in words:
+            assert ours.encode(text) == theirs.encode(text).ids, (merges, text)
+    assert 10 < refused < 140
+
+
 def test_merges_never_spell_a_special_token() -> None:
     tokens = ["<|", "im", "<|im"]
     vocab = {written(bytes([byte])): byte for byte in range(256)} | {t: 256 + i for i, t in enumerate(tokens)}
@@ -364,6 +385,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("pre_tokenizer", split_json(r"\p{L}+|\s+"), "leaves text out"),
         ("pre_tokenizer", split_json(r"\p{L"), "pattern"),
         ("pre_tokenizer", split_json(r"x*"), "leaves text out"),
+        ("pre_tokenizer", split_json(r"\s+$|[\s\S]"), r"has \$, which programs read in two ways"),
+        ("pre_tokenizer", split_json(r"^\s|[\s\S]"), r"has \^, which"),
+        ("pre_tokenizer", split_json(r"(?i-m:.)|\s"), r"has \(\?i-m, which"),
+        ("pre_tokenizer", split_json(r"(?s:.)"), r"has \(\?s, which"),
+        ("pre_tokenizer", split_json(r"[[:alpha:]]+|[\s\S]"), r"has \[:alpha:\], which"),
         ("post_processor", {"type": "TemplateProcessing"}, "post_processor TemplateProcessing"),
         ("decoder", {"type": "WordPiece"}, "decoder WordPiece"),
         ("model.type", "Unigram", "model Unigram"),
@@ -378,6 +404,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("model.vocab", {"a": 10**12}, "token 'a'"),
         ("added_tokens", [{"id": 1, "content": "<a>", "rstrip": True}], "rstrip"),
         ("added_tokens", [{"id": 10**12, "content": "<a>"}], "'<a>'"),
+        ("added_tokens", [{"id": 256, "content": 5}], "content of an added token is 5"),
+        ("added_tokens", [{"id": 256, "content": None}], "content of an added token is None"),
         ("added_tokens", 3, "usable"),
         ("model", None, "usable"),
         ("pre_tokenizer", None, "usable"),

@@ -116,6 +116,28 @@ def test_patterns_that_programs_read_in_two_ways_are_refused() -> None:
         vocabulary_from_json(values)
 
 
+LLAMA_4 = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+|\p{L}+"
+)
+QWEN_2 = CL100K_PATTERN.replace("{1,3}", "")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [LLAMA_4, QWEN_2, r"[$^]+|\$|[^$^]+", r"\s+(?=\n|\z)|\s|\S+", r"(?<![^\n])\s+|\w+|\W", r"\p{Alphabetic}+|[\s\S]"],
+)
+def test_patterns_that_programs_read_alike(pattern: str) -> None:
+    """Those that the hints of the refusals name are among them."""
+    values = small_json(pre_tokenizer=split_json(pattern))
+    for pair in ("ĠĠ", "ĠĊ", "ĊĠ", "Ċx"):
+        values["model"]["vocab"][pair] = len(values["model"]["vocab"])
+        values["model"]["merges"].append(f"{pair[0]} {pair[1]}")
+    ours, theirs = Tokenizer(vocabulary_from_json(values)), tokenizers.Tokenizer.from_str(json.dumps(values))
+    for text in ["  \n  x\n\n  \n", "a  \n", "$^ab$\n^", *TEXTS]:
+        assert ours.encode(text) == theirs.encode(text).ids, text
+
+
 @pytest.mark.parametrize(
     "processor",
     [
