@@ -67,7 +67,7 @@ PROBE = "a Ab's 'LL 1 12345 ١٢ é e\u0301 中文 !? \t\t\r\n\n  \x00\x07 \u00a
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside the merged ones, which no text is encoded to; decoding may skip it if it is `special`."""
+    """A token beside the merged ones. No text is encoded to it, and decoding may skip it, if it is `special`."""
 
     id: int
     special: bool = True
@@ -84,12 +84,14 @@ class Vocabulary:
 
 
 class BytePairEncoder:
-    """Ordinary text -> ids; what looks like a special token is text here."""
+    """Ordinary text -> ids; of the added tokens it finds those in `found`, what looks like another one is text."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, found: Sequence[str] = ()) -> None:
         import tiktoken  # with its dependencies it takes a tenth of a second
 
         self._pattern = vocabulary.pattern
+        self._found = {name: vocabulary.added[name].id for name in sorted(found, key=len, reverse=True)}
+        self._border = re.compile("(" + "|".join(map(re.escape, self._found)) + ")") if found else None
         self._ids = [vocabulary.ids[token] for token in vocabulary.merged]
         ranks = {token: rank for rank, token in enumerate(vocabulary.merged)}
         absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
@@ -104,6 +106,14 @@ class BytePairEncoder:
     def encode(self, text: str) -> list[int]:
         """The ids of a text; `InputError` for lone surrogates and for more than `MAX_TEXT` bytes."""
         utf8 = _utf8(text)
+        if self._border is None:
+            return self._merge(text, utf8)
+        ids: list[int] = []
+        for part in filter(None, self._border.split(text)):
+            ids += [self._found[part]] if part in self._found else self._merge(part, part.encode())
+        return ids
+
+    def _merge(self, text: str, utf8: bytes) -> list[int]:
         if (self._absent and self._absent.search(utf8)) or LONG_SPACE.search(text):
             ranks = [rank for piece in self._pieces(text) for rank in self._encoding._encode_single_piece(piece)]
         else:

@@ -54,6 +54,7 @@ class Tokenizer:
     """Text <-> ids of one checkpoint.
 
     Special tokens come from the chat template only: in text, their spellings are encoded as the characters they are.
+    So are those of all tokens that the template writes or that the configuration calls special or an end.
     """
 
     def __init__(
@@ -92,7 +93,13 @@ class Tokenizer:
 
     @cached_property
     def _encoder(self) -> BytePairEncoder:
-        return BytePairEncoder(self.vocabulary)
+        apart = {*self.named_tokens.values(), *_called_special(self._config)}
+        found = [
+            name
+            for name, token in self.vocabulary.added.items()
+            if not (token.special or name in apart or name in self.chat_template.text or token.id in self.eos_token_ids)
+        ]
+        return BytePairEncoder(self.vocabulary, found)
 
     if not TYPE_CHECKING:
 

@@ -257,6 +257,28 @@ def test_merges_never_spell_a_special_token() -> None:
     assert 300 not in Tokenizer(vocabulary_from_json(values)).encode("<|im>")
 
 
+def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path: Path) -> None:
+    values = changed("version", "1.0")
+    names = ["<tool>", "<tool>s", "  ", "<turn>", "<end>", "<extra>"]
+    first = 1 + max(values["model"]["vocab"].values(), default=0)
+    first = max(first, *(token["id"] + 1 for token in values["added_tokens"]))
+    for token_id, name in enumerate(names, first):
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        values["added_tokens"].append({"id": token_id, "content": name, **flags})
+        values["model"]["vocab"][name] = token_id
+    template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}"
+    config = {"eos_token": "<end>", "additional_special_tokens": ["<extra>"], "chat_template": template}
+    ours = AutoTokenizer.from_pretrained(
+        checkpoint(tmp_path, {"tokenizer.json": values, "tokenizer_config.json": config})
+    )
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(values))
+    for text in ["foo<tool>bar", "<tool>s<tool>", "a   b <tool", "x<tool>12  \n", "<tool>" * 9, ""]:
+        assert ours.encode(text) == theirs.encode(text).ids, text
+    assert max(ours.encode("<turn><end><extra>")) < first  # no text forges a turn
+    turn = ours.apply_chat_template([{"role": "user", "content": "<turn><tool>"}])
+    assert turn[0] == first + 3 and turn[-1] == first and first + 3 not in turn[1:]
+
+
 def checkpoint(folder: Path, files: dict[str, Any]) -> Path:
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
