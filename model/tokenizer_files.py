@@ -22,7 +22,8 @@ def reads_alike(values: Mapping[str, Any], vocabulary: Vocabulary) -> bool:
     """Whether a parsed tokenizer.json gives other programs the ids of `vocabulary`, which was read from it."""
     model, listed = values["model"]["vocab"], {token["content"] for token in values["added_tokens"]}
     numbered = all(name in listed and model.get(name) == token.id for name, token in vocabulary.added.items())
-    return numbered and not POSSESSIVE_COUNT.search(str(values["pre_tokenizer"]))
+    whole = values.get("truncation") is None and values.get("padding") is None
+    return numbered and whole and not POSSESSIVE_COUNT.search(str(values["pre_tokenizer"]))
 
 
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -30,8 +31,11 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     special = {token.id for token in vocabulary.added.values()}
     vocab = {spelled(token): i for token, i in vocabulary.ids.items() if i not in special}
     vocab |= {name: token.id for name, token in vocabulary.added.items()}
-    used = set(vocab.values())
-    vocab |= {f"[PAD{i}]": i for i in range(max(used)) if i not in used}  # as llama.cpp names them
+    gaps = set(range(max(vocab.values()))) - set(vocab.values())
+    head = "[PAD"  # as llama.cpp names them
+    while any(f"{head}{i}]" in vocab for i in gaps):
+        head = "[" + head
+    vocab |= {f"{head}{i}]": i for i in gaps}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern}, "behavior": "Removed", "invert": True}
     written = {

@@ -86,6 +86,38 @@ def test_what_is_written_anew_gives_the_same_ids(tmp_path: Path, values: Any) ->
     check_read_alike(tmp_path, ours)
 
 
+def test_a_gap_is_filled_under_a_name_that_is_free(tmp_path: Path) -> None:
+    values = small_json()
+    gap = next(i for i in range(258, 300) if i not in SPECIAL.values())
+    values["added_tokens"][0]["content"] = f"[PAD{gap}]"
+    ours = Tokenizer(vocabulary_from_json(values))
+    folder_of(tmp_path, tokenizer_json(ours.vocabulary), tokenizer_class="PreTrainedTokenizerFast")
+    check_read_alike(tmp_path, ours)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 8},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "a",
+            }
+        },
+    ],
+)
+def test_stored_truncation_and_padding_are_left_out(tmp_path: Path, kept: dict[str, Any]) -> None:
+    whole = tokenizer_json(vocabulary_from_json(small_json()))
+    ours = AutoTokenizer.from_pretrained(folder_of(tmp_path / "m", whole | kept))
+    ours.save_pretrained(tmp_path / "out")
+    check_read_alike(tmp_path / "out", ours)
+
+
 def test_a_file_that_others_read_alike_is_copied(tmp_path: Path) -> None:
     whole = tokenizer_json(vocabulary_from_json(small_json()))
     source = folder_of(tmp_path / "m", whole, tokenizer_class="GPT2Tokenizer", model_max_length=99)
