@@ -66,6 +66,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "ensure_weight_tying": NEVER, "runtime_config": "says where it is computed",
     "qalora_group_size": "belongs to `use_qalora`", "merge_weights": "says when peft 0.2 merged it",
 }  # fmt: skip
+CASELESS = ("gaussian", "mica", "olora")  # of init_lora_weights: peft compares the others letter by letter
 PLAIN: Mapping[str, Plain] = {
     "peft_type": Plain(("LORA",), "is another kind of adapter", MERGE + ", where peft can merge that kind"),
     "init_lora_weights": Plain(
@@ -126,8 +127,10 @@ class LoraConfig:
             if key not in self._values and key != "peft_type":
                 continue
             value = self._values.get(key)
-            if value not in plain.values:
-                raise self._fault(key, value, f"which {plain.others}", plain.hint(value))
+            caseless = key == "init_lora_weights" and str(value).lower() in CASELESS
+            meant = str(value).lower() if caseless else value
+            if meant not in plain.values:
+                raise self._fault(key, value, f"which {plain.others}", plain.hint(meant))
         for key in self._values.keys() - {*PLAIN, *FOLLOWED, *WITHOUT_EFFECT}:
             if self._values[key] not in (None, False, "", [], {}):
                 raise self._fault(

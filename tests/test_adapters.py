@@ -424,6 +424,17 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, defect: str) -> 
     assert error.value.message.startswith(str(folder)) and error.value.message.isprintable()
 
 
+@pytest.mark.parametrize(("value", "loads"), [("Gaussian", True), ("MiCA", True), ("EVA", False), ("OLoRA", False)])
+def test_initializations_are_read_in_the_letters_that_peft_reads(tmp_path: Path, value: str, loads: bool) -> None:
+    """peft 0.21.2 compares these in lower case: gaussian, mica, olora; no others."""
+    write(tmp_path, pairs(("Wqkv",)), init_lora_weights=value)
+    if loads:
+        LoraConfig(tmp_path / "adapter_config.json")
+        return
+    with pytest.raises(ModelError, match=f"init_lora_weights is '{value}'"):
+        LoraConfig(tmp_path / "adapter_config.json")
+
+
 def test_unknown_options_that_say_nothing_are_taken(tmp_path: Path) -> None:
     off = {"use_new": False, "new_config": None, "new_list": [], "new_table": {}, "new_text": ""}
     assert read_adapter(write(tmp_path / "a", pairs(("Wqkv",)), **off), DbrxConfig.from_dict(TINY))
