@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.cli import COMMAND, ROOT, environment
+from tests.cli import COMMAND, ROOT, Cli, environment
 from tests.hub_server import FakeHub, checkpoint, fake_hub
 
 
@@ -39,6 +39,11 @@ def test_dry_run_download_and_download_again(tmp_path: Path) -> None:
             assert path.read_bytes() == files[path.name]
         again = run(hub, tmp_path / "cache", "some-org/model", "--to", tmp_path / "here", "--verify", "-q")
         assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_an_empty_folder_name_is_refused(cli: Cli) -> None:
+    ran = cli("download", "some-org/model", "--to", "")
+    assert ran.code == 2 and "--to is empty" in ran.fault
 
 
 def test_what_the_hub_refuses_is_one_line(tmp_path: Path) -> None:

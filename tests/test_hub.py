@@ -276,6 +276,20 @@ def test_offline(server: FakeHub, monkeypatch: pytest.MonkeyPatch, state: str) -
     assert len(server.seen) == asked
 
 
+def test_offline_a_plain_folder_is_enough(server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models.download(NAME, to=tmp_path / "here")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    progress = Recorder()
+    assert models.download(NAME, to=tmp_path / "here", progress=progress, verify=True) == tmp_path / "here"
+    assert "here holds is used" in progress.notices[0]
+    for to, revision in ((tmp_path / "else", None), (tmp_path / "here", "another")):
+        with pytest.raises(ModelError, match="not on this machine"):
+            models.download(NAME, to=to, revision=revision)
+    (tmp_path / "here" / "config.json").unlink()
+    with pytest.raises(ModelError, match="not on this machine"):
+        models.download(NAME, to=tmp_path / "here")
+
+
 def test_no_network(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.download(NAME)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -9,6 +9,7 @@ import typer
 
 from dbrx_cli.options import OutputOptions, switch, takes
 from dbrx_cli.report import Report
+from model.errors import InputError
 
 
 @takes(output=OutputOptions)
@@ -16,7 +17,7 @@ def download(
     model: Annotated[str, typer.Argument(help="A Hub id (org/name).", show_default=False)],
     *,
     to: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--to", metavar="DIR", help="A plain folder instead of the Hub's cache.", show_default=False),
     ] = None,
     revision: Annotated[
@@ -35,9 +36,12 @@ def download(
     from model import hub
 
     report = Report(output)
+    if to == "":  # a variable that is not set; Path would take it for the current folder
+        raise InputError("--to is empty", "name a folder: --to DIR")
+    plain = None if to is None else Path(to)
     if dry_run:
-        print_plan(hub.plan_download(model, revision=revision, to=to))
+        print_plan(hub.plan_download(model, revision=revision, to=plain))
         return
     with Transfer(report) as progress:
-        folder = hub.download(model, revision=revision, to=to, verify=verify, progress=progress)
+        folder = hub.download(model, revision=revision, to=plain, verify=verify, progress=progress)
     typer.echo(folder)

@@ -17,6 +17,7 @@ from .layout import (
     Place,
     cached_commit,
     missing_files,
+    tree_of,
     write_ref,
     write_tree,
 )
@@ -49,17 +50,11 @@ def download(
     process. Each fetched file is checked against its checksum; `verify` checks those that were there before, too,
     removes the damaged ones and names them in a `ModelError`. Raises also `InputError` (a file of the user's own would
     be replaced), `AccessError`, `ResourceError` (disk), `ConnectionFault`; Ctrl-C stops within a second and keeps what
-    came. Offline: what the cache has.
+    came. Offline: what the cache or `to` has.
     """
     progress = progress or Silent()
     if is_offline():
-        folder = cached(name, revision, patterns)
-        if to is not None:
-            raise InputError(
-                f"HF_HUB_OFFLINE is set: nothing is fetched into {to}",
-                f"unset it, or copy what the cache has: cp -rL {shlex.quote(f'{folder}/.')} {shlex.quote(str(to))}",
-            )
-        progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, the cached files are used")
+        folder = _offline(name, revision, patterns, to, progress)
     else:
         plan = plan_download(name, revision=revision, token=token, patterns=patterns, to=to, relist=verify)
         place, folder = place_of(name, plan.commit, to), plan.folder
@@ -90,6 +85,31 @@ def cached(name: str, revision: str | None, patterns: Sequence[str] | None) -> P
             f"{name} is not complete on this machine: {shortened(missing)} missing", f"to continue: {command}"
         )
     return folder
+
+
+def _offline(
+    name: str, revision: str | None, patterns: Sequence[str] | None, to: Path | None, progress: Progress
+) -> Path:
+    """What is here already: in the plain folder `to`, or in the cache."""
+    check_name(name, revision)
+    plain = to.expanduser() if to is not None else None
+    if plain is not None and _holds_download(plain, revision, patterns):
+        progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, what {to} holds is used")
+        return plain
+    folder = cached(name, revision, patterns)
+    if to is not None:
+        raise InputError(
+            f"HF_HUB_OFFLINE is set: nothing is fetched into {to}",
+            f"unset it, or copy what the cache has: cp -rL {shlex.quote(f'{folder}/.')} {shlex.quote(str(to))}",
+        )
+    progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, the cached files are used")
+    return folder
+
+
+def _holds_download(folder: Path, revision: str | None, patterns: Sequence[str] | None) -> bool:
+    """Whether a plain folder holds a whole download; its notes say of which commit, and not of which repository."""
+    kept = tree_of(folder) if revision is None else PlainFolder(folder, revision).kept()
+    return kept is not None and not missing_files(folder, patterns)
 
 
 def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, workers: int) -> None:
