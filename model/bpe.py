@@ -36,7 +36,7 @@ CL100K_SPELLINGS = frozenset(
 )
 POSSESSIVE = re.compile(r"([?*+]|\{\d*,?\d*\})\+")
 POSSESSIVE_COUNT = re.compile(r"\{\d*,?\d*\}\+")
-ESCAPED, INNERMOST_CLASS = re.compile(r"(?s)\\."), re.compile(r"\[[^\[\]]*\]")
+ESCAPED, INNERMOST_CLASS = re.compile(r"(?s)\\[pP]\{[^}]*\}|\\."), re.compile(r"\[[^\[\]]*\]")
 # What tokenizers' engine, Oniguruma, reads otherwise than tiktoken's, and what both read as the former does.
 READ_OTHERWISE = {
     re.compile(r"\[:\^?\w+:\]"): r"\p{Alphabetic} in place of [[:alpha:]], and so on",

@@ -157,7 +157,15 @@ QWEN_2 = CL100K_PATTERN.replace("{1,3}", "")
 
 @pytest.mark.parametrize(
     "pattern",
-    [LLAMA_4, QWEN_2, r"[$^]+|\$|[^$^]+", r"\s+(?=\n|\z)|\s|\S+", r"(?<![^\n])\s+|\w+|\W", r"\p{Alphabetic}+|[\s\S]"],
+    [
+        LLAMA_4,
+        QWEN_2,
+        r"[$^]+|\$|[^$^]+",
+        r"\s+(?=\n|\z)|\s|\S+",
+        r"(?<![^\n])\s+|\w+|\W",
+        r"\p{Alphabetic}+|[\s\S]",
+        r"\p{^L}+|\p{L}",
+    ],
 )
 def test_patterns_that_programs_read_alike(pattern: str) -> None:
     """Those that the hints of the refusals name are among them."""
