@@ -147,7 +147,8 @@ def test_continue_goes_on_where_the_limit_was(cli: Cli, checkpoint: Path) -> Non
     flags = ("chat", "-m", checkpoint, "-t", "0", "--dtype", "float32", "-n")
     parts = cli(*flags, "5", stdin="Tell me about the sea.\n/continue\n")
     whole = cli(*flags, "10", stdin="Tell me about the sea.\n")
-    assert parts.out.replace("\n", "") == whole.out.replace("\n", "")
+    assert (parts.code, whole.code) == (0, 0), (parts, whole)
+    assert parts.out.replace("\n", "") == whole.out.replace("\n", ""), (parts, whole)
 
 
 def test_no_log_keeps_nothing(cli: Cli, tiny_checkpoint: Path) -> None:
