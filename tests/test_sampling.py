@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_a_token_that_is_cut_is_never_drawn() -> None:
     assert set(draw(logits, SamplingParams(temperature=1), 200, seed=0)) == {5, 70_000}
 
 
-@pytest.mark.parametrize("name", [f for f in SamplingParams.__dataclass_fields__ if f != "seed"])
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams) if field.name != "seed"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_params_must_be_finite(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
