@@ -202,6 +202,7 @@ class Placement:
         parts, machine = self.sizes, self.machine
         devices = {device.name: device for device in (*machine.gpus, machine.cpu)}
         chosen = parts.top_k * parts.expert
+        missing = chosen * (1 - self.hits)
 
         def tier(what: str, nbytes: float, bandwidth: float) -> Tier:
             return Tier(what, round(nbytes), nbytes / bandwidth)
@@ -216,7 +217,7 @@ class Placement:
             home = devices[layer.device]
             memory = "CPU memory" if home is machine.cpu else "GPU memory"
             yield (tier(memory, parts.dense, home.bandwidth),)
-            experts, missing = tier(memory, chosen, home.bandwidth), chosen * (1 - self.hits)
+            experts = tier(memory, chosen, home.bandwidth)
             if layer.experts == layer.device:
                 yield (experts,)
             elif layer.experts == "cpu":
