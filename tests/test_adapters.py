@@ -31,7 +31,7 @@ from tests import make_adapter_table
 from tests.cli import Cli
 from tests.conftest import TINY
 from tests.gguf_files import write_gguf
-from tests.weights import adapter_weights, make_checkpoint
+from tests.weights import adapter_weights, make_checkpoint, write_small_tokenizer
 
 torch.set_num_threads(1)
 
@@ -267,7 +267,7 @@ def test_over_a_checkpoint_in_int8(base: Path, tmp_path: Path, cli: Cli) -> None
     (tmp_path / "source").mkdir()
     for path in base.iterdir():
         shutil.copy(path, tmp_path / "source")
-    (tmp_path / "source" / "tokenizer_config.json").write_text('{"tokenizer_class": "TiktokenTokenizerWrapper"}')
+    write_small_tokenizer(tmp_path / "source")
     assert cli("convert", tmp_path / "source", tmp_path / "int8", "--to", "int8").code == 0
     tensors = {name: tensor / (3 if "lora_B" in name else 1) for name, tensor in pairs(("Wqkv", "out_proj")).items()}
     folder = write(tmp_path / "a", tensors)

@@ -91,6 +91,17 @@ def test_a_folder_keeps_its_tokenizer(tiny_checkpoint: Path, tmp_path: Path, cli
     assert DbrxConfig.from_json(out / "config.json") == DbrxConfig.from_json(source / "config.json")
 
 
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(tiny_checkpoint, source)
+    rows = DbrxConfig.from_json(source / "config.json").vocab_size
+    added = {str(rows): {"content": "<x>", "special": True}}
+    (source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    for command in ("convert", "quantize"):
+        ran = cli(command, source, out, "--to", "int8")
+        assert ran.code == 3 and f"vocab_size is {rows}" in ran.fault and not out.exists()
+
+
 def test_what_is_there_is_not_touched(tmp_path: Path, cli: Cli) -> None:
     path, out = write_gguf(tmp_path / "m.gguf"), tmp_path / "out"
     out.mkdir()

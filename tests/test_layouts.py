@@ -17,7 +17,7 @@ from model import DbrxConfig, DbrxForCausalLM
 from model.errors import ModelError
 from model.formats import open_weights
 from tests.cli import Cli
-from tests.weights import make_checkpoint, make_weights
+from tests.weights import make_checkpoint, make_weights, write_small_tokenizer
 
 torch.set_num_threads(1)
 
@@ -292,8 +292,8 @@ def test_another_config_is_told(tmp_path: Path) -> None:
         open_weights(folder)
 
 
-def test_a_layout_converts_to_databricks(tmp_path: Path, tiny_checkpoint: Path, cli: Cli) -> None:
+def test_a_layout_converts_to_databricks(tmp_path: Path, cli: Cli) -> None:
     folder = write(tmp_path / "m", FLOAT_LAYOUTS["converted"](weights()))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TiktokenTokenizerWrapper"}')
+    write_small_tokenizer(folder)
     assert cli("convert", folder, tmp_path / "out").code == 0
     assert torch.equal(logits(tmp_path / "out"), logits(weights()))

@@ -122,6 +122,17 @@ def make_checkpoint(
     return folder
 
 
+def write_small_tokenizer(folder: Path) -> None:
+    """A tokenizer.json of 94 tokens, the printable ASCII characters, for vocabularies that are smaller than DBRX's."""
+    values = {
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": {chr(ord("!") + i): i for i in range(94)}, "merges": []},
+    }
+    _write_json(folder / "tokenizer.json", values)
+
+
 def _values(config: dict[str, Any], seed: int, name: str, shape: tuple[int, ...], common: Array) -> Floats:
     width: int = config["d_model"]
     noise = _normal(seed, name, shape)

@@ -39,8 +39,8 @@ def convert(
     from model.formats.write_checkpoint import companions, write_checkpoint
     from model.loading import choose_dtype
 
-    finish = companions(folder)
     with open_weights(folder) as weights, report.bar("Converting") as advance:
+        finish = companions(folder, weights.config.vocab_size)
         if to in ("int8", "int4"):
             from model.formats.write_quantized import Writer
 

@@ -42,7 +42,7 @@ def quantize(
     from model.formats.write_checkpoint import companions
     from model.formats.write_quantized import Writer
 
-    finish = companions(folder)
     with open_weights(folder) as weights, report.bar(f"Quantizing to {to}") as advance:
+        finish = companions(folder, weights.config.vocab_size)
         Writer(weights, out, to, int(group)).write(finish, advance)
     typer.echo(out)

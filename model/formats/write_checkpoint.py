@@ -23,12 +23,16 @@ EXPERTS = ".ffn.experts.mlp."
 MATRICES = ("w1", "v1", "w2")
 
 
-def companions(source: Path) -> Callable[[Path], None]:
-    """What belongs beside the weights of `source`, read now: the function writes tokenizer and generation settings."""
+def companions(source: Path, rows: int) -> Callable[[Path], None]:
+    """What belongs beside the weights of `source`, read now: the function writes tokenizer and generation settings.
+
+    `ModelError` if it does not fit a vocabulary of so many rows.
+    """
     from ..generation_config import GenerationConfig
     from ..tokenizer import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.require_rows(rows, source)
     generation = GenerationConfig.from_source(source)
     for fault in generation.faults.values():
         raise ModelError(fault.message, "mend the file")  # no flag replaces a value here
