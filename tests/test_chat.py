@@ -37,12 +37,11 @@ def fresh_replies(folder: Path, turns: list[str]) -> list[str]:
     return [message.content for message in messages if message.role == "assistant"]
 
 
-def test_a_script_is_answered_a_turn_a_line_from_a_kept_cache(cli: Cli, checkpoint: Path) -> None:
-    result = cli(
-        "chat", "-m", checkpoint, "-t", "0", "-n", str(NEW), "--dtype", "float32", "-v", stdin="\n".join(TURNS) + "\n"
-    )
+def test_a_script_is_answered_a_turn_a_line_from_a_kept_cache(cli: Cli, tiny_checkpoint: Path) -> None:
+    flags = ("chat", "-m", tiny_checkpoint, "-t", "0", "-n", str(NEW), "--dtype", "float32", "-v")
+    result = cli(*flags, stdin="\n".join(TURNS) + "\n")
     assert result.code == 0
-    assert result.out == "".join(reply + "\n" for reply in fresh_replies(checkpoint, TURNS))
+    assert result.out == "".join(reply + "\n" for reply in fresh_replies(tiny_checkpoint, TURNS))
     cached = [int(n) for n in re.findall(r"\((\d+) cached\)", result.err)]
     assert len(cached) == 2 and cached[0] > 20 and cached[1] > cached[0]
 
@@ -143,8 +142,8 @@ def test_a_session_keeps_its_cache(cli: Cli, checkpoint: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["1.kv"]
 
 
-def test_continue_goes_on_where_the_limit_was(cli: Cli, checkpoint: Path) -> None:
-    flags = ("chat", "-m", checkpoint, "-t", "0", "--dtype", "float32", "-n")
+def test_continue_goes_on_where_the_limit_was(cli: Cli, tiny_checkpoint: Path) -> None:
+    flags = ("chat", "-m", tiny_checkpoint, "-t", "0", "--dtype", "float32", "-n")
     parts = cli(*flags, "5", stdin="Tell me about the sea.\n/continue\n")
     whole = cli(*flags, "10", stdin="Tell me about the sea.\n")
     assert (parts.code, whole.code) == (0, 0), (parts, whole)

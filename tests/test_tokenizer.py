@@ -490,12 +490,14 @@ def test_a_pattern_that_backtracks_without_end_is_an_input_error() -> None:
         encoder.encode("x" * 60)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("size", [bpe.MAX_TEXT // 8, pytest.param(bpe.MAX_TEXT, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("unit", [" ", "a", "\n", " \n", "1.", "\t x", "\x04", "مرحبا"])
-def test_long_texts_end_within_ten_seconds(name: str, unit: str) -> None:
+def test_long_texts_end_within_ten_seconds(name: str, unit: str, size: int) -> None:
+    """Of this process's own: an eighth of the longest text in an eighth of the time."""
     ours, _ = pair(name)
-    text = (unit * bpe.MAX_TEXT).encode()[: bpe.MAX_TEXT].decode("utf-8", "ignore")
-    start = time.perf_counter()
+    ours.encode("")  # the encoder is there
+    text = (unit * size).encode()[:size].decode("utf-8", "ignore")
+    start = time.process_time()
     ours.encode(text)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10 * size / bpe.MAX_TEXT
