@@ -26,16 +26,21 @@ def reads_alike(values: Mapping[str, Any], vocabulary: Vocabulary) -> bool:
     return numbered and whole and not POSSESSIVE_COUNT.search(str(values["pre_tokenizer"]))
 
 
+def fillers(vocab: Mapping[str, int], size: int) -> dict[str, int]:
+    """Names for the ids below `size` that have none, as llama.cpp's converter calls them; none is in `vocab`."""
+    gaps = sorted({*range(size)} - {*vocab.values()})
+    head = "[PAD"
+    while any(f"{head}{i}]" in vocab for i in gaps):
+        head = "[" + head
+    return {f"{head}{i}]": i for i in gaps}
+
+
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The content of a tokenizer.json; every id up to the largest has a token, so that counting them finds no gap."""
     special = {token.id for token in vocabulary.added.values()}
     vocab = {spelled(token): i for token, i in vocabulary.ids.items() if i not in special}
     vocab |= {name: token.id for name, token in vocabulary.added.items()}
-    gaps = set(range(max(vocab.values()))) - set(vocab.values())
-    head = "[PAD"  # as llama.cpp names them
-    while any(f"{head}{i}]" in vocab for i in gaps):
-        head = "[" + head
-    vocab |= {f"{head}{i}]": i for i in gaps}
+    vocab |= fillers(vocab, max(vocab.values()))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern}, "behavior": "Removed", "invert": True}
     written = {

@@ -19,7 +19,8 @@ from model import AutoTokenizer, DbrxForCausalLM
 from model.bpe import cl100k_vocabulary, merges_of
 from model.formats import open_weights
 from tests.cli import Cli
-from tests.gguf_files import CONFIG, tensors, write_gguf
+from tests.gguf_files import CONFIG, SPECIAL, tensors, write_gguf
+from tests.test_tokenizer_files import small_json
 from tests.weights import make_checkpoint
 
 torch.set_num_threads(1)
@@ -67,6 +68,17 @@ def test_what_was_exported_loads_again(folder: Path, tmp_path: Path, cli: Cli) -
     assert ours.pad_token_id == 100277 == theirs.pad_token_id
     header = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
     assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", 100279)
+
+
+def test_no_token_is_there_twice(tmp_path: Path, cli: Cli) -> None:
+    """llama.cpp ends at a file with two tokens of one name: what fills a gap is called as no other token is."""
+    folder, values = make_checkpoint(tmp_path / "m", {**CONFIG, "vocab_size": 320}, 3), small_json()
+    values["model"]["vocab"]["[PAD310]"] = 305
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    assert cli("export", tmp_path / "out.gguf", "--type", "f32", "-m", folder).code == 0
+    tokens = GGUFReader(tmp_path / "out.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(tokens)) == len(tokens) == 320
+    assert tokens[300:307] == [*SPECIAL, "[[PAD304]", "[PAD310]", "[[PAD306]"]
 
 
 @pytest.mark.slow

@@ -257,6 +257,8 @@ ERROR = {"message": "overloaded"}
         chunks(choice("Hello"), "[DONE]"),
         chunks(choice("Hello"), STOP),  # no [DONE]: transformers
         chunks(choice("Hello"), choice(None, "STOP")),
+        chunks(choice("Hel", "stop"), choice("lo")),  # text behind the end, which clients add up too
+        chunks(choice("Hello", "stop"), choice(""), choice(None), {"choices": [], "usage": {"completion_tokens": 1}}),
         status(200, b'event: ping\ndata: at work\n\ndata: {"choices": [{"text": "Hello"}]}\n\ndata: [DONE]\n'),
         chunks({"choices": [{"index": 1, "text": "No", "finish_reason": "length"}]}, choice("Hello"), STOP),
         chunks({"choices": []}, {"choices": None, "usage": None}, choice("Hello"), choice(None, "eos_token")),

@@ -283,12 +283,11 @@ class RemoteEngine:
             for choice in chunk.get("choices") or []:
                 if choice.get("index") not in (None, 0):  # another reply, which nobody asked for
                     continue
-                if reason is None:
-                    pieces = reply.pieces
-                    deltas = reply.take(choice)
-                    if reply.pieces > pieces:
-                        answer.spoke()
-                    yield from deltas
+                pieces = reply.pieces
+                deltas = reply.take(choice)
+                if reply.pieces > pieces:
+                    answer.spoke()
+                yield from deltas
                 reason = reason_of(self.server, choice) or reason
         if rest := reply.finish():
             yield Delta(rest, None)

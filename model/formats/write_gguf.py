@@ -20,7 +20,7 @@ from ..config import DbrxConfig
 from ..errors import InputError, ModelError
 from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
-from ..tokenizer_files import spelled
+from ..tokenizer_files import fillers, spelled
 from .dbrx_gguf import MATRICES, gguf_name
 from .dequantize import PIECE, row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
@@ -175,13 +175,18 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
             f"llama.cpp has no name for the way in which this tokenizer cuts text: {shown(vocabulary.pattern)}",
             "export a model with DBRX's own tokenizer, or put DBRX's tokenizer.json into the folder",
         )
-    tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [UNUSED] * vocab_size
-    for token, i in vocabulary.ids.items():
+    named = {spelled(token): i for token, i in vocabulary.ids.items()}
+    named |= {name: added.id for name, added in vocabulary.added.items()}
+    tokens, types = [""] * vocab_size, [UNUSED] * vocab_size
+    for name, i in (named | fillers(named, vocab_size)).items():
         if i < vocab_size:
-            tokens[i], types[i] = spelled(token), NORMAL
-    for name, added in vocabulary.added.items():
+            tokens[i] = name
+    for i in vocabulary.ids.values():
+        if i < vocab_size:
+            types[i] = NORMAL
+    for added in vocabulary.added.values():
         if added.id < vocab_size:
-            tokens[added.id], types[added.id] = name, CONTROL if added.special else USER_DEFINED
+            types[added.id] = CONTROL if added.special else USER_DEFINED
     known = {token for token, i in vocabulary.ids.items() if i < vocab_size}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
