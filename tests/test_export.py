@@ -52,9 +52,18 @@ def test_tensors_are_those_of_the_gguf_package(tmp_path: Path, cli: Cli, kind: s
         assert np.array_equal(found[name].data.view(np.uint8), gguf.quantize(value, to).view(np.uint8)), name
 
 
-@pytest.mark.slow
-def test_what_was_exported_loads_again(folder: Path, tmp_path: Path, cli: Cli) -> None:
-    out = tmp_path / "out.gguf"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like it, with 258 tokens beside the special ones."""
+    found = make_checkpoint(tmp_path_factory.mktemp("export") / "m", CONFIG, 3, shards=2)
+    (found / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "pad_token": "<|pad|>"}))
+    (found / "tokenizer.json").write_text(json.dumps(small_json()))
+    return found
+
+
+@pytest.mark.parametrize("size", ["small", pytest.param("folder", marks=pytest.mark.soak)])
+def test_what_was_exported_loads_again(request: pytest.FixtureRequest, size: str, tmp_path: Path, cli: Cli) -> None:
+    folder, out = request.getfixturevalue(size), tmp_path / "out.gguf"
     assert cli("export", out, "--type", "f32", "-m", folder).code == 0
     with open_weights(out) as exported, open_weights(folder) as original:
         assert exported.config == original.config
@@ -64,10 +73,11 @@ def test_what_was_exported_loads_again(folder: Path, tmp_path: Path, cli: Cli) -
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(folder)
     assert ours.encode(TEXT) == theirs.encode(TEXT)
     assert ours.special_tokens == theirs.special_tokens and ours.chat_template.text == TEMPLATE
-    assert ours.eos_token_ids == (100279, 100257) and theirs.eos_token_ids == (100279,)
-    assert ours.pad_token_id == 100277 == theirs.pad_token_id
+    turn, end, pad = (ours.special_tokens[name] for name in ("<|im_end|>", "<|endoftext|>", "<|pad|>"))
+    assert ours.eos_token_ids == (turn, end) and theirs.eos_token_ids == (turn,)
+    assert ours.pad_token_id == pad == theirs.pad_token_id
     header = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
-    assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", 100279)
+    assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", turn)
 
 
 def test_no_token_is_there_twice(tmp_path: Path, cli: Cli) -> None:
