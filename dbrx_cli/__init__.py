@@ -14,6 +14,7 @@ def check_model_package() -> None:
     wanted = Path(__file__).resolve().parent.parent / "model"
     if found != wanted:
         print(
-            f"dbrx: `model` is taken from {found}, not from {wanted}; start dbrx from another folder", file=sys.stderr
+            f"dbrx: `model` is taken from {str(found)!r}, not from {wanted}; start dbrx from another folder",
+            file=sys.stderr,
         )
         raise SystemExit(1)

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Protocol
 
+from dbrx_cli.output import say_json, to_json
 from model.errors import InputError, ResourceError
 
 OTHER_PROMPTS = "answers to other prompts"
@@ -60,8 +60,7 @@ class StandardOutput:
     advice = ""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        say_json(line)
 
     def close(self) -> None:
         pass
@@ -87,7 +86,7 @@ class AnswerFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         try:
-            _write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            _write(self._file, to_json(line).encode() + b"\n")
         except OSError as error:
             raise ResourceError(
                 f"{self.path} cannot be written: {error.strerror}", "the same command goes on"

@@ -38,6 +38,7 @@ from .commands import (  # noqa: E402
 from .cores import settle_pages  # noqa: E402
 from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
 from .options import OutputOptions, leave_out_colour, switch  # noqa: E402
+from .output import say, tell, tell_lines  # noqa: E402
 from .report import Report  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
@@ -84,7 +85,7 @@ for group in app.registered_groups:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dbrx {__version__}")
+        say(f"dbrx {__version__}")
         raise typer.Exit()
 
 
@@ -171,7 +172,7 @@ def _fit_help() -> None:
 
 def _fault(line: str, code: int) -> int:
     if os.environ.get(DEBUG) == "1":
-        traceback.print_exc()
+        tell_lines(traceback.format_exc())
     with contextlib.suppress(OSError):
-        print(f"dbrx: {line}", file=sys.stderr)
+        tell(f"dbrx: {line}")
     return code

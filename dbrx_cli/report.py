@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dbrx_cli.options import OutputOptions
+from dbrx_cli.output import tell, tell_lines
 from model.errors import DbrxError
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Advance = Callable[[int, int], None]  # done, total
-
-
-LONGEST = 600  # characters of a warning
 
 
 class Report:
@@ -38,25 +36,25 @@ class Report:
         text = " ".join(str(message).split())
         if text not in self._warned:
             self._warned.add(text)
-            self.notice(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
+            self.notice(text)
 
     def notice(self, text: str) -> None:
         """A line that the user should know of."""
         if not self.quiet:
-            print(f"dbrx: {text}", file=sys.stderr, flush=True)
+            tell(f"dbrx: {text}")
 
     def line(self, text: str) -> None:
         """An answer to the user's own question, quiet or not."""
-        print(text, file=sys.stderr, flush=True)
+        tell_lines(text)
 
     def error(self, fault: DbrxError) -> None:
         """A fault after which the program goes on."""
-        print(f"dbrx: {fault.one_line}", file=sys.stderr, flush=True)
+        tell(f"dbrx: {fault.one_line}")
 
     def detail(self, text: str) -> None:
         """A line for those who asked with --verbose."""
         if self.verbose and not self.quiet:
-            print(f"dbrx: {text}", file=sys.stderr, flush=True)
+            tell(f"dbrx: {text}")
 
     @property
     def bars(self) -> bool:
@@ -78,10 +76,10 @@ class Report:
 
 
 def stderr_console() -> Console:
-    """rich on stderr, without its highlighting of numbers and paths."""
-    from rich.console import Console
+    """rich on stderr."""
+    from dbrx_cli.render.console import PlainConsole
 
-    return Console(stderr=True, highlight=False)
+    return PlainConsole(stderr=True)
 
 
 def progress(console: Console, unit: str, transient: bool) -> Progress:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dbrx_cli.report import Report, progress, stderr_console
+from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -41,7 +42,7 @@ class Transfer:
 
     def file(self, name: str, size: int, done: int) -> None:
         if self._bars:
-            self._files[name] = self._bars.add_task(name, total=size, completed=done)
+            self._files[name] = self._bars.add_task(on_one_line(name), total=size, completed=done)
 
     def advance(self, name: str, n_bytes: int) -> None:
         if not self._bars or self._all is None:
@@ -58,16 +59,19 @@ class Transfer:
 
 def print_plan(plan: DownloadPlan) -> None:
     """The files of a download, to stdout."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
-    table = Table(title=f"{plan.name} at {plan.commit[:12]}", title_justify="left", box=None)
+    from dbrx_cli.render.console import PlainConsole
+
+    table = Table(title=f"{on_one_line(plan.name)} at {plan.commit[:12]}", title_justify="left", box=None)
     table.add_column("file")
     table.add_column("size", justify="right")
     table.add_column("here", justify="right")
     for file in plan.files:
-        table.add_row(file.path, decimal(file.size), "yes" if file.done == file.size else decimal(file.done))
+        table.add_row(
+            on_one_line(file.path), decimal(file.size), "yes" if file.done == file.size else decimal(file.done)
+        )
     table.add_section()
     table.add_row("total", decimal(plan.total_bytes), decimal(plan.total_bytes - plan.missing_bytes))
-    Console(highlight=False, markup=False).print(table)
+    PlainConsole().print(table)

@@ -1,5 +1,7 @@
 """Faults that a person can do something about: what is wrong, what to type next, and how the process ends."""
 
+from .foreign_text import on_one_line
+
 
 class DbrxError(Exception):
     """A fault told to the user in one line; `hint` says what to do next, `exit_code` how the command ends."""
@@ -13,8 +15,8 @@ class DbrxError(Exception):
 
     @property
     def one_line(self) -> str:
-        """What is wrong; what to type next."""
-        return self.message.rstrip(".") + (f"; {self.hint}" if self.hint else "")
+        """What is wrong; what to type next. Names and values of others in it are escaped, and cut if they are long."""
+        return on_one_line(self.message.rstrip(".") + (f"; {self.hint}" if self.hint else ""))
 
 
 class InputError(DbrxError):

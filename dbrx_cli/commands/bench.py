@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from dbrx_cli.cores import settle_waiting
 from dbrx_cli.files import read_file
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.output import say_json
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import decode
 from model.errors import InputError
@@ -72,7 +72,7 @@ def bench(
         plot.write_text(measuring.plot(results, machine), "utf-8")
     if json_output:
         found: dict[str, Any] = {"machine": asdict(machine), "results": [result.to_dict() for result in results]}
-        typer.echo(json.dumps(found | ({"quality": asdict(compared)} if compared else {})))
+        say_json(found | ({"quality": asdict(compared)} if compared else {}))
         return
     _show(machine, results, compared)
 
@@ -94,10 +94,11 @@ def _quality(folder: Path, options: ModelOptions, report: Report, text: Path, mo
 
 
 def _show(machine: Machine, results: list[Result], quality: Quality | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from dbrx_cli.render.console import PlainConsole
+
+    console = PlainConsole()
     first = results[0]
     rates = ", ".join(f"{name} {rate:.2f}" for name, rate in machine.matrix_tflop_s.items())
     console.print(f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,9 @@ import typer
 
 from dbrx_cli.complete import profile_names, setting_keys
 from dbrx_cli.options import OutputOptions, switch
-from dbrx_cli.render.plain import safe
+from dbrx_cli.output import say, say_json, to_json
 from dbrx_cli.report import Report
+from model.foreign_text import on_one_line
 
 app = typer.Typer(help="Settings: show them and where each comes from, set and unset them.", no_args_is_help=True)
 
@@ -38,7 +38,7 @@ def path() -> None:
     """
     from dbrx_cli.settings_file import config_path
 
-    typer.echo(str(config_path()))
+    say(str(config_path()))
 
 
 @app.command("show")
@@ -70,11 +70,11 @@ def show(
     ]
     if json_output:
         values = {key: {"value": value, "origin": origin} for key, value, origin in rows}
-        sys.stdout.write(json.dumps(values, ensure_ascii=False, indent=2) + "\n")
+        say_json(values, indent=2)
     elif sys.stdout.isatty():
         _print_table(rows)
     else:
-        sys.stdout.writelines(f"{key}\t{_spelled(value)}\t{origin}\n" for key, value, origin in rows)
+        say("".join(f"{key}\t{_spelled(value)}\t{origin}\n" for key, value, origin in rows), end="")
 
 
 @app.command("set", context_settings={"ignore_unknown_options": True})  # numbers below zero
@@ -110,25 +110,26 @@ def unset(key: Key, *, profile: Profile = None, quiet: Quiet = False) -> None:
 
 
 def _tell(file: Path, quiet: bool) -> None:
-    Report(OutputOptions(quiet=quiet)).notice(f"wrote {safe(str(file))}")
+    Report(OutputOptions(quiet=quiet)).notice(f"wrote {file}")
 
 
 def _spelled(value: Any) -> str:
     """As the file spells it; nothing for what is left open."""
     if value is None:
         return ""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (bool, list)) else str(value)
+    return to_json(value) if isinstance(value, (bool, list)) else str(value)
 
 
 def _print_table(rows: list[tuple[str, Any, str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from dbrx_cli.render.console import PlainConsole
 
     table = Table(box=None, pad_edge=False)
     for title in ("setting", "value", "from"):
         table.add_column(title, overflow="fold", no_wrap=title == "setting")
     for key, value, origin in rows:
         style = "dim" if origin == "default" else ""
-        table.add_row(*(Text(safe(text), style) for text in (key, _spelled(value), origin)))
-    Console(highlight=False, markup=False).print(table)
+        table.add_row(*(Text(on_one_line(text), style) for text in (key, _spelled(value), origin)))
+    PlainConsole().print(table)

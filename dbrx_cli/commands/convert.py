@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, takes
+from dbrx_cli.output import say
 from dbrx_cli.report import Report
 
 To = Literal["auto", "bfloat16", "float16", "float32", "int8", "int4"]
@@ -47,4 +48,4 @@ def convert(
             Writer(weights, out, to, GROUP).write(finish, advance)
         else:
             write_checkpoint(weights, out, choose_dtype(to, weights), finish, advance)
-    typer.echo(out)
+    say(str(out))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dbrx_cli.options import OutputOptions, WhichModel, switch, takes
+from dbrx_cli.output import say_json
+from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,11 +32,10 @@ def doctor(
 
     dbrx doctor -m org/name
     """
-    from rich.console import Console
-
     from dbrx_cli.doctor import examine
+    from dbrx_cli.render.console import PlainConsole
 
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     checks: list[Check] = []
     for check in examine(model):
         checks.append(check)
@@ -45,7 +44,7 @@ def doctor(
     code = next((check.exit_code for check in checks if check.state == "problem"), 0)
     if json_output:
         values = {"usable": code == 0, "exit_code": code, "checks": [asdict(check) for check in checks]}
-        sys.stdout.write(json.dumps(values, ensure_ascii=False, indent=2) + "\n")
+        say_json(values, indent=2)
     if code:
         raise typer.Exit(code)
 
@@ -55,11 +54,9 @@ def _print(console: Console, check: Check) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from dbrx_cli.render.plain import safe
-
     style, sign = SIGNS[check.state]
     line = Table.grid(padding=(0, 1))
-    line.add_row(Text(f"{sign:4}", style), Text.assemble((check.name, "bold"), ": ", safe(check.text)))
+    line.add_row(Text(f"{sign:4}", style), Text.assemble((check.name, "bold"), ": ", on_one_line(check.text)))
     if check.hint:
-        line.add_row("", Text(f"-> {safe(check.hint)}", "cyan"))
+        line.add_row("", Text(f"-> {on_one_line(check.hint)}", "cyan"))
     console.print(line)

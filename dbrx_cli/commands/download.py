@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dbrx_cli.options import OutputOptions, switch, takes
+from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
 
@@ -44,4 +45,4 @@ def download(
         return
     with Transfer(report) as progress:
         folder = hub.download(model, revision=revision, to=plain, verify=verify, progress=progress)
-    typer.echo(folder)
+    say(str(folder))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, takes
+from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
 
@@ -46,4 +47,4 @@ def export(
     with open_weights(source) as weights, report.bar("Writing") as advance:
         files = write_gguf(weights, tokenizer, out, kind, size, advance)
     for file in files:
-        typer.echo(file)
+        say(str(file))

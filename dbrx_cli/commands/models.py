@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
-from dbrx_cli.render.plain import safe
+from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError, ModelError
+from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
     from model.hub.inventory import CachedModel
@@ -50,7 +50,7 @@ def path(name: Name, revision: Revision = None) -> None:
 
     dbrx models path demo
     """
-    typer.echo(find_folder(name, revision))
+    say(str(find_folder(name, revision)))
 
 
 @app.command("remove")
@@ -83,14 +83,14 @@ def _list(json_output: bool) -> None:
     if demo := _demo():
         rows.append(demo)
     if json_output:
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        say_json(rows, indent=2)
     elif sys.stdout.isatty():
         _print_table(rows)
     else:
         for row in rows:
             state = "complete" if row["complete"] else "incomplete"
             columns = (row["name"], row["revision"] or "", row["bytes"], state, row["last_used"] or "", row["path"])
-            sys.stdout.write("\t".join(map(str, columns)) + "\n")
+            say("\t".join(map(str, columns)))
 
 
 def _row(model: CachedModel) -> dict[str, Any]:
@@ -174,18 +174,18 @@ def _begins(commit: str | None, revision: str) -> bool:
 def _ask(question: str) -> None:
     if sys.stdin is None or not sys.stdin.isatty():
         raise InputError("there is no terminal to ask on", "to remove it unasked: --yes")
-    sys.stderr.write(f"{safe(question)} [y/N] ")
-    sys.stderr.flush()
+    tell_lines(f"{on_one_line(question)} [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise DbrxError("nothing was removed")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    from dbrx_cli.render.console import PlainConsole
+
+    console = PlainConsole()
     if not rows:
         console.print("No models yet. To fetch one: dbrx download org/name; to try the demo: dbrx chat -m demo")
         return
@@ -198,8 +198,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         if row["format"] == "gguf":
             state.append(", GGUF")
         table.add_row(
-            Text(safe(row["name"]), "bold"),
-            Text(f"{(row['revision'] or '')[:12]}{safe(refs)}"),
+            Text(on_one_line(row["name"]), "bold"),
+            Text(f"{(row['revision'] or '')[:12]}{on_one_line(refs)}"),
             _size(row["bytes"]),
             state,
             (row["last_used"] or "")[:10],

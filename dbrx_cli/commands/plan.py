@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dbrx_cli.options import ModelOptions, option, switch, takes
+from dbrx_cli.output import say_json
 
 if TYPE_CHECKING:
     from dbrx_cli.planning import Question
@@ -45,13 +45,12 @@ def plan(
     found = question.plan()
     told = list(advice(question, found))
     if json_output:
-        typer.echo(json.dumps(to_dict(question, found, told)))
+        say_json(to_dict(question, found, told))
         return
-    from rich.console import Console
-
+    from dbrx_cli.render.console import PlainConsole
     from dbrx_cli.render.plan import show
 
-    show(Console(highlight=False), question, found, told)
+    show(PlainConsole(), question, found, told)
 
 
 def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, takes
+from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
 
@@ -45,4 +46,4 @@ def quantize(
     with open_weights(folder) as weights, report.bar(f"Quantizing to {to}") as advance:
         finish = companions(folder, weights.config.vocab_size)
         Writer(weights, out, to, int(group)).write(finish, advance)
-    typer.echo(out)
+    say(str(out))

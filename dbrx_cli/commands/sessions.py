@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ import typer
 
 from dbrx_cli.complete import session_names
 from dbrx_cli.options import OutputOptions, switch, takes
-from dbrx_cli.render.plain import safe
+from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError
+from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
     from dbrx_cli.store import Entry, Session, Store
@@ -90,7 +90,7 @@ def show(name: Name, *, json_output: Json = False, output: OutputOptions) -> Non
     """
     with _store(Report(output)) as store:
         text = _exported(store.find(name), "json" if json_output else "markdown")
-    sys.stdout.write(safe(text) if sys.stdout.isatty() else text)
+    say(text, end="")
 
 
 @app.command("export")
@@ -118,10 +118,10 @@ def export(
     with _store(report) as store:
         text = _exported(store.find(name), "json" if json_output or suffix == ".json" else "markdown")
     if file is None:
-        sys.stdout.write(text)
+        say(text, end="")
         return
     _write(file, text, force)
-    report.notice(f"wrote {safe(str(file))}")
+    report.notice(f"wrote {file}")
 
 
 @app.command("rename")
@@ -203,8 +203,7 @@ def _write(file: Path, text: str, force: bool) -> None:
 def _ask(question: str) -> None:
     if sys.stdin is None or not sys.stdin.isatty():
         raise InputError("there is no terminal to ask on", "to remove unasked: --yes")
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
+    tell_lines(f"{question} [y/N] ", end="")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise DbrxError("nothing was removed")
 
@@ -213,21 +212,22 @@ def _print_entries(found: list[tuple[Entry, str | None]], json_output: bool) -> 
     """A list of sessions; in place of the title, where a search found its words."""
     if json_output:
         rows = [asdict(entry) | ({} if excerpt is None else {"excerpt": excerpt}) for entry, excerpt in found]
-        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        say_json(rows, indent=2)
     elif sys.stdout.isatty():
         _print_table(found)
     else:
         for e, excerpt in found:
             columns = (e.id, e.name or "", e.updated, e.kind, e.model, e.turns, excerpt or e.title)
-            sys.stdout.write("\t".join(" ".join(str(column).split()) for column in columns) + "\n")
+            say("\t".join(" ".join(str(column).split()) for column in columns))
 
 
 def _print_table(found: list[tuple[Entry, str | None]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    from dbrx_cli.render.console import PlainConsole
+
+    console = PlainConsole()
     if not found:
         console.print("No sessions yet. A chat is kept from its first reply on: dbrx chat")
         return
@@ -238,11 +238,13 @@ def _print_table(found: list[tuple[Entry, str | None]]) -> None:
     for title in ("", "session", "last used") if narrow else ("", "session", "model", "turns", "last used"):
         table.add_column(title, justify="right" if title in ("", "turns") else "left", no_wrap=True)
     for entry, excerpt in found:
-        text = Text(safe(entry.name or ""), "bold")
+        text = Text(on_one_line(entry.name or ""), "bold")
         if shown := excerpt or entry.title:
-            text.append("  " * bool(text) + safe(shown), "not bold dim" if entry.name and not excerpt else "not bold")
+            text.append(
+                "  " * bool(text) + on_one_line(shown), "not bold dim" if entry.name and not excerpt else "not bold"
+            )
         text.truncate(max(room, 8), overflow="ellipsis")
-        model = Text(safe(entry.model))
+        model = Text(on_one_line(entry.model))
         model.truncate(24, overflow="ellipsis")
         details = [] if narrow else [model, Text(str(entry.turns))]
         table.add_row(Text(str(entry.id)), text, *details, Text(_when(entry.updated)))

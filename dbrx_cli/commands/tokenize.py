@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbrx_cli.options import DEFAULT_MODEL, ModelOptions, OutputOptions, WhichModel, switch, takes
+from dbrx_cli.output import say, say_json
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
 from model.errors import InputError, ModelError
@@ -54,15 +55,15 @@ def tokenize(
     ids = _ids_in(given, tokenizer) if decode else _encode(given, tokenizer, chat)
     if json_output:
         tokens = [asdict(piece) for piece in spans(tokenizer, ids)]
-        _write(json.dumps({"model": model.model, "count": len(ids), "tokens": tokens}, ensure_ascii=False) + "\n")
+        say_json({"model": model.model, "count": len(ids), "tokens": tokens})
     elif count:
-        typer.echo(len(ids))
+        say(str(len(ids)))
     elif decode:
         _print_text(b"".join(tokenizer.decode_bytes(i) for i in ids))
     elif sys.stdout.isatty():
         _print_table(spans(tokenizer, ids))
     else:
-        _write("".join(f"{i}\n" for i in ids))
+        say("".join(f"{i}\n" for i in ids), end="")
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,8 @@ def _ids_in(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _print_text(data: bytes) -> None:
     """The bytes as they are, for a pipe; on a terminal as safe text and a line of its own."""
-    from dbrx_cli.render.plain import safe
-
     if sys.stdout.isatty():
-        _write(safe(data.decode("utf-8", "replace")) + "\n")
+        say(data.decode("utf-8", "replace"))
         return
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
@@ -154,9 +153,10 @@ def _print_text(data: bytes) -> None:
 
 
 def _print_table(tokens: list[Span]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from dbrx_cli.render.console import PlainConsole
 
     table = Table(box=None, pad_edge=False)
     table.add_column("id", justify="right", style="cyan", no_wrap=True)
@@ -166,7 +166,7 @@ def _print_table(tokens: list[Span]) -> None:
     for token in tokens:
         shown = Text(token.text, "magenta") if token.special and token.text else _shown(token, whole)
         table.add_row(str(token.id), token.bytes, shown)
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(table)
     console.print(f"{len(tokens)} token{'s' * (len(tokens) != 1)}")
 
@@ -184,8 +184,3 @@ def _shown(token: Span, whole: bytes) -> Any:
     while end < len(whole) and whole[end] & 0xC0 == 0x80:
         end += 1
     return Text(f"part of {json.dumps(whole[start:end].decode('utf-8', 'replace'), ensure_ascii=False)}", "yellow")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.output import say_json
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
 from model.errors import ContextError, InputError
@@ -95,11 +94,11 @@ def _show(
     if (html or json_output) and (word := routing.plain_word(recorded)):
         report.notice(word)
     if json_output:
-        sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+        say_json(values)
     elif not html:
-        from rich.console import Console
+        from dbrx_cli.render.console import PlainConsole
 
-        console = Console(highlight=False, markup=False)
+        console = PlainConsole()
         console.print(routing.title(recorded, model.model, prompt_tokens), style="bold", soft_wrap=True)
         console.print(routing.heat_map(recorded))
         console.print(routing.figures(recorded))

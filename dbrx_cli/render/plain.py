@@ -7,12 +7,15 @@ from typing import TextIO
 
 from dbrx_cli.engine import Delta, Done
 
-# C0 but tab and newline, DEL, and C1: a terminal acts on them.
+# A terminal acts on C0 but tab and newline, on DEL and on C1. The others turn the direction of text around, which no
+# language needs for its words. Nobody can print half a character.
 _CONTROL = dict.fromkeys([c for c in range(0x20) if c not in (0x09, 0x0A)] + list(range(0x7F, 0xA0)))
+_CONTROL |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+_CONTROL |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 
 
 def safe(text: str) -> str:
-    """Text that a terminal shows and never obeys."""
+    """A reply as a terminal shows it and never obeys it: what would spoil its look is left out."""
     return text.translate(_CONTROL)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dbrx_cli.planning import Question, rate, seconds
+from model.foreign_text import on_one_line
 from model.placement import Device, Layer, Placement, parameters
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
     """All that there is to say of a plan."""
     name = plan.format + ("" if plan.format.startswith(question.dtype) else f", activations {question.dtype}")
     count = parameters(question.config) / 1e9
-    console.print(Text(f"{question.name}: {count:.3g} billion parameters, {decimal(plan.sizes.total)} in {name}"))
+    console.print(
+        Text(f"{on_one_line(question.name)}: {count:.3g} billion parameters, {decimal(plan.sizes.total)} in {name}")
+    )
     if plan.runs:
         console.print(picture(plan, console.width))
         console.print(waits(plan))

@@ -6,12 +6,12 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dbrx_cli.output import tell_lines
 from model.errors import InputError
 
 DEFAULT = "vi"
@@ -32,7 +32,7 @@ def edit_text(text: str) -> str:
         with _interrupts_are_the_editors():
             code = subprocess.run([*words, name]).returncode
         if code == -signal.SIGINT:
-            print(file=sys.stderr)  # behind the ^C
+            tell_lines("")  # behind the ^C
             raise InputError(f"the editor {command!r} was stopped by Ctrl-C; nothing is changed")
         if code < 0:
             raise InputError(f"the editor {command!r} was ended by {signal.Signals(-code).name}; nothing is changed")

@@ -53,8 +53,7 @@ def trace(repl: Repl, argument: str) -> None:
         raise InputError("/trace needs the model in this process", "leave out --url")
     if last is None or not last.token_ids or not conversation.turns or conversation.turns[-1].role != "assistant":
         raise InputError("there is no reply yet whose experts could be shown")
-    from rich.console import Console
-
+    from dbrx_cli.render.console import PlainConsole
     from dbrx_cli.render.routing import figures, heat_map
     from model.trace import record
 
@@ -65,6 +64,6 @@ def trace(repl: Repl, argument: str) -> None:
     whole = record(engine.network, [*prompt, *ids])
     start = len(prompt)
     reply = replace(whole, ids=whole.ids[start:], chosen=whole.chosen[:, start:], weights=whole.weights[:, start:])
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = PlainConsole(stderr=True)
     console.print(heat_map(reply))
     console.print(figures(reply))

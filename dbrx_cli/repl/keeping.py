@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
-from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.words import count, quote
 from dbrx_cli.session_cache import take_cache
 from model.errors import InputError
@@ -58,9 +57,9 @@ def take_up(repl: Repl, session: Session) -> None:
     repl.used = repl.engine.count(repl.conversation.messages) if session.turns else 0
     name = session.name or str(session.id)
     reads = repl.reading(repl.conversation, "; the next message reads {} more") if session.turns else ""
-    repl.report.notice(f"session {safe(name)}, {count(len(session.turns), 'message')}{reads}")
+    repl.report.notice(f"session {name}, {count(len(session.turns), 'message')}{reads}")
     if session.model not in (repl.name, repl.asked):
-        repl.report.notice(f"it was held with {safe(session.model)}, and goes on with {safe(repl.name)}")
+        repl.report.notice(f"it was held with {session.model}, and goes on with {repl.name}")
     for turn in session.turns[-2:]:
         repl.report.notice(f"- {turn.role}: {quote(turn.content, repl.columns - 24)}")
 
@@ -71,7 +70,7 @@ def sessions(repl: Repl, argument: str) -> None:
         repl.report.line("there are no sessions yet")
     for entry in entries:
         mark = "*" if entry.id == repl.recorder.id else " "
-        name = f"{safe(entry.name)}: " if entry.name else ""
+        name = f"{entry.name}: " if entry.name else ""
         when = f"{datetime.fromisoformat(entry.updated).astimezone():%Y-%m-%d %H:%M}"
         start = f"{mark}{entry.id:>4}  {when}  "
         repl.report.line(start + quote(name + entry.title, repl.columns - len(start) - 1)[1:-1])
@@ -91,8 +90,8 @@ def export(repl: Repl, argument: str) -> None:
         with path.open("x", encoding="utf-8") as file:  # never over a file that is there
             file.write(write(_session(repl)))
     except OSError as error:
-        raise InputError(f"{safe(str(path))} cannot be written: {error.strerror}") from None
-    repl.report.notice(f"{count(len(repl.conversation.turns), 'message')} written to {safe(str(path))}")
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    repl.report.notice(f"{count(len(repl.conversation.turns), 'message')} written to {path}")
 
 
 def _session(repl: Repl) -> Session:

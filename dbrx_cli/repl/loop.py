@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import NOTHING, Done, Engine, Request
+from dbrx_cli.output import say
 from dbrx_cli.render import Renderer, show
 from dbrx_cli.render.plain import PlainRenderer
 from dbrx_cli.repl.coming import Coming
@@ -249,7 +250,7 @@ class Repl:
     def _tell_end(self, record: Done | None, came: bool) -> None:
         """After a reply; without a record, it was interrupted."""
         if self.interactive:
-            print(flush=True)  # a blank line, so that replies and questions stand apart
+            say("")  # a blank line, so that replies and questions stand apart
         if self.interactive and self.running:
             if record is None or record.finish_reason == "interrupted":
                 self.leave_at_interrupt = True

@@ -7,9 +7,10 @@ import shutil
 import sys
 from textwrap import fill
 
-from dbrx_cli.render.plain import safe
+from dbrx_cli.output import tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError
+from model.foreign_text import on_one_line
 
 
 class ChatReport(Report):
@@ -27,10 +28,9 @@ class ChatReport(Report):
             self._tell(text)
 
     def _tell(self, text: str) -> None:
-        text = f"dbrx: {safe(text)}"
+        text, dim = on_one_line(f"dbrx: {text}"), False
         if sys.stderr.isatty():
             columns = shutil.get_terminal_size().columns
             text = fill(text, max(20, columns - 1), subsequent_indent="  ", break_on_hyphens=False)
-            if os.environ.get("TERM", "dumb") != "dumb":
-                text = f"\x1b[2m{text}\x1b[0m"
-        print(text, file=sys.stderr, flush=True)
+            dim = os.environ.get("TERM", "dumb") != "dumb"
+        tell_lines(text, dim=dim)

@@ -26,13 +26,13 @@ from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
 
 from dbrx_cli.private import data_folder
-from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.completion import ReplCompleter
 from dbrx_cli.repl.history import PrivateHistory
 from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
 from dbrx_cli.repl.typeahead import PASTE, PASTED
 from model.errors import DbrxError
+from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
@@ -116,7 +116,7 @@ class Prompt:
         used = f"{repl.used or 0}/{repl.engine.context} tokens"
         mode = "Alt-Enter sends" if repl.multiline else ""
         figures = "   ".join(part for part in (used, speed, mode) if part)
-        name = safe(repl.name) if "/" not in repl.name.rstrip("/") else safe(Path(repl.name).name)
+        name = on_one_line(repl.name) if "/" not in repl.name.rstrip("/") else on_one_line(Path(repl.name).name)
         room = self._session.app.output.get_size().columns - len(figures) - 5
         if len(name) > room:
             name = name[: max(0, room - 1)] + "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from dbrx_cli.output import say
 from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
 from dbrx_cli.stdin import decode
 from model.errors import InputError
@@ -48,7 +49,7 @@ class ScriptReader:
 
     def _next_line(self, prompt: str = "... ") -> str | None:
         if self._repl.interactive:
-            print(prompt, end="", flush=True)
+            say(prompt, end="")
         data = sys.stdin.buffer.readline()
         if not data:
             return None

@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dbrx_cli.options import lookup_length
-from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.words import quote
 from model.errors import InputError
+from model.foreign_text import on_one_line
 from model.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def current(repl: Repl, name: str) -> str:
 
 
 def show(repl: Repl, argument: str) -> None:
-    rows = {"model": safe(repl.name), "context": f"{repl.engine.context} tokens"}
+    rows = {"model": on_one_line(repl.name), "context": f"{repl.engine.context} tokens"}
     if repl.last:
         rows |= {"attention": repl.last.attn, "dtype": repl.last.dtype, "quantize": repl.last.quantize}
     if repl.recorder.id is not None:
@@ -92,5 +92,5 @@ def _parse(repl: Repl, name: str, text: str) -> Any:
             try:
                 return convert(text)
             except ValueError:
-                raise InputError(f"{name} must be {wanted}, not {safe(text)}") from None
+                raise InputError(f"{name} must be {wanted}, not {text}") from None
     return text

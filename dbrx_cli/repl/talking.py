@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
-from dbrx_cli.render.plain import safe
 from dbrx_cli.repl.words import count, quote
 from model.errors import ContextError, InputError
 from model.messages import Message
@@ -50,7 +49,7 @@ def edit(repl: Repl, argument: str) -> None:
         return
     repl.reader.remember(new)
     asked = repl.conversation.before(question).ask(new)
-    repl.report.line(f">>> {safe(new)}")
+    repl.report.line(f">>> {new}")
     if reads := repl.reading(asked, "reads {}"):
         repl.report.notice(reads)
     repl.answer(asked)
@@ -84,7 +83,7 @@ def system(repl: Repl, argument: str) -> None:
         changed = replace(repl.conversation, system=argument)
     else:
         text = repl.conversation.system
-        repl.report.line("(the checkpoint's default)" if text is None else safe(text) or "(none)")
+        repl.report.line("(the checkpoint's default)" if text is None else text or "(none)")
         return
     again = repl.reading(changed, "; the next message will read {}") if changed.turns else ""
     repl.change(changed)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dbrx_cli.render.plain import safe
+from model.foreign_text import on_one_line
 
 
 def quote(text: str, length: int = 60) -> str:
     """The beginning of a text on one line, in quotation marks."""
-    line = " ".join(safe(text[: 4 * max(length, 10)]).split())
+    line = on_one_line(" ".join(text[: 4 * max(length, 10)].split()))
     length = max(length, 10)
     return f'"{line if len(line) <= length else line[: length - 1] + "…"}"'
 

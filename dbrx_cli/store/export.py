@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
+
+from dbrx_cli.output import to_json
 
 from .sessions import Session
 
@@ -12,7 +13,7 @@ HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 def export_json(session: Session) -> str:
     """All that is known of a session, as JSON; `messages` is what chat interfaces take, with timings beside replies."""
-    return json.dumps(to_dict(session), ensure_ascii=False, indent=2) + "\n"
+    return to_json(to_dict(session), indent=2) + "\n"
 
 
 def to_dict(session: Session) -> dict[str, Any]:
