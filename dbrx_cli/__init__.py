@@ -1,8 +1,12 @@
 """The command line of DBRX."""
 
-import sys
-from importlib.util import find_spec
-from pathlib import Path
+from . import early
+
+early.end_quietly()  # while the program is imported, until main() hears of Ctrl-C
+
+import sys  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 __version__ = "0.1.0.dev0"
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from . import __version__, check_model_package
+from . import __version__, check_model_package, early
 
 check_model_package()  # before anything imports `model`
 
@@ -115,8 +115,13 @@ def common(
 
 def main() -> None:
     """Run the command line and leave with the exit code of the contract (docs/cli.md)."""
+    early.end_quietly()
     stdout = sys.stdout
-    code = _run()
+    try:
+        code = _run()
+    except KeyboardInterrupt:  # as the last line of it was done
+        code = early.INTERRUPTED
+        early.end_quietly()
     if sys.stdout is not stdout:  # typer put a quiet wrapper around it: the reader of the pipe is gone
         code = READER_GONE
     try:
@@ -135,15 +140,18 @@ def _run() -> int:
     settle_pages()
     Report(OutputOptions())  # hears warnings until a command has one of its own
     try:
+        early.interrupt()
         if is_follower():
             follow()
             return 0
         _fit_help()
         return int(app(prog_name="dbrx", standalone_mode=False) or 0)
-    except SystemExit as error:  # typer leaves so when a pipe breaks
+    except SystemExit as error:  # typer and rich leave so when a pipe breaks
+        if isinstance(error.__context__, BrokenPipeError):
+            return READER_GONE
         return error.code if isinstance(error.code, int) else 1
     except KeyboardInterrupt:
-        return 130
+        return early.INTERRUPTED
     except DbrxError as error:
         return _fault(error.one_line, error.exit_code)
     except TyperException as error:
@@ -157,6 +165,8 @@ def _run() -> int:
     except Exception as error:
         name = type(error).__name__
         return _fault(f"internal error: {name}: {error}; set {DEBUG}=1 to see where, and please report it", 1)
+    finally:
+        early.end_quietly()
 
 
 def _fit_help() -> None:

@@ -39,6 +39,7 @@ class Cli:
         self._capsys = capsys
 
     def __call__(self, *args: str | Path, stdin: bytes | str = b"") -> Result:
+        from dbrx_cli import early
         from dbrx_cli.app import main
 
         data = stdin.encode() if isinstance(stdin, str) else stdin
@@ -47,6 +48,7 @@ class Cli:
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
+        early.interrupt()  # this process goes on
         captured = self._capsys.readouterr()
         assert isinstance(left.value.code, int)
         return Result(left.value.code, captured.out, captured.err)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from dbrx_cli import early
 from tests.cli import Cli
 from tests.stub_server import Server
 
@@ -25,6 +26,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("new", deadline=None, print_blob=True)
 settings.load_profile("same")
+
+
+def pytest_runtest_setup() -> None:
+    early.interrupt()  # to import the program is to start it
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:

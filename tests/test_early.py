@@ -1,0 +1,48 @@
+"""Promises 14 and 16 around the program's main part: Ctrl-C while it is imported, a reader that leaves."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli import COMMAND, ROOT, environment
+
+# Ctrl-C when the n-th module is looked for: a moment that no machine's speed changes.
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+import dbrx_cli
+class Finder:
+    left = {n}
+    def find_spec(self, *_):
+        Finder.left -= 1
+        if not Finder.left:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from dbrx_cli.app import main
+sys.argv = ["dbrx", *{arguments}]
+main()
+"""
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_ctrl_c_in_imports_is_quiet(count: int) -> None:
+    chance = random.Random(count)
+    for _ in range(count):
+        arguments = chance.choice([["--version"], ["sessions", "list"], ["tokenize", "hi"]])
+        code = INTERRUPTED_IMPORT.format(n=chance.randint(1, 150), arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment())
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_a_reader_of_the_help_that_leaves(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=environment()
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, b"")
+    process.stderr.close()
