@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, Protocol
 
 from dbrx_cli.output import say_json, to_json
+from dbrx_cli.private import refuse_link
 from model.errors import InputError, ResourceError
 
 OTHER_PROMPTS = "answers to other prompts"
@@ -96,9 +97,10 @@ class AnswerFile:
         os.close(self._file)
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+        refuse_link(self.path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            file = os.open(self.path, flags, 0o666)
+            file = os.open(self.path, flags, 0o600)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise InputError(f"--output {str(self.path)!r} cannot be written: {reason}", "choose another") from None

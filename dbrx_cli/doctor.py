@@ -187,7 +187,7 @@ def _local(model: WhichModel) -> Path:
 
 def _is_hub_id(name: str, found: Path | None) -> bool:
     named_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".gguf")
-    return not named_path and (found is None or found != Path(name).expanduser())
+    return not named_path and (found is None or found != Path(os.path.expanduser(name)))
 
 
 def _less(check: Check) -> Check:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from model.errors import DbrxError
+from model.errors import DbrxError, InputError, ResourceError
 
 DATA, CACHE = "DBRX_DATA", "DBRX_CACHE"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def data_folder() -> Path:
     """Where sessions and history are kept: DBRX_DATA, or the platform's folder for a user's data."""
     given = os.environ.get(DATA)
     if given:
-        return Path(given).expanduser()
+        return at_home(DATA, given)
     from platformdirs import user_data_path
 
     return user_data_path("dbrx", appauthor=False)
@@ -25,10 +30,18 @@ def cache_folder() -> Path:
     """Where lies what can be made again: DBRX_CACHE, or the platform's folder for a user's caches."""
     given = os.environ.get(CACHE)
     if given:
-        return Path(given).expanduser()
+        return at_home(CACHE, given)
     from platformdirs import user_cache_path
 
     return user_cache_path("dbrx")
+
+
+def at_home(variable: str, path: str) -> Path:
+    """The path that a variable names, with `~` for a home; `InputError` if there is no such user."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise InputError(f"{variable} is {path}, and there is no such user", f"set {variable} to another path")
+    return Path(whole)
 
 
 def make_folder(path: Path) -> None:
@@ -50,9 +63,50 @@ def private_folder(path: Path, setting: str = DATA) -> Path:
     make_folder(path)
     if not path.is_dir():
         raise DbrxError(f"{path} is not a folder", f"move it away, or set {setting} to another folder")
-    if path.stat().st_mode & 0o002:
-        raise DbrxError(f"everybody can write to {path}", f"chmod o-w '{path}', or set {setting} to another folder")
+    found = path.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise DbrxError(f"{path} belongs to another user", f"set {setting} to a folder of your own")
+    if found.st_mode & 0o022:
+        who = "everybody" if found.st_mode & 0o002 else "a group"
+        hint = f"chmod go-w {shlex.quote(str(path))}, or set {setting} to another folder"
+        raise DbrxError(f"{who} can write to {path}", hint)
     return path
+
+
+def write_private(path: Path, text: str, *, over: bool) -> None:
+    """Write what was said to a file for the user alone, as a whole; `DbrxError` if that cannot be done.
+
+    over: a plain file that is there gives way. A link, a pipe and all else never do.
+    """
+    refuse_link(path)
+    if over and path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a plain file", "name another file")
+    new = path.with_name(f".{path.name[:200]}.{os.getpid()}.new") if over else path
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with write_faults(path), open(open_private(new, flags), "w", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+            if over:
+                os.replace(new, path)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                new.unlink()
+            raise
+
+
+@contextmanager
+def write_faults(path: Path) -> Iterator[None]:
+    """What the system says about a file that is written, as a `DbrxError`: `ResourceError` if there is no room."""
+    try:
+        yield
+    except FileExistsError:
+        raise InputError(f"{path} is there already", "take another name") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in FULL:
+            raise ResourceError(f"{path} cannot be written: {reason}", "make room, or name another file") from None
+        raise InputError(f"{path} cannot be written: {reason}", "name a file that can be written") from None
 
 
 def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:

@@ -13,20 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbrx_cli.private import make_folder
+from dbrx_cli.files import read_file
+from dbrx_cli.private import FULL, at_home, make_folder
 from dbrx_cli.settings import SETTINGS, Found, Setting, check_range, suggestion
 from dbrx_cli.stdin import check_argument
-from model.errors import DbrxError, InputError
+from model.errors import DbrxError, InputError, ResourceError
 
 CONFIG = "DBRX_CONFIG"
 PROFILES = "profiles"
+LARGEST = 2**20  # bytes of the file
 
 
 def config_path() -> Path:
     """DBRX_CONFIG, or config.toml in the platform's folder for settings."""
     given = os.environ.get(CONFIG)
     if given:
-        return Path(given).expanduser()
+        return at_home(CONFIG, given)
     from platformdirs import user_config_path
 
     return user_config_path("dbrx", appauthor=False) / "config.toml"
@@ -46,11 +48,12 @@ class SettingsFile:
         """Read and check the user's file. `InputError` says which line is wrong."""
         path = config_path()
         try:
-            text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+            text = read_file(str(path), LARGEST).decode("utf-8-sig") if path.exists() else ""
         except UnicodeDecodeError as error:
             raise InputError(f"{path} is not UTF-8: offset {error.start}", "convert it (iconv -t UTF-8)") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}", f"set {CONFIG} to another file") from None
+        except (InputError, OSError) as error:
+            why = error.message if isinstance(error, InputError) else f"{path} cannot be read: {error.strerror}"
+            raise InputError(why, f"set {CONFIG} to another file") from None
         return cls.parse(path, text)
 
     @classmethod
@@ -163,7 +166,8 @@ def _rewrite(edit: Callable[[Any], None]) -> Path:
             SettingsFile.parse(path, text)
             _replace(path, text)
     except OSError as error:
-        raise DbrxError(f"{path} cannot be written: {error.strerror}", f"set {CONFIG} to another file") from None
+        kind = ResourceError if error.errno in FULL else DbrxError
+        raise kind(f"{path} cannot be written: {error.strerror}", f"set {CONFIG} to another file") from None
     return path
 
 

@@ -13,6 +13,7 @@ from dbrx_cli.cores import settle_waiting
 from dbrx_cli.files import read_file
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
+from dbrx_cli.private import write_private
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import decode
 from model.errors import InputError
@@ -69,7 +70,7 @@ def bench(
         raise InputError(f"{longest} tokens are more than the model's {network.config.max_seq_len}", "ask for fewer")
     results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
     if plot is not None:
-        plot.write_text(measuring.plot(results, machine), "utf-8")
+        write_private(plot, measuring.plot(results, machine), over=True)
     if json_output:
         found: dict[str, Any] = {"machine": asdict(machine), "results": [result.to_dict() for result in results]}
         say_json(found | ({"quality": asdict(compared)} if compared else {}))

@@ -16,6 +16,7 @@ import typer
 from dbrx_cli.complete import session_names
 from dbrx_cli.options import OutputOptions, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
+from dbrx_cli.private import write_private
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError
 from model.foreign_text import on_one_line
@@ -120,7 +121,9 @@ def export(
     if file is None:
         say(text, end="")
         return
-    _write(file, text, force)
+    if not force and os.path.lexists(file):
+        raise InputError(f"{file} is there already", "take another name, or --force")
+    write_private(file, text, over=force)
     report.notice(f"wrote {file}")
 
 
@@ -187,17 +190,6 @@ def _exported(session: Session, form: Literal["json", "markdown"]) -> str:
     from dbrx_cli.store import export_json, export_markdown
 
     return export_json(session) if form == "json" else export_markdown(session)
-
-
-def _write(file: Path, text: str, force: bool) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if force else os.O_EXCL)
-    try:
-        with open(file, "w", encoding="utf-8", opener=lambda path, _: os.open(path, flags, 0o600)) as out:
-            out.write(text)
-    except FileExistsError:
-        raise InputError(f"{file} is there already", "take another name, or --force") from None
-    except OSError as error:
-        raise DbrxError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _ask(question: str) -> None:

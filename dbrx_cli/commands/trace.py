@@ -9,6 +9,7 @@ import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
+from dbrx_cli.private import write_private
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
 from model.errors import ContextError, InputError
@@ -86,10 +87,7 @@ def _show(
         tokens = describe(tokenizer, recorded.ids, prompt_tokens)
         values = routing.to_dict(recorded, tokens, model.model, model.revision)
     if html:
-        try:
-            html.write_text(routing.html_page(values), "utf-8")
-        except OSError as error:
-            raise InputError(f"{html} cannot be written: {error.strerror}", "choose another file for --html") from None
+        write_private(html, routing.html_page(values), over=True)
         report.notice(f"wrote {html}")
     if (html or json_output) and (word := routing.plain_word(recorded)):
         report.notice(word)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
+from dbrx_cli.private import write_private
 from dbrx_cli.repl.words import count, quote
 from dbrx_cli.session_cache import take_cache
 from model.errors import InputError
@@ -80,17 +82,13 @@ def export(repl: Repl, argument: str) -> None:
     from dbrx_cli.store import export_json, export_markdown
 
     writers = {".md": export_markdown, ".json": export_json}
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     write = writers.get(path.suffix.lower())
     if write is None:
         raise InputError("/export needs the name of a file that ends with .md or .json", "type /export FILE")
     if not repl.conversation.turns:
         raise InputError("there is nothing to export yet")
-    try:
-        with path.open("x", encoding="utf-8") as file:  # never over a file that is there
-            file.write(write(_session(repl)))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    write_private(path, write(_session(repl)), over=False)
     repl.report.notice(f"{count(len(repl.conversation.turns), 'message')} written to {path}")
 
 

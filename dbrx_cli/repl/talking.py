@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
@@ -98,7 +98,7 @@ def read(repl: Repl, argument: str) -> None:
     if not argument:
         _list_files(repl)
         return
-    files = repl.files | {argument: attached([str(Path(argument).expanduser())], "strict") + "\n\n"}
+    files = repl.files | {argument: attached([os.path.expanduser(argument)], "strict") + "\n\n"}
     asked = repl.conversation.ask("".join(files.values()))
     context = repl.engine.context
     try:

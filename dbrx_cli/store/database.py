@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from dbrx_cli.private import data_folder, open_private, private_folder, refuse_link
+from dbrx_cli.private import FULL, data_folder, open_private, private_folder, refuse_link
 from model.errors import DbrxError, ResourceError
 
 Notify = Callable[[str], None]
@@ -91,10 +91,13 @@ def faults_of(path: str | Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        # A full disk is an I/O error to SQLite where it makes files of its own, even to read.
+        if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             raise ResourceError(f"no room for sessions: {path}: {error}", "make room on the disk") from None
         raise StoreError(f"sessions cannot be used: {path}: {error}") from None
     except OSError as error:
+        if error.errno in FULL:
+            raise ResourceError(f"no room for sessions: {path}: {error.strerror}", "make room on the disk") from None
         raise StoreError(f"sessions cannot be used: {path}: {error.strerror or error}") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -92,7 +93,7 @@ def _offline(
 ) -> Path:
     """What is here already: in the plain folder `to`, or in the cache."""
     check_name(name, revision)
-    plain = to.expanduser() if to is not None else None
+    plain = Path(os.path.expanduser(to)) if to is not None else None
     if plain is not None and _holds_download(plain, revision, patterns):
         progress.notice(f"HF_HUB_OFFLINE is set: {name} was not looked up on the Hub, what {to} holds is used")
         return plain

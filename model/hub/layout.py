@@ -124,7 +124,7 @@ def cache_folder() -> Path:
     """HF_HUB_CACHE, or `hub` in HF_HOME."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    return Path(os.path.expanduser(constants.HF_HUB_CACHE))
 
 
 def cached_commit(name: str, revision: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,7 @@ def plan_download(
 
 def place_of(name: str, commit: str, to: Path | None) -> Place:
     """The shared cache, or a plain folder."""
-    return CacheSnapshot(name, commit) if to is None else PlainFolder(to.expanduser(), commit)
+    return CacheSnapshot(name, commit) if to is None else PlainFolder(Path(os.path.expanduser(to)), commit)
 
 
 def check_disk(plan: DownloadPlan) -> None:

@@ -28,7 +28,7 @@ def resolve(
     cached snapshot is used and that is announced. Without, nothing touches the network, and a `ModelError` says
     what is missing and what to type. Raises what `download()` raises.
     """
-    local = Path(name_or_path).expanduser()
+    local = Path(os.path.expanduser(name_or_path))
     if local.exists():
         return locate(local)
     name = str(name_or_path)
