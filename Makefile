@@ -16,7 +16,7 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2
 
 quick: $(READY)  ## the tests that need neither the demo model nor many seconds
-	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference)"
+	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or vllm)"
 
 lint: $(READY)  ## what CI checks beside the tests
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from .commands import (  # noqa: E402
     models,
     plan,
     quantize,
+    serve,
     sessions,
     tokenize,
     trace,
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("download")(download.download)
 app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
