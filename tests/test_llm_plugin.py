@@ -1,7 +1,4 @@
-"""DBRX in `llm`, by llm's own runner: `LLM_PYTHON` names the interpreter of an environment with llm and this package.
-
-docs/llm.md says how to make it.
-"""
+"""DBRX in `llm`, by llm's own runner: `make test-llm`, or LLM_PYTHON names the interpreter of its environment."""
 
 from __future__ import annotations
 
@@ -20,11 +17,12 @@ from tests.stub_server import TEXT, Server
 PYTHON = os.environ.get("LLM_PYTHON", "")
 QUESTION = "What is the capital of France?"
 pytestmark = [
-    pytest.mark.vllm,
+    pytest.mark.llm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not PYTHON, reason="LLM_PYTHON names no interpreter of an environment with llm"),
 ]
-# llm's command line in one process, by click's runner: [[arguments, stdin], ...] in, [[exit code, output], ...] out: stdout, or all of a fault.
+# llm's command line in one process, by click's runner: [[arguments, stdin], ...] in, [[exit code, output], ...] out.
+# The output is stdout's; of a fault, all of it.
 RUNNER = """
 import json, sys
 from click.testing import CliRunner

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from model import AutoTokenizer, DbrxForCausalLM
-from tests.cli import ROOT, start
+from tests.cli import COMMAND, ROOT
 from tests.weights import make_checkpoint
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
@@ -47,13 +47,27 @@ SCHEMA = {
 }
 CLIENT = """
 import json, openai, sys
-url, schema = json.loads(sys.stdin.read())
-ask = openai.OpenAI(base_url=url, api_key="secret").chat.completions.create
+url, schema, prompts = json.loads(sys.stdin.read())
+client = openai.OpenAI(base_url=url, api_key="secret")
+ask = client.chat.completions.create
 asked = {"model": "demo", "temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
 pieces = [chunk.choices[0] for chunk in ask(**asked, stream=True, max_tokens=40)]
 form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
 fitting = ask(**asked, max_tokens=60, response_format=form).choices[0].message.content
-print(json.dumps([[piece.delta.content or "" for piece in pieces], pieces[-1].finish_reason, fitting]))
+alike = {"return_token_ids": True, "ignore_eos": True}
+told = client.completions.create(model="demo", prompt=prompts, temperature=0, max_tokens=24, extra_body=alike)
+ids = [choice.token_ids for choice in told.choices]
+print(json.dumps([[piece.delta.content or "" for piece in pieces], pieces[-1].finish_reason, fitting, ids]))
+"""
+
+# The configuration as vLLM's transformers hands it on, of a checkpoint that 5.24.0 might have saved.
+READ = """
+import json, sys
+from transformers import AutoConfig
+from dbrx_cli.vllm_plugin.config import DbrxConfig
+AutoConfig.register("dbrx", DbrxConfig, exist_ok=True)
+read = AutoConfig.from_pretrained(sys.argv[1])
+print(json.dumps([read.attn_config.rope_theta, read.rope_parameters, read.attn_config.clip_qkv, read.num_experts]))
 """
 
 
@@ -95,11 +109,24 @@ def own_ids(run: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_greedy_tokens_are_this_programs(nano: Path, demo_checkpoint: Path, ranks: int) -> None:
-    runs = [run_of(folder, tensor_parallel_size=ranks) for folder in (nano, demo_checkpoint)]
-    told = greedy(runs, ranks=ranks)
+def test_the_rotary_base_is_the_checkpoints_own(tmp_path: Path) -> None:
+    attn = {"clip_qkv": None, "kv_n_heads": 2, "rope_theta": 500000.0}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(NANO | {"attn_config": attn, "rope_parameters": rope}))
+    done = subprocess.run([PYTHON, "-c", READ, str(tmp_path)], capture_output=True, text=True)
+    assert json.loads(done.stdout) == [500000, rope | {"rope_theta": 500000}, None, 16], done.stderr
+
+
+def test_one_rank_gives_this_programs_tokens(nano: Path, demo_checkpoint: Path) -> None:
+    runs = [run_of(folder) for folder in (nano, demo_checkpoint)]
+    told = greedy(runs)
     assert [each.get("ids", each) for each in told] == [own_ids(run) for run in runs]
+
+
+def test_two_ranks_give_this_programs_tokens(nano: Path) -> None:
+    run = run_of(nano, tensor_parallel_size=2)
+    (told,) = greedy([run], ranks=2)
+    assert told.get("ids", told) == own_ids(run)
 
 
 def test_without_the_plugin_the_same_run_fails(nano: Path) -> None:
@@ -111,10 +138,10 @@ def test_without_the_plugin_the_same_run_fails(nano: Path) -> None:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "log"
     with log.open("wb") as stream:
-        server = start(
-            "serve", "--engine", "vllm", "--python", PYTHON, "-m", "demo", "--port", str(PORT), "--", "--enforce-eager",
-            stdout=stream, stderr=stream, env=environment(DBRX_API_KEY="secret"),
-        )  # fmt: skip
+        words = ["serve", "--engine", "vllm", "--python", PYTHON, "-m", "demo", "--port", str(PORT)]
+        more = ["--tensor-parallel-size", "2", "--dtype", "float32", "--", "--enforce-eager"]
+        variables = environment(ranks=2, DBRX_API_KEY="secret")
+        server = subprocess.Popen([*COMMAND, *words, *more], stdout=stream, stderr=stream, env=variables, cwd=ROOT)
     try:
         while True:
             assert server.poll() is None, log.read_text()
@@ -129,16 +156,20 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(60)
 
 
-def test_a_streamed_chat_and_a_schema_with_openai(url: str, demo_checkpoint: Path) -> None:
-    done = subprocess.run([PYTHON, "-c", CLIENT], input=json.dumps([url, SCHEMA]), capture_output=True, text=True)
+def test_the_server_with_openai(url: str, demo_checkpoint: Path) -> None:
+    """A streamed chat, a schema, and greedy tokens at two ranks."""
+    run = run_of(demo_checkpoint)
+    asked = json.dumps([url, SCHEMA, run["prompts"]])
+    done = subprocess.run([PYTHON, "-c", CLIENT], input=asked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pieces, reason, fitting = json.loads(done.stdout)
+    pieces, reason, fitting, ids = json.loads(done.stdout)
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    network = DbrxForCausalLM.from_pretrained(demo_checkpoint)
+    network = DbrxForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-    reply = network.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    reply = network.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
     assert reason == "stop" and "".join(pieces) == tokenizer.decode(reply, skip_special_tokens=True)
-    assert len([piece for piece in pieces if piece]) > 2
+    assert len([piece for piece in pieces if piece]) > 2, "it streams"
     value = json.loads(fitting)
     assert value.keys() == {"city", "people"} and len(value["city"]) <= 12 and value["people"] <= 99
+    assert ids == own_ids(run)
