@@ -16,6 +16,7 @@ import torch
 
 from dbrx_cli.vllm_plugin import launch
 from dbrx_cli.vllm_plugin.weights import experts, place
+from model.config import DbrxConfig
 from model.tokenizer import Tokenizer
 from tests.cli import ROOT, Cli
 from tests.conftest import TINY
@@ -83,6 +84,7 @@ def test_tokenizer_template_and_both_ends_lie_beside(small: Path, became: list[A
     ours = Tokenizer.from_folder(small)
     check_read_alike(folder, ours)
     assert Tokenizer.from_folder(folder).chat_template.text == CHATML
+    assert DbrxConfig.from_json(folder / "config.json") == DbrxConfig.from_json(small / "config.json")
     written = json.loads((folder / "generation_config.json").read_text())
     assert written["eos_token_id"] == [256, ours.special_tokens["<|im_end|>"]]
 

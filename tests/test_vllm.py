@@ -130,8 +130,10 @@ def test_two_ranks_give_this_programs_tokens(nano: Path) -> None:
 
 
 def test_without_the_plugin_the_same_run_fails(nano: Path) -> None:
-    (told,) = greedy([run_of(nano)], VLLM_PLUGINS="none")
-    assert "ids" not in told
+    in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that the fault itself is seen
+    run = run_of(nano, distributed_executor_backend="uni")
+    (told,) = greedy([run], VLLM_PLUGINS="none", **in_one_process)
+    assert told.get("fault", told) == "KeyError: 'blocks.0.ffn.experts.w13_weight'"
 
 
 @pytest.fixture(scope="module")

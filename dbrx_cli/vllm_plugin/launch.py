@@ -79,6 +79,7 @@ def companions(source: Path) -> Path:
     A checkpoint's own files are read otherwise by some releases (another pre_tokenizer, one end id), or are not there.
     The folder is named by its contents, and made once.
     """
+    from model.config import DbrxConfig
     from model.generation_config import GenerationConfig
     from model.tokenizer import Tokenizer
 
@@ -87,6 +88,7 @@ def companions(source: Path) -> Path:
     made = Path(tempfile.mkdtemp(dir=parent))
     try:
         tokenizer.save_pretrained(made)
+        DbrxConfig.from_json(source / "config.json").save_pretrained(made)  # vLLM asks which model the tokenizer is of
         replace(GenerationConfig.from_folder(source), eos_token_id=tokenizer.eos_token_ids).save(made)
         digest = hashlib.sha256()
         for path in sorted(made.iterdir()):
