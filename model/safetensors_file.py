@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import ModelError
+from .json_text import CONFIG, Limits, parse
 
 # safetensors itself allows 100 MB, which Python's JSON parser turns into gigabytes. DBRX's own headers have a few KB,
 # those of a layout with every expert's matrices in four pieces about 1 MB.
 MAX_JSON = 4 * 2**20
-MAX_TEXT = 64 * 2**20  # the largest tokenizer.json known has 17 MB
+MAX_TEXT = 2**20  # a template, a list of files: the largest known have some 20 KB
 MAX_NAME = 256
 MAX_DIMENSIONS = 8
 
@@ -69,26 +70,30 @@ def opened(path: Path, folder: Path) -> Iterator[tuple[int, int]]:
 
 
 def read_text(path: Path) -> str:
-    """A text file of a checkpoint (configuration, tokenizer, template), bounded and never from outside the folder."""
-    with opened(path, path.parent) as (fd, size):
-        if size > MAX_TEXT:
-            raise ModelError(f"{path}: has {size} bytes, more than any such file needs")
-        content = pread(fd, size, 0)
+    """A text file of a checkpoint (a template, a ref), bounded and never from outside the folder."""
+    content = _read(path, MAX_TEXT)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise damaged(path, f"is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that `read_text` may read."""
+def read_json(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
+    """A JSON object (configuration, tokenizer) from such a file, within its kind's limits."""
     try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is not valid JSON: {error}") from None
+        values = parse(_read(path, limits.nbytes), limits)
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path}: is not a JSON object")
     return values
+
+
+def _read(path: Path, most: int) -> bytes:
+    with opened(path, path.parent) as (fd, size):
+        if size > most:
+            raise ModelError(f"{path}: has {size} bytes, more than any such file needs")
+        return pread(fd, size, 0)
 
 
 def _require_regular(status: os.stat_result, path: Path) -> None:

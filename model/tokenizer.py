@@ -16,6 +16,7 @@ from .bpe import AddedToken, BytePairEncoder, Vocabulary, added_token, cl100k_vo
 from .chat_template import ChatTemplate, Segment
 from .errors import ModelError
 from .generation_config import GenerationConfig
+from .json_text import TOKENIZER
 from .messages import Message
 from .safetensors_file import read_json, read_text
 from .tokenizer_files import reads_alike, tokenizer_config, tokenizer_json
@@ -258,7 +259,7 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         config, path = tokenizer_config(self._config, self.named_tokens), self._file("tokenizer.json")
-        if path is None or not reads_alike(read_json(path), self.vocabulary):
+        if path is None or not reads_alike(read_json(path, TOKENIZER), self.vocabulary):
             _write_json(target / "tokenizer.json", tokenizer_json(self.vocabulary))
         else:
             _copy(path, target)
@@ -340,7 +341,7 @@ class AutoTokenizer:
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     path = folder / "tokenizer.json"
     if path.is_file():
-        return vocabulary_from_json(_read_json(path), str(path))
+        return vocabulary_from_json(read_json(path, TOKENIZER), str(path))
     network = _read_json(folder / "config.json")
     wrapped = config.get("tokenizer_class") == "TiktokenTokenizerWrapper"
     if wrapped or network.get("vocab_size") == DBRX_PADDED_VOCAB:

@@ -22,7 +22,8 @@ from typing import Any, Protocol
 
 from ..errors import InputError, ModelError
 from ..formats.locate import gguf_models, missing_parts
-from ..safetensors_file import read_text
+from ..json_text import LISTING
+from ..safetensors_file import read_json, read_text
 from .listing import COMMIT, HubFile, check_together, is_safe
 
 PIECE = 1 << 20
@@ -161,7 +162,7 @@ def write_tree(path: Path, files: Iterable[HubFile]) -> None:
 def read_tree(path: Path) -> list[HubFile] | None:
     """A kept listing, or None if there is none that can be read and makes sense."""
     try:
-        content = json.loads(read_text(path))
+        content = read_json(path, LISTING)
         if content["format_version"] != 1:
             return None
         files = [
@@ -216,7 +217,7 @@ def _weights(folder: Path, listed: Iterable[str]) -> set[str]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:
-            names = set(json.loads(read_text(indexes[0]))["weight_map"].values())
+            names = set(read_json(indexes[0])["weight_map"].values())
             return {name for name in names if isinstance(name, str) and is_safe(name)}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError):
             return {f"{indexes[0].name} (cannot be read)"}
