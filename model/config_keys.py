@@ -97,8 +97,9 @@ def _base_inside(place: str, value: Any) -> Any:
 def require_untransposed(values: dict[str, Any]) -> None:
     """`ModelError` for a network whose experts lie transposed and, all widths being equal, look like any others."""
     ffn, version = values.get("ffn_config") or {}, str(values.get("transformers_version"))
-    widths = {values.get("d_model"), ffn.get("ffn_hidden_size"), ffn.get("hidden_size")}
-    if TRANSPOSED.match(version) and len(widths) == 1:
+    width = values.get("d_model")
+    alike = width == ffn.get("ffn_hidden_size") == ffn.get("hidden_size")
+    if TRANSPOSED.match(version) and alike:
         raise ModelError(
             f"config: transformers_version is {shown(version)}, and releases 5.0 to 5.14 compute with the experts' "
             "matrices transposed",

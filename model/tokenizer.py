@@ -27,6 +27,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 PATTERNS = [*FILES, "config.json", "generation_config.json"]
 # Where tokenizer_config.json lists special tokens: transformers 4, 5 before and after it loads a dict of them.
 SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+HALF = re.compile("[\ud800-\udfff]")  # of a character, which JSON can spell
 # What code written for transformers passes, and what changes nothing here.
 IGNORED_ARGUMENTS = {"trust_remote_code", "use_fast", "legacy"}
 
@@ -400,13 +401,13 @@ def _template(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
         return read_text(path), str(path)
     where, source = f"{folder / 'tokenizer_config.json'}: chat_template", config.get("chat_template")
     if isinstance(source, list):  # named templates
-        named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+        named = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}
         if "default" not in named:
             raise ModelError(f"{where}: has no template named 'default'")
         source = named["default"]
     if source is None:
         return None, "built-in chat template"
-    if not isinstance(source, str):
+    if not isinstance(source, str) or HALF.search(source):
         raise ModelError(f"{where}: is not text")
     return source, where
 
