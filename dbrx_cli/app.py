@@ -36,7 +36,7 @@ from .commands import (  # noqa: E402
     tokenize,
     trace,
 )
-from .cores import settle_pages  # noqa: E402
+from .cores import drop_wrong, settle_pages  # noqa: E402
 from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
 from .options import OutputOptions, leave_out_colour, switch  # noqa: E402
 from .output import say, tell, tell_lines  # noqa: E402
@@ -140,7 +140,10 @@ def _run() -> int:
     from model.errors import DbrxError
 
     settle_pages()
-    Report(OutputOptions())  # hears warnings until a command has one of its own
+    report = Report(OutputOptions(quiet=bool({"-q", "--quiet"} & set(sys.argv))))
+    # Which hears warnings until a command has one of its own.
+    for sentence in drop_wrong():
+        report.notice(sentence)
     try:
         early.interrupt()
         if is_follower():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SPINS = 20_000  # some tenths of a millisecond: most pauses between two kernels are shorter
@@ -23,6 +25,24 @@ def settle_waiting() -> None:
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         return
     os.environ["GOMP_SPINCOUNT"] = "0" if _stays_busy() else str(SPINS)
+
+
+NUMBER, YES_NO, SIZE = r"[1-9]\d{0,6}", "true|false|0|1", r"\d{1,9}\s*[bkmg]?"
+# What OpenMP's library takes; of anything else it complains in words of its own, beside the answer.
+TAKEN = {
+    "OMP_NUM_THREADS": rf"{NUMBER}(\s*,\s*{NUMBER})*", "OMP_THREAD_LIMIT": NUMBER, "OMP_MAX_ACTIVE_LEVELS": r"\d{1,6}",
+    "OMP_DYNAMIC": YES_NO, "OMP_NESTED": YES_NO, "OMP_STACKSIZE": SIZE, "GOMP_STACKSIZE": SIZE,
+    "OMP_WAIT_POLICY": "active|passive", "GOMP_SPINCOUNT": r"\d{1,12}\s*[kmgt]?|infinite|infinity",
+}  # fmt: skip
+
+
+def drop_wrong() -> Iterator[str]:
+    """Take wrong settings of OpenMP out of the environment before its library reads them; a sentence for each."""
+    for name, taken in TAKEN.items():
+        value = os.environ.get(name)
+        if value is not None and not re.fullmatch(taken, value.strip(), re.IGNORECASE):
+            del os.environ[name]
+            yield f"{name} is {value[:80]!r}, which is no value of it, and is not used"
 
 
 def settle_pages() -> None:

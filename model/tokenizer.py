@@ -18,7 +18,7 @@ from .errors import ModelError
 from .generation_config import GenerationConfig
 from .json_text import TOKENIZER
 from .messages import Message
-from .safetensors_file import read_json, read_text
+from .safetensors_file import read_json, read_text, shown
 from .tokenizer_files import reads_alike, tokenizer_config, tokenizer_json
 
 DBRX_PADDED_VOCAB = 100352
@@ -73,6 +73,11 @@ class Tokenizer:
     ) -> None:
         self.special_tokens = {name: token.id for name, token in vocabulary.added.items()}
         self.named_tokens = dict(named_tokens or {})
+        if short := next((name for name in self.special_tokens if len(name) < 2), None):
+            where = f"the tokenizer's files in {folder}" if folder else template_name
+            raise ModelError(
+                f"{where}: the special token {shown(short)!r} cannot be told from text", "give it a longer name there"
+            )
         self.chat_template = ChatTemplate(template_source, tuple(self.special_tokens), self.named_tokens, template_name)
         self.padding_side = padding_side
         self.vocabulary = vocabulary

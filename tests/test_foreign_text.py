@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from dbrx_cli import output
-from model.errors import InputError
+from model.errors import InputError, ModelError
 from model.foreign_text import LONGEST, escaped, on_one_line
+from model.formats.gguf_file import open_gguf
 from tests.terminal import Screen, feed
 
 ROOT = Path(__file__).parent.parent
@@ -193,3 +194,20 @@ def test_names_on_the_command_line(pty: Pty, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "config.toml"))
     for number, name in enumerate(names(count)):
         harmless(run_on_terminal(pty, monkeypatch, commands(tmp_path, number, name)))
+
+
+def test_a_command_to_paste_quotes_a_name() -> None:
+    with pytest.raises(ModelError) as caught:
+        open_gguf(Path("x;touch PWNED;.gguf.part1of2"))
+    assert caught.value.hint == "join them: cat 'x;touch PWNED;.gguf'.part*of* > 'x;touch PWNED;.gguf'"
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "", "1e9", "99999999999999999999", "1,,2"])
+def test_settings_that_openmp_does_not_take_are_told_in_our_words(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    from dbrx_cli.cores import drop_wrong
+
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert len(list(drop_wrong())) == 1 and "OMP_NUM_THREADS" not in os.environ
+    for taken in ("1", " 2 ", "4, 2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", taken)
+        assert list(drop_wrong()) == [] and os.environ["OMP_NUM_THREADS"] == taken

@@ -40,6 +40,8 @@ def go_on(repl: Repl, argument: str) -> None:
 def edit(repl: Repl, argument: str) -> None:
     from dbrx_cli.repl.editor import edit_text
 
+    if not repl.interactive:
+        raise InputError("/edit needs a terminal", "write the message again in its place")
     question = _last_question(repl)
     old = repl.conversation.turns[question].content
     with repl.signals.waiting(), repl.typed.left_to_program(), repl.signals.heard():

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,10 @@ def open_gguf(path: Path) -> GgufFile:
 def _parts(path: Path) -> list[Path]:
     """All files of a model, by the name of one."""
     if piece := RAW_PIECE.fullmatch(path.name):
+        name = shlex.quote(piece[1])
         raise ModelError(
-            f"{path}: is a piece of a file that was cut", f"join them: cat {piece[1]}.part*of* > {piece[1]}"
+            f"{path}: is a piece of a file that was cut",
+            f"join them: cat {name}.part*of* > {name}",
         )
     found = PART_NAME.fullmatch(path.name)
     if found is None:
