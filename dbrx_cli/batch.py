@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 from dbrx_cli.answers import Answers, Wanted
 from dbrx_cli.engine import Done, Engine, Request
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, decode
+from model.bpe import MAX_TEXT
 from model.errors import DbrxError, InputError
 from model.messages import Message
 from model.sampling import SamplingParams
@@ -28,6 +29,11 @@ KEYS = {"id", "prompt", "messages", "stop", *SAMPLING}
 ROLES = ("system", "user", "assistant")
 
 
+PIECE = 2**16  # bytes of a stream that are taken at a time
+LONGEST_LINE = 2 * MAX_TEXT  # bytes; beyond it no prompt could be encoded
+MOST_FAULTS = 1000  # lines without a prompt at the beginning of a stream, beyond which it is taken for something else
+
+Lines = list[tuple[int, bytes]]  # numbered from 0
 Prompt = str | tuple[Message, ...]
 Ask = Callable[[Prompt], Request]
 
@@ -84,16 +90,45 @@ def digest(value: Any) -> str:
 
 def read_jobs(data: bytes, source: str, errors: InputErrors) -> list[Job]:
     """All lines that are not blank. `InputError` if none of them can be answered, or an id comes twice."""
-    jobs = [_job(i, line, errors) for i, line in enumerate(data.split(b"\n")) if line.strip()]
-    if not jobs:
-        raise InputError(f"{source} holds no prompt", 'give a line such as {"prompt": "..."} for each')
-    if all(job.fault for job in jobs):
-        raise InputError(f"{source}: {jobs[0].fault}", 'give a line such as {"prompt": "..."} for each')
-    seen: dict[str | int, int] = {}
-    for job in jobs:
-        if job.id is not None and seen.setdefault(job.id, job.index) != job.index:
-            raise InputError(f"{source}: lines {seen[job.id] + 1} and {job.index + 1} have the same id {job.id!r}")
+    (jobs,) = _usable([list(enumerate(data.split(b"\n")))], source, errors)
     return jobs
+
+
+def stream_jobs(file: BinaryIO, source: str, errors: InputErrors) -> Iterator[list[Job]]:
+    """As `read_jobs`, but of lines that still come: those that are there at a time. Faults come when they are read."""
+    return _usable(_arriving(file, source), source, errors)
+
+
+def _usable(parts: Iterable[Lines], source: str, errors: InputErrors) -> Iterator[list[Job]]:
+    hint = 'give a line such as {"prompt": "..."} for each'
+    seen: dict[str | int, int] = {}
+    jobs: list[Job] = []  # faults wait for the first line that is none
+    begun = False
+    for lines in parts:
+        jobs += [_job(number, line, errors) for number, line in lines if line.strip()]
+        for job in jobs:
+            if job.id is not None and seen.setdefault(job.id, job.index) != job.index:
+                raise InputError(f"{source}: lines {seen[job.id] + 1} and {job.index + 1} have the same id {job.id!r}")
+        begun = begun or not all(job.fault for job in jobs)
+        if begun and jobs:
+            yield jobs
+            jobs = []
+        elif len(jobs) > MOST_FAULTS:
+            break
+    if not begun:
+        raise InputError(f"{source}: {jobs[0].fault}" if jobs else f"{source} holds no prompt", hint)
+
+
+def _arriving(file: BinaryIO, source: str) -> Iterator[Lines]:
+    """Numbered lines as they come: it waits for one, and takes along what is there behind it."""
+    number, open_line = 0, b""
+    while data := file.read1(PIECE):  # type: ignore[attr-defined]
+        *lines, open_line = (open_line + data).split(b"\n")
+        if len(open_line) > LONGEST_LINE:
+            raise InputError(f"{source}: line {number + len(lines) + 1} has more than {LONGEST_LINE // 2**20} MiB")
+        yield list(enumerate(lines, number))
+        number += len(lines)
+    yield [(number, open_line)]
 
 
 def _job(index: int, line: bytes, errors: InputErrors) -> Job:
@@ -169,7 +204,7 @@ def record(job: Job, result: Done | DbrxError, flags: Mapping[str, Any]) -> dict
 
 def run(
     engine: Engine,
-    jobs: Sequence[Job],
+    parts: Iterable[Sequence[Job]],
     ask: Ask,
     flags: Mapping[str, Any],
     answers: Answers,
@@ -178,43 +213,48 @@ def run(
 ) -> None:
     """Answer what is not answered yet, `rows` prompts at a time; `DbrxError` at the end if some got no answer.
 
-    flags: what `Job.wanted` asks for, kept in the answers.
+    parts: of the prompts, each answered before the next is asked for. flags: what `Job.wanted` asks for, kept in the
+    answers.
     """
     from dbrx_cli.engine.batched import answers as answer
 
-    by_index = {job.index: job for job in jobs if job.index not in answers.answered}
-    if answers.answered:
-        report.notice(f"{len(answers.answered)} of {len(jobs)} prompts were answered before")
-    faults: dict[int, DbrxError] = {}
-    done, tokens, empty, started = len(jobs) - len(by_index), 0, 0, time.perf_counter()
+    first: tuple[int, DbrxError] | None = None
+    total = done = faults = tokens = empty = 0
+    started = time.perf_counter()
 
-    def write(index: int, result: Done | DbrxError) -> None:
-        answers.write(record(by_index[index], result, flags))
+    def write(job: Job, result: Done | DbrxError) -> None:
+        nonlocal first, faults
+        answers.write(record(job, result, flags))
         if isinstance(result, DbrxError):
-            faults[index] = result
+            faults += 1
+            first = min(first or (job.index, result), (job.index, result), key=lambda fault: fault[0])
 
-    requests: list[tuple[int, Request]] = []
-    for index, job in by_index.items():
-        try:
-            requests.append((index, job.request(ask)))
-        except InputError as fault:
-            write(index, fault)
     try:
         with report.bar("Answering", unit="prompts") as advance:
-            for index, result in answer(engine, requests, rows):
-                write(index, result)
-                done += isinstance(result, Done)
-                tokens += result.usage.completion_tokens if isinstance(result, Done) else 0
-                empty += isinstance(result, Done) and not result.text.strip()
-                advance(done + len(faults), len(jobs))
+            for jobs in parts:
+                by_index = {job.index: job for job in jobs if job.index not in answers.answered}
+                if before := len(jobs) - len(by_index):
+                    report.notice(f"{before} of {len(jobs)} prompts were answered before")
+                total, done = total + len(jobs), done + before
+                requests: list[tuple[int, Request]] = []
+                for index, job in by_index.items():
+                    try:
+                        requests.append((index, job.request(ask)))
+                    except InputError as fault:
+                        write(job, fault)
+                for index, result in answer(engine, requests, rows):
+                    write(by_index[index], result)
+                    done += isinstance(result, Done)
+                    tokens += result.usage.completion_tokens if isinstance(result, Done) else 0
+                    empty += isinstance(result, Done) and not result.text.strip()
+                    advance(done + faults, total)
     except (KeyboardInterrupt, DbrxError):
-        report.notice(f"{done} of {len(jobs)} prompts are answered{answers.advice}")
+        report.notice(f"{done} of {total} prompts are answered{answers.advice}")
         raise
     seconds = time.perf_counter() - started
     report.detail(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f}/s)")
     if empty:
-        report.notice(f"{empty} of {len(jobs)} replies {'is' if empty == 1 else 'are'} empty")
-    if faults:
-        first = faults[min(faults)]
-        which = "a prompt" if len(faults) == 1 else f"{len(faults)} of {len(jobs)} prompts"
-        raise DbrxError(f"{which} got no answer: {first.message}", "see `error` in the answers")
+        report.notice(f"{empty} of {total} replies {'is' if empty == 1 else 'are'} empty")
+    if first is not None:
+        which = "a prompt" if faults == 1 else f"{faults} of {total} prompts"
+        raise DbrxError(f"{which} got no answer: {first[1].message}", "see `error` in the answers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import shutil
 from collections.abc import Generator
@@ -12,10 +13,12 @@ from typing import Any, ClassVar
 
 import pytest
 
+from dbrx_cli.batch import stream_jobs
 from dbrx_cli.engine import Delta, Done, Request, Timings, Usage
 from model.errors import ConnectionFault, ContextError, DbrxError, InputError
 from model.sampling import SamplingParams
-from tests.cli import Cli, Result
+from tests.cli import Cli, Result, start
+from tests.stub_server import Server
 
 DONE = Done("", [], "stop", Usage(1, 0, 1), Timings(0, 0, 0, 0, 0), "m", None, "remote", "remote", "remote", 0)
 
@@ -252,3 +255,32 @@ def test_an_empty_reply_is_told(cli: Cli, engine: Engine, monkeypatch: pytest.Mo
     say(replace(DONE, text="```\n```"))
     result = cli("generate", *URL, "--no-log", "-x", "hi")
     assert result.code == 0 and "the code block is empty" in result.fault
+
+
+def test_a_stream_is_answered_as_it_comes(server: Server) -> None:
+    """The other end sends its next prompt only when it has the answer to the last."""
+    process = start("generate", "--url", server.url, "-m", "dbrx-a", "--no-log", "--batch", "-")
+    assert process.stdin and process.stdout and process.stderr
+    for number in range(3):
+        process.stdin.write(b'{"prompt": "hi"}\n\n{"prompt":' if number else b'{"prompt": "hi"}\n{"prompt":')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["text"]
+        process.stdin.write(b' "there"}\n')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["text"]
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (0, b"", b"")
+
+
+def test_streams_of_something_else_end() -> None:
+    noise = io.BytesIO(b"x\n" * 10**6)
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        next(stream_jobs(noise, "stdin", "strict"))
+    assert noise.tell() < 10**5
+    line = io.BytesIO(b"x" * 10**8)
+    with pytest.raises(InputError, match="line 1 has more than"):
+        next(stream_jobs(line, "stdin", "strict"))
+    assert line.tell() < 10**7
+    jobs = stream_jobs(io.BytesIO(b'\n{"prompt": "a", "id": 1}\n' * 2), "stdin", "strict")
+    with pytest.raises(InputError, match="lines 2 and 4 have the same id 1"):
+        next(jobs)

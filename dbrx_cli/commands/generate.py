@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -326,23 +327,28 @@ def _answer_batch(
     report: Report,
 ) -> None:
     from dbrx_cli.answers import AnswerFile, StandardOutput, key
-    from dbrx_cli.batch import Prompt, read_jobs, run
+    from dbrx_cli.batch import Prompt, read_jobs, run, stream_jobs
 
     assert batch.batch is not None
-    if batch.batch == STDIN:
-        jobs = read_jobs(sys.stdin.buffer.read(), "stdin", given.input_errors)
-    else:
-        jobs = read_jobs(read_file(batch.batch, LARGEST_BATCH), batch.batch, given.input_errors)
+    name = "stdin" if batch.batch == STDIN else batch.batch
+    if batch.batch == STDIN and batch.output_file is None:
+        parts = stream_jobs(sys.stdin.buffer, name, given.input_errors)
+        first = next(parts)  # before a model is loaded
+    else:  # all of them, to find those that have an answer
+        data = sys.stdin.buffer.read(LARGEST_BATCH + 1) if batch.batch == STDIN else read_file(name, LARGEST_BATCH)
+        if len(data) > LARGEST_BATCH:
+            raise InputError(f"{name} has more than {LARGEST_BATCH // 2**20} MiB", "give a part of it")
+        parts, first = iter(()), read_jobs(data, name, given.input_errors)
     constraint, stop = form.constraint(), sampling.stop_strings
     # A server says which model it has; one here is not loaded before it is known that something is to be asked.
     engine = open_engine(model, report) if model.url is not None else None
     flags = _asked(given, model, sampling, form, constraint, report)
-    wanted = {key(job.id, job.index): job.wanted(flags) for job in jobs}
+    wanted = {key(job.id, job.index): job.wanted(flags) for job in first}
     name = engine.name if engine else model.model
     answers = AnswerFile(batch.output_file, wanted, name) if batch.output_file else StandardOutput()
     with closing(answers):
-        if len(answers.answered) == len(jobs):
-            report.notice(f"all {len(jobs)} prompts were answered before")
+        if len(answers.answered) == len(first):
+            report.notice(f"all {len(first)} prompts were answered before")
             return
         engine = engine or open_engine(model, report)
         params = sampling.over(engine.defaults)
@@ -350,7 +356,7 @@ def _answer_batch(
         def ask(prompt: Prompt) -> Request:
             return Request(given.prompt(prompt), params, stop, constraint=constraint, logprobs=form.logprobs)
 
-        run(engine, jobs, ask, flags, answers, batch.batch_size, report)
+        run(engine, chain([first], parts), ask, flags, answers, batch.batch_size, report)
 
 
 def _asked(
