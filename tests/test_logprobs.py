@@ -26,16 +26,20 @@ def answer(cli: Cli, folder: Path, *flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("kind", "flags"),
     [
-        ("-t", "0"),
-        ("-t", "1.7", "--top-k", "30", "--repetition-penalty", "1.5", "--frequency-penalty", "0.5"),
-        ("-t", "0", "--lookup", "8"),
+        ("tiny", ("-t", "0")),
+        ("tiny", ("-t", "1.7", "--top-k", "30", "--repetition-penalty", "1.5", "--frequency-penalty", "0.5")),
+        ("tiny", ("-t", "0", "--lookup", "8")),
+        pytest.param("demo", ("-t", "0"), marks=pytest.mark.slow),
     ],
-    ids=["greedy", "sampled", "lookup"],
+    ids=["greedy", "sampled", "lookup", "demo"],
 )
-def test_logprobs_are_those_of_a_full_forward(cli: Cli, checkpoint: Path, flags: tuple[str, ...]) -> None:
+def test_logprobs_are_those_of_a_full_forward(
+    request: pytest.FixtureRequest, cli: Cli, kind: str, flags: tuple[str, ...]
+) -> None:
     """Whatever chose the tokens, the numbers are the network's own."""
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
     got = answer(cli, checkpoint, "--logprobs", "5", *flags)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     network = DbrxForCausalLM.from_pretrained(checkpoint, dtype="float32", attn_implementation="eager")

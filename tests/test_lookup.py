@@ -211,20 +211,20 @@ class Fixed:
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("draws", [1_000, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("options", "draft"),
     [({}, [2, 0]), ({"temperature": 0.6}, [1, 1]), ({"top_k": 2}, [0, 2]), ({"top_p": 0.8, "min_p": 0.1}, [2, 2])],
     ids=["plain", "cold", "top-k", "top-p"],
 )
-def test_sampled_texts_have_the_same_distribution(options: dict[str, Any], draft: list[int]) -> None:
+def test_sampled_texts_have_the_same_distribution(options: dict[str, Any], draft: list[int], draws: int) -> None:
     """Pearson's chi-square over all texts of three ids; the expected numbers come from the table by arithmetic."""
     logits = torch.tensor([[1.2, -0.3, 0.4], [0.1, 0.9, -1.0], [-0.5, 0.3, 1.5]])
     neutral: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0}
     params = SamplingParams(**neutral | options, max_tokens=3)
     expected = [by_definition(row, **{"top_k": 0, "min_p": 0.0} | neutral | options) for row in logits.tolist()]
     network: Any = Table(logits)
-    draws, generator = 6_000, torch.Generator().manual_seed(17)
+    generator = torch.Generator().manual_seed(17)
     counts = dict.fromkeys(itertools.product(range(3), repeat=3), 0)
     for _ in range(draws):
         cache = KVCache(1)

@@ -39,7 +39,7 @@ def torchrun(ranks: int, *args: str | Path, stdin: str = "") -> subprocess.Compl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_ranks_together_give_the_tokens_of_one(cli: Cli, four_heads: Path, ranks: int) -> None:
     args = ("generate", "-m", four_heads, "-t", "0", "-n", "24", "--json")
     alone = json.loads(cli(*args, PROMPT).out)

@@ -26,8 +26,14 @@ from tests.weights import make_checkpoint
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
-def test_the_documented_way_from_messages_to_text(checkpoint: Path, attention: str | None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("tiny", None), ("tiny", "sdpa"), ("tiny", "eager"), pytest.param("demo", None, marks=pytest.mark.slow)],
+)
+def test_the_documented_way_from_messages_to_text(
+    request: pytest.FixtureRequest, kind: str, attention: str | None
+) -> None:
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), token="YOUR_HF_TOKEN")
     options = {} if attention is None else {"attn_implementation": attention}
     model = DbrxForCausalLM.from_pretrained(

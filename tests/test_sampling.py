@@ -128,22 +128,22 @@ def test_one_seed_gives_one_sequence() -> None:
     assert draw(logits, params, 50, seed=3) != draw(logits, params, 50, seed=4)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.6}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.9, "min_p": 0.05}],
     ids=["plain", "cold", "hot-top-k", "top-p-min-p"],
 )
-def test_frequencies_are_the_distribution(options: dict[str, Any]) -> None:
-    """Pearson's chi-square with 20,000 draws; the expected numbers come from plain arithmetic, not from the sampler."""
+def test_frequencies_are_the_distribution(options: dict[str, Any], count: int) -> None:
+    """Pearson's chi-square; the expected numbers come from plain arithmetic, not from the sampler."""
     logits = [1.5, 0.2, -0.5, 2.1, 0.0, 1.1, -1.5, 0.7, 1.9, -0.1]
     params = SamplingParams(**NEUTRAL | options)
     expected = probabilities(logits, **NEUTRAL | options)
-    draws = draw(torch.tensor(logits), params, 20_000, seed=11)
+    draws = draw(torch.tensor(logits), params, count, seed=11)
     observed = [draws.count(token) for token in range(10)]
-    assert all(count == 0 for count, p in zip(observed, expected, strict=True) if p == 0)
-    chosen = [(count, 20_000 * p) for count, p in zip(observed, expected, strict=True) if p > 0]
-    chi_square = sum((count - mean) ** 2 / mean for count, mean in chosen)
+    assert all(seen == 0 for seen, p in zip(observed, expected, strict=True) if p == 0)
+    chosen = [(seen, count * p) for seen, p in zip(observed, expected, strict=True) if p > 0]
+    chi_square = sum((seen - mean) ** 2 / mean for seen, mean in chosen)
     assert len(chosen) >= 5
     assert chi_square < 33.7  # 1 in 10,000 for nine degrees of freedom; fewer degrees are stricter
 

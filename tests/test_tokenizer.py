@@ -141,11 +141,12 @@ def varied_texts(count: int, seed: int = 1) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [300, pytest.param(2200, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", MAKERS)
-def test_encodes_id_for_id_as_tokenizers_does(name: str) -> None:
+def test_encodes_id_for_id_as_tokenizers_does(name: str, count: int) -> None:
     ours, theirs = pair(name)
-    texts = [text for text in varied_texts(2200) if not any(special in text for special in ours.special_tokens)]
-    assert len(texts) > 2000
+    texts = [text for text in varied_texts(count) if not any(special in text for special in ours.special_tokens)]
+    assert len(texts) > 0.9 * count
     for text in texts:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
 
@@ -377,8 +378,10 @@ def test_save_pretrained_writes_the_files_back(dbrx: Tokenizer, tmp_path: Path) 
     names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in (tmp_path / "both").iterdir()} == names
     assert AutoTokenizer.from_pretrained(tmp_path / "both").apply_chat_template(CHAT, tokenize=False).endswith(">!")
-    Tokenizer(cl100k_vocabulary()).save_pretrained(tmp_path / "bare")
-    assert AutoTokenizer.from_pretrained(tmp_path / "bare").encode("Hello") == [9906]
+    single = [bytes([byte]) for byte in range(256)]
+    ids = {byte: 255 - byte[0] for byte in single}
+    Tokenizer(Vocabulary(CL100K_PATTERN, single, ids)).save_pretrained(tmp_path / "bare")
+    assert AutoTokenizer.from_pretrained(tmp_path / "bare").encode("Hi") == [255 - ord("H"), 255 - ord("i")]
 
 
 def test_added_tokens_of_the_configuration(tmp_path: Path) -> None:
