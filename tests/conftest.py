@@ -12,6 +12,7 @@ from hypothesis import settings
 
 from dbrx_cli import early
 from tests.cli import Cli
+from tests.forks import Forks
 from tests.stub_server import Server
 
 # Two workers share two cores; and nothing may ask the Hub.
@@ -81,6 +82,13 @@ def _nothing_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("user")
     os.environ["DBRX_DATA"] = str(folder / "data")
     os.environ["DBRX_CONFIG"] = str(folder / "config.toml")
+
+
+@pytest.fixture(scope="session")
+def forks(_nothing_of_the_users: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Processes that start at once."""
+    with Forks(tmp_path_factory.mktemp("forks")) as started:
+        yield started
 
 
 @pytest.fixture

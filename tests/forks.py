@@ -1,37 +1,56 @@
-"""Processes of `dbrx` that start at once, for kills and signals by the dozen: forks of one that imported everything."""
+"""Processes of `dbrx` that start at once: forks of one that imported everything. Starting torch takes seconds."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from tests.cli import ROOT, environment
 
 SERVER = """
-import json, os, sys
+import fcntl, json, os, socket, sys, termios
 import torch, model.transformer, model.decode, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
+import dbrx_cli.batch, dbrx_cli.repl.loop, dbrx_cli.repl.prompt
 from dbrx_cli.app import main
-for line in sys.stdin:
+asked = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    line, fds, _, _ = socket.recv_fds(asked, 1 << 16, 3)
+    while line and not line.endswith(b"\\n"):
+        line += asked.recv(1 << 16)
+    if not line:
+        break
     job = json.loads(line)
     if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        asked.sendall(b"%d\\n" % os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]))
         continue
     pid = os.fork()
     if pid == 0:
-        for fd, path in enumerate((os.devnull, job["out"], job["err"])):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
-        sys.stdin, sys.argv = open(os.devnull), ["dbrx", *job["args"]]
+        for there, here in enumerate(fds):
+            os.dup2(here, there)
+        os.closerange(3, max(*fds, asked.fileno()) + 1)
+        if job["terminal"]:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        os.environ.clear()
+        os.environ.update(job["variables"])
+        sys.argv = ["dbrx", *job["args"]]
+        sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
         try:
             main()
         except SystemExit as left:
-            sys.stdout.flush()
             os._exit(left.code)
-    print(pid, flush=True)
+        finally:
+            os._exit(1)
+    for fd in fds:
+        os.close(fd)
+    asked.sendall(b"%d\\n" % pid)
 """
 
 
@@ -41,55 +60,104 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], env=environment(), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", SERVER, str(theirs.fileno())]
+            self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, pass_fds=[theirs.fileno()])
 
-    def _ask(self, job: dict[str, object]) -> int:
-        stdin, stdout = self._server.stdin, self._server.stdout
-        assert stdin and stdout
-        stdin.write(json.dumps(job).encode() + b"\n")
-        stdin.flush()
-        return int(stdout.readline())
+    def _ask(self, job: dict[str, object], *fds: int) -> int:
+        socket.send_fds(self._socket, [json.dumps(job).encode() + b"\n"], fds)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            if not (more := self._socket.recv(100)):
+                raise RuntimeError("the process that forks has ended")
+            answer += more
+        return int(answer)
 
-    def start(self, *args: str | Path) -> Fork:
+    def on(self, stdin: int, stdout: int, stderr: int, *args: str | Path, terminal: bool = False, **more: str) -> Fork:
+        """`dbrx` with these arguments on these files, in a session of its own if they are a terminal."""
+        job = {"args": [str(arg) for arg in args], "terminal": terminal, "variables": environment(**more)}
+        return Fork(self, self._ask(job, stdin, stdout, stderr))
+
+    def start(self, *args: str | Path) -> FileFork:
         """`dbrx` with these arguments, and no stdin."""
         self._count += 1
         out, err = self.folder / f"out{self._count}", self.folder / f"err{self._count}"
-        job: dict[str, object] = {"args": [str(arg) for arg in args], "out": str(out), "err": str(err)}
-        return Fork(self, self._ask(job), out, err)
+        with open(os.devnull) as nothing, out.open("wb") as stdout, err.open("wb") as stderr:
+            fork = self.on(nothing.fileno(), stdout.fileno(), stderr.fileno(), *args)
+        return FileFork(self, fork.pid, out, err)
+
+    def piped(self, *args: str | Path) -> PipedFork:
+        """`dbrx` with these arguments between pipes, and nothing in the first."""
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        with open(os.devnull) as nothing:
+            fork = self.on(nothing.fileno(), stdout, stderr, *args)
+        os.close(stdout)
+        os.close(stderr)
+        return PipedFork(self, fork.pid, open(out, "rb"), open(err, "rb"))
 
     def __enter__(self) -> Forks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pipes: list[IO[bytes] | None] = [self._server.stdin, self._server.stdout]
-        for pipe in pipes:
-            if pipe:
-                pipe.close()
+        self._socket.close()
         self._server.wait()
 
 
 class Fork:
     """One of them."""
 
-    def __init__(self, forks: Forks, pid: int, out: Path, err: Path) -> None:
+    def __init__(self, forks: Forks, pid: int) -> None:
         self.pid = pid
-        self._forks, self._out, self._err = forks, out, err
+        self._forks = forks
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def signal_after(self, seconds: float, number: int) -> None:
         time.sleep(seconds)
-        os.kill(self.pid, number)
+        self.send_signal(number)
 
     def wait(self) -> int:
         """Its exit code; negative for the signal that ended it."""
         return self._forks._ask({"wait": self.pid})
 
+
+class FileFork(Fork):
+    """One that writes into files."""
+
+    def __init__(self, forks: Forks, pid: int, out: Path, err: Path) -> None:
+        super().__init__(forks, pid)
+        self._out, self._err = out, err
+
     @property
     def out(self) -> bytes:
         """What it has written so far."""
-        return self._out.read_bytes() if self._out.exists() else b""
+        return self._out.read_bytes()
 
     @property
     def err(self) -> str:
         return self._err.read_text("utf-8")
+
+
+class PipedFork(Fork):
+    """One that writes into pipes; a context manager, which kills what still runs."""
+
+    def __init__(self, forks: Forks, pid: int, stdout: BinaryIO, stderr: BinaryIO) -> None:
+        super().__init__(forks, pid)
+        self.stdout, self.stderr = stdout, stderr
+        self._code: int | None = None
+
+    def wait(self) -> int:
+        self._code = super().wait() if self._code is None else self._code
+        return self._code
+
+    def __enter__(self) -> PipedFork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        self.stderr.close()
+        if self._code is None:
+            self.send_signal(signal.SIGKILL)
+            self.wait()

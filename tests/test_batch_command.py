@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli import Cli, Result, start
+from tests.cli import Cli, Result
+from tests.forks import FileFork, Forks
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
 
@@ -214,47 +214,48 @@ def test_two_processes_do_not_write_one_file(cli: Cli, tiny_checkpoint: Path, pr
     first.close()
 
 
+LONG = 30
+
+
 def long_batch(tmp_path: Path) -> Path:
-    return write_lines(tmp_path / "p", [{"prompt": f"Say {i}.", "max_tokens": 1 + i * 5 % 60} for i in range(60)])
+    return write_lines(tmp_path / "p", [{"prompt": f"Say {i}.", "max_tokens": 1 + i * 5 % 60} for i in range(LONG)])
 
 
-def begin(folder: Path, tmp_path: Path, **options: Any) -> subprocess.Popen[bytes]:
+def begin(forks: Forks, folder: Path, tmp_path: Path) -> FileFork:
     """A batch of which some prompts are answered."""
     out = tmp_path / "out"
-    process = start("generate", "-m", folder, "-t", "0", "--batch", long_batch(tmp_path), "--output", out, **options)
+    process = forks.start("generate", "-m", folder, "-t", "0", "--batch", long_batch(tmp_path), "--output", out)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline, process.err
         time.sleep(0.02)
     return process
 
 
-def test_ctrl_c_keeps_what_is_finished(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    process = begin(tiny_checkpoint, tmp_path)
+def test_ctrl_c_keeps_what_is_finished(forks: Forks, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    process = begin(forks, tiny_checkpoint, tmp_path)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    asked = time.monotonic()
+    assert process.wait() == 130 and time.monotonic() - asked < 20
     kept = records((tmp_path / "out").read_text())
-    assert process.returncode == 130 and out == b"" and 3 <= len(kept) < 60
-    assert err.decode() == f"dbrx: {len(kept)} of 60 prompts are answered; the same command goes on\n"
+    assert process.out == b"" and 3 <= len(kept) < LONG
+    assert process.err == f"dbrx: {len(kept)} of {LONG} prompts are answered; the same command goes on\n"
 
 
-def test_kill_9_and_the_same_command_again(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    process = begin(tiny_checkpoint, tmp_path)
-    process.kill()
-    process.communicate()
+def test_kill_9_and_the_same_command_again(cli: Cli, forks: Forks, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    process = begin(forks, tiny_checkpoint, tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     out = tmp_path / "out"
     with out.open("ab") as file:  # as if the kill had come in the middle of a write
         file.write(b'{"index": 5, "text": "never fin')
     again = cli("generate", "-m", tiny_checkpoint, "-t", "0", "--batch", tmp_path / "p", "--output", out)
-    assert again.code == 0 and "of 60 prompts were answered before" in again.fault
-    assert [record["index"] for record in records(out.read_text())] == list(range(60))
+    assert again.code == 0 and f"of {LONG} prompts were answered before" in again.fault
+    assert [record["index"] for record in records(out.read_text())] == list(range(LONG))
 
 
-def test_a_reader_that_leaves_is_no_fault(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    process = start("generate", "-m", tiny_checkpoint, "-t", "0", "--batch", long_batch(tmp_path))
-    assert process.stdout and process.stderr and process.stdin
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(60) == 141 and process.stderr.read() == b""
-    process.stderr.close()
-    process.stdin.close()
+def test_a_reader_that_leaves_is_no_fault(forks: Forks, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with forks.piped("generate", "-m", tiny_checkpoint, "-t", "0", "--batch", long_batch(tmp_path)) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == b""

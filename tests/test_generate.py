@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 import torch
 
 from model import AutoTokenizer, DbrxForCausalLM, Message
-from tests.cli import COMMAND, ROOT, Cli, environment, start
+from tests.cli import Cli
+from tests.forks import Forks
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
 
@@ -166,39 +166,33 @@ def test_the_demo_knows_the_capital_of_france(cli: Cli, demo_checkpoint: Path) -
     assert result.code == 0 and result.out.count("\n") == 1 and "Paris" in result.out
 
 
-def test_text_streams_to_a_pipe(tiny_checkpoint: Path) -> None:
-    process = start("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "200", "The sea.", stdin=subprocess.DEVNULL)
-    assert process.stdout
-    os.read(process.stdout.fileno(), 1)
-    first = time.perf_counter()
-    rest = process.stdout.read()
-    streamed = time.perf_counter() - first
-    assert process.wait() == 0 and len(rest) > 100
-    process.communicate()
-    # 199 more tokens took their time after the first byte: nothing was held back.
+def test_text_streams_to_a_pipe(forks: Forks, tiny_checkpoint: Path) -> None:
+    with forks.piped("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "100", "The sea.") as process:
+        os.read(process.stdout.fileno(), 1)
+        first = time.perf_counter()
+        rest = process.stdout.read()
+        streamed = time.perf_counter() - first
+        assert process.wait() == 0 and len(rest) > 100
+    # 99 more tokens took their time after the first byte: nothing was held back.
     assert streamed > 0.3
 
 
 @pytest.mark.parametrize("flags", [(), ("--jsonl",)])
-def test_a_reader_that_leaves_is_no_fault(tiny_checkpoint: Path, flags: tuple[str, ...]) -> None:
-    command = [*COMMAND, "generate", "-m", str(tiny_checkpoint), "-n", "100", "-t", "0", *flags]
-    script = f"printf hi | {' '.join(command)} | head -c1; echo ${{PIPESTATUS[1]}}"
-    done = subprocess.run(["bash", "-c", script], env=environment(), cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.endswith("141\n")
+def test_a_reader_that_leaves_is_no_fault(forks: Forks, tiny_checkpoint: Path, flags: tuple[str, ...]) -> None:
+    with forks.piped("generate", "-m", tiny_checkpoint, "-n", "100", "-t", "0", *flags, "hi") as process:
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == b""
 
 
-def test_ctrl_c_keeps_what_came_and_exits_130(tiny_checkpoint: Path) -> None:
-    process = start("generate", "-m", tiny_checkpoint, "-n", "500", "-t", "0", "--jsonl", "hi")
-    assert process.stdin and process.stdout
-    process.stdin.close()
-    lines = [process.stdout.readline() for _ in range(4)]
-    process.send_signal(signal.SIGINT)
-    asked = time.perf_counter()
-    lines += process.stdout.readlines()
-    assert process.wait() == 130 and time.perf_counter() - asked < 5
-    done = json.loads(lines[-1])
-    assert done["event"] == "done" and done["finish_reason"] == "interrupted"
-    assert 3 <= done["usage"]["completion_tokens"] < 500
-    assert process.stderr and process.stderr.read() == b""
-    for pipe in (process.stdout, process.stderr):
-        pipe.close()
+def test_ctrl_c_keeps_what_came_and_exits_130(forks: Forks, tiny_checkpoint: Path) -> None:
+    with forks.piped("generate", "-m", tiny_checkpoint, "-n", "500", "-t", "0", "--jsonl", "hi") as process:
+        lines = [process.stdout.readline() for _ in range(4)]
+        process.send_signal(signal.SIGINT)
+        asked = time.perf_counter()
+        lines += process.stdout.readlines()
+        assert process.wait() == 130 and time.perf_counter() - asked < 5
+        done = json.loads(lines[-1])
+        assert done["event"] == "done" and done["finish_reason"] == "interrupted"
+        assert 3 <= done["usage"]["completion_tokens"] < 500
+        assert process.stderr.read() == b""

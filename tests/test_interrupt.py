@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ pytestmark = pytest.mark.slow  # whole runs and sessions
 
 LONG = " ".join(f"{i} and {i * 7}," for i in range(80))
 MODES = ("plain", "lookup", "resume", "prompt-cache", "logprobs")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as started:
-        yield started
 
 
 def flags_of(mode: str, folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ LONG = " ".join(
     f"{i} and {i * 7}," for i in range(90)
 )  # a prompt of several chunks: a kill may strike while it is read
 SAMPLED = ("-t", "1.2", "--repetition-penalty", "1.1", "--logprobs", "1", "--json")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with Forks(tmp_path_factory.mktemp("forks")) as started:
-        yield started
 
 
 def text_of(out: bytes) -> object:
