@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from .config import DbrxConfig
@@ -209,6 +210,18 @@ class Checkpoint:
         if info.start % stored.itemsize:  # old files do not align their data
             raw = raw.clone()
         return raw.view(stored).view(info.shape).to(device=device, dtype=dtype or stored)
+
+    def first_not_finite(self, seconds: float) -> TensorInfo | None:
+        """A tensor that holds NaN or an infinity, if one is found in this time."""
+        import torch
+
+        end = monotonic() + seconds
+        for info in self.tensors.values():
+            if monotonic() > end:
+                return None
+            if info.dtype in FLOATS and not torch.isfinite(self.read_part(info)).all():
+                return info
+        return None
 
     def dtypes(self) -> Counter[str]:
         """Bytes by stored type."""

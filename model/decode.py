@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .errors import InputError, ModelError
+from .errors import InputError, NotFiniteError
 from .kv_cache import KVCache
 from .sampling import SamplingParams, penalize, sample
 from .transformer import DbrxForCausalLM
@@ -258,7 +258,7 @@ class Row:
 def _finite(logits: Tensor) -> Tensor:
     """Refuse numbers that no sound network makes; -inf is a mask's."""
     if not math.isfinite(float(logits.max())):  # NaN is the largest
-        raise ModelError(
+        raise NotFiniteError(
             "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",
             "check the files with `dbrx download MODEL --verify`, or try --dtype float32",
         )

@@ -31,6 +31,10 @@ class ModelError(DbrxError):
     exit_code = 3
 
 
+class NotFiniteError(ModelError):
+    """The network computed numbers that no sound one makes."""
+
+
 class AccessError(DbrxError):
     """The Hub refuses: no token, no permission, approval pending."""
 

@@ -352,3 +352,17 @@ def test_what_is_not_a_folder(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "x.gguf")
     with pytest.raises(ModelError, match="no such folder"):
         Checkpoint.open(tmp_path / "missing")
+
+
+def test_a_tensor_that_is_not_finite_is_found_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    with Checkpoint.open(folder) as checkpoint:
+        assert checkpoint.first_not_finite(60) is None
+        wanted = list(checkpoint.tensors.values())[7]
+        assert checkpoint.first_not_finite(-1) is None  # no time
+    with wanted.file.open("r+b") as file:
+        file.seek(wanted.start + wanted.nbytes - 2)
+        file.write(b"\xc0\x7f")  # NaN of bfloat16
+    with Checkpoint.open(folder) as checkpoint:
+        found = checkpoint.first_not_finite(60)
+        assert found is not None and (found.name, found.file) == (wanted.name, wanted.file)

@@ -18,7 +18,7 @@ from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
 from dbrx_cli.private import CACHE, cache_folder, private_folder
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
-from model.errors import ContextError, InputError, ModelError
+from model.errors import ContextError, InputError, ModelError, NotFiniteError
 from model.messages import Message
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
     from model.transformer import DbrxForCausalLM
 
+SEARCH_S = 10.0  # for a tensor to blame
 DEMO = "demo"
 
 
@@ -133,6 +134,8 @@ class LocalEngine:
                 if not reply.ids:
                     raise
                 broken = error
+            except NotFiniteError as error:
+                raise _blamed(error, self.source) from None
             except (MemoryError, RuntimeError) as error:
                 fault = memory_fault(error, self.network, self._cache)
                 if fault is None:
@@ -427,6 +430,20 @@ def compiler(report: Report) -> Compiler:
 
     text = "compiling for this processor, which is done once and takes a minute or two ..."
     return Compiler(private_folder(cache_folder() / "compiled", CACHE), lambda: report.notice(text))
+
+
+def _blamed(fault: ModelError, source: Path | None) -> ModelError:
+    """Which tensor of which file holds what is not finite; the fault itself where none is found soon."""
+    if source is None or not source.is_dir():
+        return fault
+    from model.checkpoint import Checkpoint
+    from model.safetensors_file import damaged, shown
+
+    with Checkpoint.open(source) as checkpoint:
+        info = checkpoint.first_not_finite(SEARCH_S)
+    if info is None:
+        return fault
+    return damaged(info.file, f"{shown(info.name)} holds numbers that are not finite")
 
 
 def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxConfig:
