@@ -73,7 +73,7 @@ def private_folder(path: Path, setting: str = DATA) -> Path:
     return path
 
 
-def write_private(path: Path, text: str, *, over: bool) -> None:
+def write_private(path: Path, text: str, *, over: bool, hint: str = "name a file that can be written") -> None:
     """Write what was said to a file for the user alone, as a whole; `DbrxError` if that cannot be done.
 
     over: a plain file that is there gives way. A link, a pipe and all else never do.
@@ -83,7 +83,7 @@ def write_private(path: Path, text: str, *, over: bool) -> None:
         raise InputError(f"{path} is not a plain file", "name another file")
     new = path.with_name(f".{path.name[:200]}.{os.getpid()}.new") if over else path
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with write_faults(path), open(open_private(new, flags), "w", encoding="utf-8") as file:
+    with write_faults(path, hint), open(open_private(new, flags), "w", encoding="utf-8") as file:
         try:
             file.write(text)
             file.flush()
@@ -96,7 +96,7 @@ def write_private(path: Path, text: str, *, over: bool) -> None:
 
 
 @contextmanager
-def write_faults(path: Path) -> Iterator[None]:
+def write_faults(path: Path, hint: str) -> Iterator[None]:
     """What the system says about a file that is written, as a `DbrxError`: `ResourceError` if there is no room."""
     try:
         yield
@@ -106,7 +106,7 @@ def write_faults(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in FULL:
             raise ResourceError(f"{path} cannot be written: {reason}", "make room, or name another file") from None
-        raise InputError(f"{path} cannot be written: {reason}", "name a file that can be written") from None
+        raise InputError(f"{path} cannot be written: {reason}", hint) from None
 
 
 def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:

@@ -87,7 +87,7 @@ def _show(
         tokens = describe(tokenizer, recorded.ids, prompt_tokens)
         values = routing.to_dict(recorded, tokens, model.model, model.revision)
     if html:
-        write_private(html, routing.html_page(values), over=True)
+        write_private(html, routing.html_page(values), over=True, hint="choose another file for --html")
         report.notice(f"wrote {html}")
     if (html or json_output) and (word := routing.plain_word(recorded)):
         report.notice(word)
