@@ -46,3 +46,13 @@ def test_signals_interrupt_only_where_they_are_heard() -> None:
             steps.append("never")
     assert left.value.code == 143 and steps == ["waited", "saved"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("code", "printed"), [(143, ""), (129, ""), (130, "torn down\n"), (0, "torn down\n")])
+def test_what_a_signal_ended_waits_for_no_interpreter(code: int, printed: str) -> None:
+    """Taking torch down takes a second of CPU: too long for who sent SIGTERM or SIGHUP to a busy machine."""
+    script = (
+        f"import atexit; from dbrx_cli.engine.follower import leave\natexit.register(print, 'torn down'); leave({code})"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (code, printed, "")
