@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import nn
 
+    from .moe import DbrxRouter
     from .transformer import DbrxForCausalLM
 
 Ids = NDArray[np.int16]
@@ -24,11 +25,14 @@ class Trace:
     """The routing of each token in each layer.
 
     chosen [layers, tokens, top_k]: ids of experts, the heaviest first; weights: like it, what each counts for.
+    foreseen [layers - 1, tokens, top_k]: what a layer's router would choose for the state that the layer before it
+    gave its own router, so before that layer's experts have computed.
     """
 
     ids: tuple[int, ...]
     chosen: Ids
     weights: NDArray[np.float32]
+    foreseen: Ids
     n_experts: int  # a layer
     expert_bytes: int  # parameters of one expert as they are stored
 
@@ -54,31 +58,41 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
     from .kv_cache import KVCache
     from .moe import DbrxRouter
 
-    with _listening(m for m in network.modules() if isinstance(m, DbrxRouter)) as heard:
+    with _listening([m for m in network.modules() if isinstance(m, DbrxRouter)]) as heard:
         prefill(network, torch.tensor([list(ids)], device=network.device), KVCache(network.config.n_layers), whole=True)
     config = network.config
-    weights, chosen = (torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in (0, 1))
+    weights, chosen, foreseen = (
+        torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in range(3)
+    )
     return Trace(
         tuple(ids),
         chosen.numpy().astype(np.int16),
         weights.float().numpy(),
+        foreseen.numpy()[:-1].astype(np.int16),
         config.ffn_config.moe_num_experts,
         3 * config.ffn_config.ffn_hidden_size * config.d_model * network.dtype.itemsize,
     )
 
 
 @contextmanager
-def _listening(routers: Iterable[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """A list a router; what each returns is added to its list as (weights, chosen), on the CPU."""
-    heard: list[list[tuple[Any, Any]]] = []
-    hooks = []
-    for router in routers:
-        said: list[tuple[Any, Any]] = []
-        heard.append(said)
-        # The default binds this layer's list; the probabilities of all experts are not kept.
-        hooks.append(
-            router.register_forward_hook(lambda _, __, out, said=said: said.append((out[1].cpu(), out[2].cpu())))
-        )
+def _listening(routers: Sequence[DbrxRouter]) -> Iterator[list[list[tuple[Any, Any, Any]]]]:
+    """A list a router; each call adds (weights, chosen, what the next router would choose), on the CPU.
+
+    The last router has no next one: it is asked itself.
+    """
+    heard: list[list[tuple[Any, Any, Any]]] = [[] for _ in routers]
+
+    def listen(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        following = routers[min(layer + 1, len(routers) - 1)]
+
+        def hear(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+            (x,) = given
+            foreseen = following.forward(x.to(following.layer.weight.device))[2]  # not a call: its hook would hear it
+            heard[layer].append((out[1].cpu(), out[2].cpu(), foreseen.cpu()))
+
+        return hear
+
+    hooks = [router.register_forward_hook(listen(layer)) for layer, router in enumerate(routers)]
     try:
         yield heard
     finally:
@@ -105,10 +119,22 @@ def reuse(chosen: Ids) -> Floats:
 
     By chance it would be top_k / experts.
     """
-    before, after = chosen[:, :-1, :, None], chosen[:, 1:, None, :]
-    if before.shape[1] == 0:
+    if chosen.shape[1] < 2:
         return np.zeros(len(chosen))
-    shares: Floats = (before == after).any(-1).mean((1, 2))
+    return _in_common(chosen[:, :-1], chosen[:, 1:])
+
+
+def lookahead(trace: Trace) -> Floats:
+    """[layers - 1]: the share of the experts of layer 1, 2, ... that were foreseen a layer before.
+
+    By chance it would be top_k / experts. A cache that reads ahead by such a guess would find so many.
+    """
+    return _in_common(trace.foreseen, trace.chosen[1:])
+
+
+def _in_common(a: Ids, b: Ids) -> Floats:
+    """[layers]: of two choices [layers, tokens, top_k], the share of experts that are in both."""
+    shares: Floats = (a[..., :, None] == b[..., None, :]).any(-1).mean((1, 2))
     return shares
 
 

@@ -26,7 +26,7 @@ from dbrx_cli.render import routing
 from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
 from model.bpe import cl100k_vocabulary
 from model.tokenizer import Tokenizer
-from model.trace import Trace, entropy, hit_rates, layer_hit_rates, record, reuse, usage, whole_hit_rates
+from model.trace import Trace, entropy, hit_rates, layer_hit_rates, lookahead, record, reuse, usage, whole_hit_rates
 from tests.cli import Cli
 from tests.conftest import TINY
 
@@ -81,7 +81,8 @@ def planted_trace(planted: Path) -> tuple[Trace, list[str]]:
 
 def fake(chosen: Any, n_experts: int) -> Trace:
     ids = np.asarray(chosen, np.int16)
-    return Trace(tuple(range(ids.shape[1])), ids, np.full(ids.shape, 1 / ids.shape[2], np.float32), n_experts, 100)
+    weights = np.full(ids.shape, 1 / ids.shape[2], np.float32)
+    return Trace(tuple(range(ids.shape[1])), ids, weights, ids[:-1], n_experts, 100)
 
 
 def test_what_is_recorded_is_what_the_network_says(tiny_checkpoint: Path) -> None:
@@ -99,6 +100,27 @@ def test_what_is_recorded_is_what_the_network_says(tiny_checkpoint: Path) -> Non
         assert np.abs(trace.weights[layer] - weights.numpy()).max() < 1e-5
         clear = (probabilities.topk(5).values.diff().abs() > 1e-6).all(-1).numpy()  # no ties within rounding
         assert clear.mean() > 0.9 and (trace.chosen[layer] == best.indices.numpy())[clear].all()
+
+
+def test_what_is_foreseen_is_what_the_next_router_makes_of_this_state(tiny_checkpoint: Path) -> None:
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
+    ids = [(i * 7919) % 100_000 for i in range(40)]
+    states: list[Any] = []
+    hooks = [b.ffn.register_forward_pre_hook(lambda _, x: states.append(x[0][0])) for b in network.transformer.blocks]
+    with torch.no_grad():
+        network(torch.tensor([ids]))
+        for hook in hooks:
+            hook.remove()
+        scores = [states[i] @ network.transformer.blocks[i + 1].ffn.router.layer.weight.T for i in range(2)]
+    trace = record(network, ids)
+    found = 0
+    for layer, rows in enumerate(scores):
+        for token, row in enumerate(rows):
+            best = set(row.argsort(descending=True)[:4].tolist())
+            assert set(trace.foreseen[layer, token].tolist()) == best
+            found += len(best & set(trace.chosen[layer + 1, token].tolist()))
+    assert lookahead(trace).mean() == pytest.approx(found / (2 * 40 * 4))
+    assert lookahead(fake([[[0, 1]], [[1, 2]], [[1, 2]]], 4)).tolist() == [0.5, 1.0]
 
 
 def test_recording_leaves_no_hook(tiny_checkpoint: Path) -> None:
@@ -355,7 +377,7 @@ def test_no_script_in_the_text_runs(chromium: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer(cl100k_vocabulary())
     ids = tokenizer.encode(HOSTILE)
     trace = fake(np.zeros((2, len(ids), 1)), 4)
-    page = page_of(Trace(tuple(ids), trace.chosen, trace.weights, 4, 1), tokenizer)
+    page = page_of(Trace(tuple(ids), trace.chosen, trace.weights, trace.chosen[:-1], 4, 1), tokenizer)
     (tmp_path / "page.html").write_text(page, "utf-8")
     dom = browse(chromium, tmp_path / "page.html")
     assert "<title>Routing: &lt;/script&gt;" in dom and "<img" not in dom and dom.count("<script") == 2

@@ -20,7 +20,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from model.trace import Floats, Trace, entropy, layer_hit_rates, reuse, usage, whole_hit_rates
+from model.trace import Floats, Trace, entropy, layer_hit_rates, lookahead, reuse, usage, whole_hit_rates
 
 # From dark to light with even steps of brightness, so that the map can be read without its colours, too.
 RAMP = np.array([(8, 8, 20), (59, 15, 112), (140, 41, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191)])
@@ -53,6 +53,9 @@ def figures(trace: Trace) -> Table:
     if trace.chooses:
         chance = trace.top_k / trace.n_experts
         table.add_row("seen the token before", f"{again.mean():.0%} of a token's experts, by chance {chance:.0%}")
+        if trace.n_layers > 1:
+            early = f"{lookahead(trace).mean():.0%} of them, by the next router on this state"
+            table.add_row("foreseen a layer before", early)
         total, rates = trace.n_layers * trace.n_experts, whole_hit_rates(trace)
         for size in (round(share * total) for share in CACHE_SHARES):
             table.add_row(f"cache of {size}", f"holds {rates[size]:.0%} of them, {_bytes(size * trace.expert_bytes)}")
@@ -89,6 +92,7 @@ def to_dict(trace: Trace, tokens: Sequence[dict[str, Any]], model: str, revision
         "usage": _rounded(shares),
         "entropy_bits": _rounded(entropy(shares)),
         "reuse": _rounded(reuse(trace.chosen)),
+        "lookahead": _rounded(lookahead(trace)),
         "hit_rate": {"layer": _rounded(layer_hit_rates(trace)), "whole": _rounded(whole_hit_rates(trace))},
     }
 
