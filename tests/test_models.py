@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir
 
 from dbrx_cli.commands.models import _to_remove
+from dbrx_cli.options import DEMOS
 from model.errors import InputError, ModelError
 from model.hub import inventory
 from model.hub.layout import CacheSnapshot, write_ref, write_tree
@@ -260,18 +261,20 @@ def test_a_folder_of_ones_own_is_left_alone(cli: Cli, tmp_path: Path) -> None:
     assert result.code == 2 and "your own" in result.fault and tmp_path.exists()
 
 
-def test_the_demo_is_one_of_them(cli: Cli, tmp_path: Path) -> None:
-    from dbrx_cli.demo import SHA256, VERSION, WHEEL, demo_folder
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_is_one_of_them(cli: Cli, tmp_path: Path, name: str) -> None:
+    from dbrx_cli.demo import RECIPES, SHA256, WHEEL, demo_folder
 
-    folder = demo_folder()
+    folder = demo_folder(name)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    source = {"wheel": WHEEL, "sha256": SHA256, "converter": VERSION, "files": {"config.json": 2}}
+    source = {"wheel": WHEEL, "sha256": SHA256, "converter": RECIPES[name].version, "files": {"config.json": 2}}
+    source["checksum"] = RECIPES[name].checksum
     (folder / "source.json").write_text(json.dumps(source))
     (row,) = listed(cli)
-    assert row["name"] == "demo" and row["complete"]
-    assert cli("models", "path", "demo").out == f"{folder}\n"
-    assert cli("models", "remove", "demo", "-y").code == 0 and not folder.exists()
+    assert row["name"] == name and row["complete"]
+    assert cli("models", "path", name).out == f"{folder}\n"
+    assert cli("models", "remove", name, "-y").code == 0 and not folder.exists()
     assert listed(cli) == []
 
 

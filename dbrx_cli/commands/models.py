@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.options import DEMOS, ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError, ModelError
@@ -22,7 +22,9 @@ SHORTEST = 7  # characters of a commit that stand for it, as git shows it
 
 app = typer.Typer(help="Models on this machine: list them, print a folder, remove one.", rich_markup_mode="markdown")
 
-Name = Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id (org/name) or `demo`.", show_default=False)]
+Name = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hub id (org/name), `demo` or `demo-moe`.", show_default=False)
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit.", show_default=False)
 ]
@@ -37,7 +39,7 @@ def models(context: typer.Context) -> None:
 
 @app.command("list")
 def list_models(json_output: Annotated[bool, switch("--json", help="Print a JSON array.")] = False) -> None:
-    """List the DBRX checkpoints in the Hub's cache, and the demo model. Folders of your own are not searched for.
+    """List the DBRX checkpoints in the Hub's cache, and the demo models. Folders of your own are not searched for.
 
     dbrx models list
     """
@@ -80,8 +82,7 @@ def _list(json_output: bool) -> None:
     from model.hub.inventory import inventory
 
     rows = [_row(model) for model in inventory()]
-    if demo := _demo():
-        rows.append(demo)
+    rows += [demo for name in DEMOS if (demo := _demo(name))]
     if json_output:
         say_json(rows, indent=2)
     elif sys.stdout.isatty():
@@ -107,20 +108,20 @@ def _row(model: CachedModel) -> dict[str, Any]:
     }
 
 
-def _demo() -> dict[str, Any] | None:
-    """The demo model, if it was made."""
+def _demo(name: str) -> dict[str, Any] | None:
+    """A demo model, if it was made."""
     from dbrx_cli.demo import demo_folder, is_complete
 
-    folder = demo_folder()
+    folder = demo_folder(name)
     if not folder.is_dir():
         return None
     files = [file.stat() for file in folder.iterdir() if file.is_file()]
     return {
-        "name": "demo",
+        "name": name,
         "revision": None,
         "refs": [],
         "bytes": sum(file.st_size for file in files),
-        "complete": is_complete(folder),
+        "complete": is_complete(name),
         "format": "safetensors",
         "missing": [],
         "last_used": _iso(max((file.st_atime for file in files), default=None)),
@@ -130,12 +131,12 @@ def _demo() -> dict[str, Any] | None:
 
 def find_folder(name: str, revision: str | None) -> Path:
     """Where a complete model lies on this machine; `ModelError` if it does not."""
-    from dbrx_cli.engine.local import DEMO, find_model
+    from dbrx_cli.engine.local import find_model
 
-    if name == DEMO:
-        demo = _demo()
+    if name in DEMOS:
+        demo = _demo(name)
         if demo is None or not demo["complete"]:
-            raise ModelError("the demo model is not on this machine", "to fetch it: dbrx chat -m demo")
+            raise ModelError("the demo model is not on this machine", f"to fetch it: dbrx chat -m {name}")
         return Path(demo["path"])
     return find_model(ModelOptions(model=name, revision=revision), Report(OutputOptions(quiet=True)))
 
@@ -146,12 +147,12 @@ def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
     from model.hub.plan import check_revision
 
     check_revision(revision)
-    if name == "demo":
+    if name in DEMOS:
         if revision is not None:
             raise InputError("the demo model has no revisions", "leave out --revision")
-        if (demo := _demo()) is None:
+        if (demo := _demo(name)) is None:
             raise ModelError("the demo model is not on this machine")
-        return [Path(demo["path"])], "the demo model"
+        return [Path(demo["path"])], f"the model {name}"
     if name.startswith((".", "/", "~")):
         raise InputError(f"{name} is a folder of your own, not in the cache", "remove it yourself")
     cached = [model for model in inventory() if model.name == name]

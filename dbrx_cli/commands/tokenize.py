@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbrx_cli.options import DEFAULT_MODEL, ModelOptions, OutputOptions, WhichModel, switch, takes
+from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions, OutputOptions, WhichModel, switch, takes
 from dbrx_cli.output import say, say_json
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
@@ -104,12 +104,12 @@ def _input(text: str | None, errors: InputErrors) -> str:
 
 def _find_tokenizer(model: WhichModel, report: Report) -> Tokenizer:
     """The model's tokenizer; DBRX's own where no model was named. Of a Hub id only the tokenizer is fetched."""
-    from dbrx_cli.engine.local import DEMO, find_model
+    from dbrx_cli.engine.local import find_model
     from model.hub import resolve
     from model.tokenizer import PATTERNS, Tokenizer
 
-    if model.model == DEMO:
-        return Tokenizer.from_source(find_model(ModelOptions(model=DEMO), report))
+    if model.model in DEMOS:
+        return Tokenizer.from_source(find_model(ModelOptions(model=model.model), report))
     try:
         folder = resolve(model.model, revision=model.revision, patterns=PATTERNS, download=False)
     except ModelError:

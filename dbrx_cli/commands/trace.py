@@ -48,7 +48,7 @@ def trace(
 ) -> None:
     """Show which experts the tokens of a prompt choose in each layer: a heat map, how even, what a cache would save.
 
-    dbrx trace -m demo "The capital of France is Paris."
+    dbrx trace -m demo-moe "The capital of France is Paris."
 
     dbrx trace -m ./checkpoint --raw --html routing.html < essay.txt
     """

@@ -14,7 +14,7 @@ from dbrx_cli.engine import Delta, Done, FinishReason, Request
 from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
-from dbrx_cli.options import DEFAULT_MODEL, ModelOptions
+from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
 from dbrx_cli.private import CACHE, cache_folder, private_folder
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from model.transformer import DbrxForCausalLM
 
 SEARCH_S = 10.0  # for a tensor to blame
-DEMO = "demo"
 
 
 class LocalEngine:
@@ -373,11 +372,11 @@ class _LastLogits(NamedTuple):
 
 def find_model(options: ModelOptions, report: Report) -> Path:
     """The model's folder on this machine; `ModelError` says what to type when there is none."""
-    if options.model == DEMO:
+    if options.model in DEMOS:
         from dbrx_cli.demo import ensure_demo
 
         with report.bar("Converting the demo model", unit="tensors") as advance:
-            return ensure_demo(report.notice, advance)
+            return ensure_demo(report.notice, advance, options.model)
     from model.hub import resolve
 
     try:

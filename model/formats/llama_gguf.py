@@ -15,16 +15,14 @@ What differs is bridged so:
 - Rotary positions. GGUF keeps a head's query and key rows in pairs (0, 1), (2, 3), ...; DBRX rotates row i with row
   i + head_dim/2.
 - Feed-forward. It is cut into four experts, all four always chosen. A zero router weighs each by 1/4, so w2 carries a
-  factor of 4.
+  factor of 4. With a `Routing` (demo_routing.py) it becomes sixteen that overlap, of which a router chooses four.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +30,16 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ..config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
 from ..errors import ModelError
+from . import demo_routing
+from .demo_routing import Routing
 
 Array = NDArray[np.float32]
-Named = Iterator[tuple[str, Array]]
+Bits = NDArray[np.uint16]  # of bfloat16, which numpy lacks
+Named = Iterator[tuple[str, Array | Bits]]
+Store = Callable[[Array], Array | Bits]
 
 EXPERTS = 4
 EPS = 1e-5  # DBRX's
@@ -49,16 +49,18 @@ BLOCK_TENSORS = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_
 CONTROL, USER_DEFINED = 3, 4  # token types that are matched as a whole, before the text is split
 
 
-def convert(gguf: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write the Llama of a GGUF file as a complete DBRX checkpoint folder, in float32.
+def convert(
+    gguf: Path, out: Path, progress: Callable[[int, int], None] | None = None, routing: Routing | None = None
+) -> None:
+    """Write the Llama of a GGUF file as a complete DBRX checkpoint folder: in float32, with `routing` in bfloat16.
 
     `progress` is told the tensors written and their total. `ModelError` if the file is damaged or is not a plain Llama
     of shapes that allow it; `OSError` if the folder cannot be written.
     """
     source = LlamaGguf(gguf)
-    config = source.config()
+    config = source.config(routing)
     texts = {
-        "config.json": config.to_dict() | {"torch_dtype": "float32"},
+        "config.json": config.to_dict() | {"torch_dtype": "bfloat16" if routing else "float32"},
         "generation_config.json": _generation_config(source),
         "tokenizer.json": _tokenizer(source),
         "tokenizer_config.json": _tokenizer_config(source),
@@ -67,7 +69,7 @@ def convert(gguf: Path, out: Path, progress: Callable[[int, int], None] | None =
     for name, content in texts.items():
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     total = 8 * config.n_layers + 3
-    tensors = _tensors(source, config)
+    tensors = _tensors(source, config, routing)
     _write_shards(_counted(tensors, total, progress) if progress else tensors, out)
 
 
@@ -105,7 +107,7 @@ class LlamaGguf:
             raise self.fault(f"{name} has shape {list(values.shape)}, not {list(shape)}")
         return values
 
-    def config(self) -> DbrxConfig:
+    def config(self, routing: Routing | None = None) -> DbrxConfig:
         """The DBRX that this Llama becomes."""
         hidden, heads = self.value("llama.embedding_length"), self.value("llama.attention.head_count")
         kv_heads, ffn = self.value("llama.attention.head_count_kv", heads), self.value("llama.feed_forward_length")
@@ -115,6 +117,7 @@ class LlamaGguf:
             if not isinstance(size, int) or size <= 0 or size % divisor:
                 raise self.fault(f"{name} is {size}, not a multiple of {divisor}, so it cannot become a DBRX model")
         self._check_plain(layers, hidden / heads)
+        experts, width = (demo_routing.EXPERTS, routing.width) if routing else (EXPERTS, ffn // EXPERTS)
         return DbrxConfig(
             d_model=hidden // 3 * 4,
             n_heads=heads // 3 * 4,
@@ -125,7 +128,7 @@ class LlamaGguf:
                 kv_n_heads=kv_heads // 3 * 4, rope_theta=self.value("llama.rope.freq_base", 10000.0)
             ),
             ffn_config=DbrxFFNConfig(
-                ffn_hidden_size=ffn // EXPERTS, moe_num_experts=EXPERTS, moe_top_k=EXPERTS, moe_loss_weight=0.0
+                ffn_hidden_size=width, moe_num_experts=experts, moe_top_k=EXPERTS, moe_loss_weight=0.0
             ),
         )
 
@@ -149,23 +152,27 @@ class LlamaGguf:
                 raise self.fault(f"{what} {min(names)}, unlike a plain Llama of {layers} layers")
 
 
-def _tensors(source: LlamaGguf, config: DbrxConfig) -> Named:
+def _tensors(source: LlamaGguf, config: DbrxConfig, routing: Routing | None) -> Named:
     """The checkpoint's tensors by name, one at a time."""
     vocab, hidden = config.vocab_size, config.d_model // 4 * 3
     embedding = source.weight("token_embd.weight", vocab, hidden)
     final_gain = source.weight("output_norm.weight", hidden)
     head = source.weight("output.weight", vocab, hidden) if "output.weight" in source.tensors else embedding
     scale = math.sqrt(config.d_model / hidden)
-    yield "transformer.wte.weight", _times_qt(embedding) * np.float32(scale)
+    store: Store = _bfloat16 if routing else np.ascontiguousarray
+    yield "transformer.wte.weight", store(_times_qt(embedding) * np.float32(scale))
     for i in range(config.n_layers):
-        for name, tensor in _block(source, config, i, scale):
-            yield f"transformer.blocks.{i}.{name}", tensor
-    yield "transformer.norm_f.weight", np.ones(config.d_model, np.float32)
-    yield "lm_head.weight", _times_qt(head * final_gain) / np.float32(scale)
+        for name, tensor in _attention(source, config, i, scale):
+            yield f"transformer.blocks.{i}.norm_attn_norm.{name}", store(tensor)
+        for name, tensor, neurons in _ffn(source, i, scale, routing):
+            yield f"transformer.blocks.{i}.ffn.{name}", store(tensor)[neurons]
+    yield "transformer.norm_f.weight", store(np.ones(config.d_model, np.float32))
+    yield "lm_head.weight", store(_times_qt(head * final_gain) / np.float32(scale))
 
 
-def _block(source: LlamaGguf, config: DbrxConfig, i: int, scale: float) -> Named:
-    d_model, hidden, ffn = config.d_model, config.d_model // 4 * 3, EXPERTS * config.ffn_config.ffn_hidden_size
+def _attention(source: LlamaGguf, config: DbrxConfig, i: int, scale: float) -> Iterator[tuple[str, Array]]:
+    """Attention and both norms of a block."""
+    d_model, hidden = config.d_model, config.d_model // 4 * 3
     kv_heads, head_dim = config.attn_config.kv_n_heads // 4 * 3, config.head_dim
     c = np.float32(scale)
 
@@ -179,23 +186,44 @@ def _block(source: LlamaGguf, config: DbrxConfig, i: int, scale: float) -> Named
             rows = _for_rotate_half(rows, heads)
         return np.pad(_times_qt(rows) / c, ((0, heads // 3 * head_dim), (0, 0)))
 
-    attn_gain, ffn_gain = weight("attn_norm", hidden), weight("ffn_norm", hidden)
+    attn_gain = weight("attn_norm", hidden)
     ones = np.ones(d_model, np.float32)
-    yield "norm_attn_norm.norm_1.weight", ones
-    yield "norm_attn_norm.norm_2.weight", ones
+    yield "norm_1.weight", ones
+    yield "norm_2.weight", ones
     heads = (("attn_q", config.n_heads // 4 * 3), ("attn_k", kv_heads), ("attn_v", kv_heads))
-    yield "norm_attn_norm.attn.Wqkv.weight", np.concatenate([projection(*each) for each in heads])
+    yield "attn.Wqkv.weight", np.concatenate([projection(*each) for each in heads])
     out = _times_qt(weight("attn_output", hidden, hidden).T).T * c
-    yield "norm_attn_norm.attn.out_proj.weight", np.pad(out, ((0, 0), (0, d_model - hidden)))
-    yield "ffn.router.layer.weight", np.zeros((EXPERTS, d_model), np.float32)
-    yield "ffn.experts.mlp.w1", _times_qt(weight("ffn_gate", ffn, hidden) * ffn_gain) / c
-    yield "ffn.experts.mlp.v1", _times_qt(weight("ffn_up", ffn, hidden) * ffn_gain) / c
-    yield "ffn.experts.mlp.w2", _times_qt(weight("ffn_down", hidden, ffn).T) * (EXPERTS * c)
+    yield "attn.out_proj.weight", np.pad(out, ((0, 0), (0, d_model - hidden)))
+
+
+def _ffn(
+    source: LlamaGguf, i: int, scale: float, routing: Routing | None
+) -> Iterator[tuple[str, Array, NDArray[np.int64] | slice]]:
+    """Router and experts of a block: names, rows, and which of them belong to the tensor, in its order."""
+    hidden, ffn = source.value("llama.embedding_length"), source.value("llama.feed_forward_length")
+    c = np.float32(scale)
+    gain = source.weight(f"blk.{i}.ffn_norm.weight", hidden)
+
+    def reading(name: str) -> Array:
+        found: Array = _times_qt(source.weight(f"blk.{i}.{name}.weight", ffn, hidden) * gain) / c
+        return found
+
+    rows = np.zeros((EXPERTS, hidden), np.float32) if routing is None else routing.rows[i]
+    neurons = slice(None) if routing is None else routing.neurons[i].ravel()
+    yield "router.layer.weight", _times_qt(rows) / c, slice(None)
+    yield "experts.mlp.w1", reading("ffn_gate"), neurons
+    yield "experts.mlp.v1", reading("ffn_up"), neurons
+    writing = _times_qt(source.weight(f"blk.{i}.ffn_down.weight", hidden, ffn).T) * (EXPERTS * c)
+    yield "experts.mlp.w2", writing, neurons
 
 
 def _times_qt(x: Array) -> Array:
-    """[n, hidden] -> [n, d_model]: x·Qᵀ."""
-    spread: Array = x.reshape(-1, 3) @ BLOCK.T
+    """[n, hidden] -> [n, d_model]: x·Qᵀ, in sums of one order, so that every machine finds the same bits."""
+    a, b, c = (x[:, k::3] / 2 for k in range(3))
+    spread = np.empty((*a.shape, len(BLOCK)), np.float32)
+    for k, row in enumerate((a + b + c, b - a - c, a - b - c, c - (a + b))):  # BLOCK's
+        spread[:, :, k] = row
+    spread += 0  # no -0.0
     return spread.reshape(len(x), -1)
 
 
@@ -213,7 +241,7 @@ def _counted(tensors: Named, total: int, progress: Callable[[int, int], None]) -
 def _write_shards(tensors: Named, out: Path) -> None:
     """Write files of about `SHARD_BYTES` and their index."""
     shards: list[list[str]] = []
-    held: dict[str, Array] = {}
+    held: dict[str, Array | Bits] = {}
     total = 0
 
     def flush() -> None:
@@ -224,7 +252,7 @@ def _write_shards(tensors: Named, out: Path) -> None:
     for name, tensor in tensors:
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
             flush()
-        held[name] = np.ascontiguousarray(tensor)
+        held[name] = tensor
         total += tensor.nbytes
     flush()
     weight_map: dict[str, str] = {}
@@ -236,12 +264,32 @@ def _write_shards(tensors: Named, out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _save(tensors: dict[str, Array], path: Path) -> None:
-    try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:  # it hides the system's error number in its text
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
+def _save(tensors: dict[str, Array | Bits], path: Path) -> None:
+    """Write one safetensors file: the length of the header, the header, the numbers in the header's order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        dtype = "BF16" if tensor.dtype == np.uint16 else "F32"
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(tensors):
+            file.write(tensors[name].data)
+
+
+def _bfloat16(x: Array) -> Bits:
+    """The nearest bfloat16 of each number, of two as near the even one: the upper half of a float32's bits.
+
+    0x3F80_8000 lies halfway between 0x3F80 and 0x3F81: + 0x7FFF + 0 (0x3F80 is even) stays below 0x3F81_0000.
+    """
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    odd = bits >> 16 & 1
+    rounded: Bits = ((bits + odd + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def _special(source: LlamaGguf, name: str) -> int | None:
