@@ -1,4 +1,4 @@
-"""Record chats in a real terminal as docs/session*.svg: `make record`.
+"""Record chats in a real terminal as docs/session*.svg, and a trace as docs/routing.svg: `make record`.
 
 pexpect types, pyte is the terminal, rich draws its screen. Nothing is staged: the replies are the model's.
 """
@@ -24,6 +24,7 @@ NAMES = {"brown": "yellow", "brightblack": "bright_black"} | {
     f"bright{name}": f"bright_{name}" for name in ("red", "green", "blue", "magenta", "cyan", "white")
 }  # pyte's names for colours -> rich's
 PATIENCE_S = 300
+TRACED = "The capital of France is Paris. In 1969, two people walked on the Moon; the world watched."
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,27 @@ def _style(cell: pyte.screens.Char) -> Style:
                  underline=cell.underscore, reverse=cell.reverse)  # fmt: skip
 
 
+def record_routing() -> None:
+    """Draw what `dbrx trace` prints on a terminal of 92 columns."""
+    from dbrx_cli.demo import ensure_demo
+    from dbrx_cli.render import routing
+    from model import AutoTokenizer, DbrxForCausalLM
+    from model.trace import record as trace
+
+    folder = ensure_demo(print, name="demo-moe")
+    ids = AutoTokenizer.from_pretrained(folder).encode(TRACED)
+    traced = trace(DbrxForCausalLM.from_pretrained(folder, dtype="float32"), ids)
+    console = Console(record=True, width=92, file=open("/dev/null", "w"), force_terminal=True, color_system="truecolor",
+                      highlight=False, markup=False)  # fmt: skip
+    console.print(routing.title(traced, "demo-moe", len(ids)), style="bold")
+    console.print(routing.heat_map(traced))
+    console.print(routing.figures(traced))
+    (DOCS / "routing.svg").write_text(console.export_svg(title="dbrx trace -m demo-moe --raw"), "utf-8")
+
+
 def main() -> None:
     """All pictures."""
+    record_routing()
     with tempfile.TemporaryDirectory() as data:
         for picture in PICTURES:
             record(picture, data)
