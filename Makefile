@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 VLLM   ?= .venv-vllm
 LLM    ?= .venv-llm
+NATIVE := model/native/lib/.ready
 PROMPT ?= What is the capital of France? Answer briefly.
 
 .PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean
@@ -50,10 +51,15 @@ test-llm: $(READY) $(LLM)/.ready  ## the plugin of `llm` in an environment of it
 	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(LLM) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The native kernels, again when a source has changed. The install below would build them too, but without a word.
+$(NATIVE): $(shell find model/native/src -type f) model/native/build.py
+	-@$(PYTHON) model/native/build.py
+	@touch $@
 
 # pip reads [dependency-groups] from 25.1 on. The stamp makes a second run install nothing.
-$(READY): pyproject.toml
+$(READY): pyproject.toml | $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev

@@ -1,0 +1,87 @@
+"""From tensors to what the native kernels take: addresses, given only after everything that they rely on is checked.
+
+A wrong tensor is a wrong call (`ValueError`). The structs keep the tensors alive that they point to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .abi import Expert, Format, Matrix
+
+GROUPS = (32, 64, 128, 256)  # inputs of int4 that share scale and zero point
+LARGEST = 2**31 - 1  # of a side; with it no product of sizes leaves 64 bits
+
+
+def address(tensor: Tensor, dtype: torch.dtype, *shape: int, name: str = "a tensor") -> int:
+    """Where a tensor's numbers lie: in this memory, row by row, of this type and shape, aligned to their size."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous in the CPU's memory")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} is empty")
+    if tensor.data_ptr() % tensor.element_size():
+        raise ValueError(f"{name} lies at no multiple of {tensor.element_size()} bytes")
+    return tensor.data_ptr()
+
+
+def matrix(
+    values: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *, group: int = 0, transposed: bool = False
+) -> Matrix:
+    """A matrix of its parts; which format it has, their types tell.
+
+    values: float32 or bfloat16 [outputs, inputs] (transposed: [inputs, outputs]);
+    or int8 [outputs, inputs] with scale float32 [outputs];
+    or uint8 [outputs, inputs / 2] with scale and zero bfloat16 [outputs, ceil(inputs / group)].
+    """
+    if values.dim() != 2:
+        raise ValueError(f"a matrix has two sides, not {values.dim()}")
+    outputs, inputs = reversed(values.shape) if transposed else values.shape
+    found = Matrix(transposed=transposed, group=group, values=address(values, values.dtype, *values.shape))
+    kind = (values.dtype, scale is not None, zero is not None, group > 0)
+    if kind == (torch.float32, False, False, False):
+        found.format = Format.F32
+    elif kind == (torch.bfloat16, False, False, False):
+        found.format = Format.BF16
+    elif kind == (torch.int8, True, False, False) and scale is not None and not transposed:
+        found.format = Format.INT8
+        found.scale = address(scale, torch.float32, outputs, name="scale")
+    elif kind == (torch.uint8, True, True, True) and scale is not None and zero is not None and not transposed:
+        found.format, inputs = Format.INT4, 2 * inputs
+        if group not in GROUPS:
+            raise ValueError(f"no groups of {group} inputs: {', '.join(map(str, GROUPS))} are known")
+        groups = -(-inputs // group)
+        found.scale = address(scale, torch.bfloat16, outputs, groups, name="scale")
+        found.zero = address(zero, torch.bfloat16, outputs, groups, name="zero")
+    else:
+        raise ValueError(f"no format has values of {values.dtype} with these parts")
+    if max(outputs, inputs) > LARGEST:
+        raise ValueError(f"a matrix of {outputs} x {inputs} is too large")
+    found.outputs, found.inputs = outputs, inputs
+    found.parts = values, scale, zero
+    return found
+
+
+class Experts:
+    """A layer's experts: an array for the library, `array`, and the matrices it points to.
+
+    each: w1 and v1 [h, d], w2 [d, h].
+    """
+
+    def __init__(self, each: Sequence[tuple[Matrix, Matrix, Matrix]]) -> None:
+        if not each:
+            raise ValueError("no experts")
+        h, d = each[0][0].outputs, each[0][0].inputs
+        for parts in each:
+            sides = [(part.outputs, part.inputs) for part in parts]
+            if sides != [(h, d), (h, d), (d, h)]:
+                raise ValueError(f"matrices of {sides} are no expert of {d} x {h}")
+        self.matrices = tuple(each)
+        self.array = (Expert * len(each))(*(Expert(*parts) for parts in each))
+
+    def __len__(self) -> int:
+        return len(self.array)

@@ -1,0 +1,38 @@
+"""Whose hands a library went through: only one that nobody else can have written is loaded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def untrusted(path: Path) -> str | None:
+    """Why a library must not be loaded, or None: it and its folder are no links, and only their owner writes there.
+
+    The owner is root, this user, or whoever owns the program's own files.
+    """
+    owners = {0, os.geteuid(), os.stat(__file__).st_uid}
+    for part in (path.parent, path):
+        found = os.lstat(part)
+        if stat.S_ISLNK(found.st_mode):
+            return f"{part} is a link, which is not followed"
+        if not (stat.S_ISDIR if part is path.parent else stat.S_ISREG)(found.st_mode):
+            return f"{part} is no plain {'folder' if part is path.parent else 'file'}"
+        if found.st_uid not in owners:
+            return f"{part} belongs to another user"
+        if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _alone(found)):
+            return f"others can write to {part}"
+    return None
+
+
+def _alone(found: os.stat_result) -> bool:
+    """Whether a group that may write is the owner's own, as systems with a umask of 002 give each user one."""
+    import grp
+    import pwd
+
+    try:
+        group, owner = grp.getgrgid(found.st_gid), pwd.getpwuid(found.st_uid)
+    except KeyError:
+        return False
+    return owner.pw_gid == group.gr_gid and group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name}
