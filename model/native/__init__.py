@@ -12,6 +12,7 @@ import sys
 import weakref
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from ..errors import InputError, ModelError
 from . import abi
@@ -19,6 +20,7 @@ from .build import LIB, architecture, compiler, variants
 from .trust import untrusted
 
 FORCED = "DBRX_NATIVE"  # a variant's name, or "none"
+VECTORS = Path(__file__).parent / "vectors.bin"  # inputs and known answers; see tests/make_native_vectors.py
 NONE = "none"
 
 
@@ -111,7 +113,18 @@ def _open(name: str) -> ctypes.CDLL | None:
         raise _Unusable(f"{path} cannot be loaded: {error}") from None
     if not found.dbrx_runs_here():
         return None
+    if fault := _wrong(found):
+        raise _Unusable(f"computes wrong numbers here: {fault}")
     return found
+
+
+def _wrong(found: ctypes.CDLL) -> str | None:
+    """What differs when small known answers are computed again, or None."""
+    vectors = VECTORS.read_bytes()
+    said = ctypes.create_string_buffer(200)
+    threads = Pool(found, 1)
+    failed = found.dbrx_replay(threads.handle, vectors, len(vectors), said, len(said))
+    return said.value.decode("utf-8", "replace") if failed else None
 
 
 @dataclass(eq=False)

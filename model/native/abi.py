@@ -119,6 +119,7 @@ ANSWERS: dict[str, tuple[Any, ...]] = {  # what is returned, then what is taken
     "dbrx_pool_create": (c_void_p, c_int),
     "dbrx_pool_destroy": (None, c_void_p),
     "dbrx_pool_threads": (c_int, c_void_p),
+    "dbrx_replay": (c_int, c_void_p, c_void_p, c_int64, c_char_p, c_int64),
 }
 CALLS: dict[str, tuple[Any, ...]] = {  # what is taken; all return whether it failed
     "dbrx_pool_counters": (c_void_p, c_int, POINTER(Counters)),

@@ -13,12 +13,12 @@ def untrusted(path: Path) -> str | None:
     The owner is root, this user, or whoever owns the program's own files.
     """
     owners = {0, os.geteuid(), os.stat(__file__).st_uid}
-    for part in (path.parent, path):
+    for part, kind, is_kind in ((path.parent, "folder", stat.S_ISDIR), (path, "file", stat.S_ISREG)):
         found = os.lstat(part)
         if stat.S_ISLNK(found.st_mode):
             return f"{part} is a link, which is not followed"
-        if not (stat.S_ISDIR if part is path.parent else stat.S_ISREG)(found.st_mode):
-            return f"{part} is no plain {'folder' if part is path.parent else 'file'}"
+        if not is_kind(found.st_mode):
+            return f"{part} is no plain {kind}"
         if found.st_uid not in owners:
             return f"{part} belongs to another user"
         if found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _alone(found)):

@@ -114,6 +114,9 @@ int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *
 int dbrx_quantize(dbrx_pool *pool, const dbrx_matrix *from, const float *row_scale, const float *column_scale,
                   dbrx_matrix *to);
 
+// Computes `recorded` (vectors.bin) again and compares with the answers in it: 0, or 1 and a sentence in `said`.
+int dbrx_replay(dbrx_pool *pool, const void *recorded, int64_t size, char *said, int64_t room);
+
 #ifdef __cplusplus
 }
 #endif

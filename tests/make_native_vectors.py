@@ -1,0 +1,294 @@
+"""Writes model/native/vectors.bin: calls of the native kernels, with answers that numpy finds in float64.
+
+    .venv/bin/python -m tests.make_native_vectors
+
+Inputs and weights are random numbers that `model/native/src/replay.cpp` makes again; answers only are in the file. What
+quantizing should give is asked of `model/quantization/`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from math import erf, inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.quantization import int4, int8
+
+PATH = Path(__file__).parent.parent / "model" / "native" / "vectors.bin"
+F32, BF16, INT8, INT4 = range(4)
+NAMES = ("f32", "bf16", "int8", "int4")
+LINEAR, HEAD, EXPERTS, STEP, QUANTIZE = range(5)
+# Of a row's norm, up to so many rows and beyond: activations have 16 bits, or 8 with a scale for each group; many rows
+# may be rounded to bfloat16, or to 8 bits. A number that is left out, or taken twice, is 5 % or more, but for peaks.
+GEMV_ROWS = 16
+TOLERANCE = {F32: (1e-5, 1e-5), BF16: (1e-5, 5e-3), INT8: (1e-3, 1e-2), INT4: (1e-2, 1e-2)}
+_streams = count(1000, 1000)
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+# ---- numbers, as replay.cpp makes them
+
+
+def random(stream: int, n: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    z = (np.uint64(stream << 32) + np.arange(1, n + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniform(stream: int, *shape: int) -> Any:
+    """float32 in [-1, 1)."""
+    numbers = (random(stream, int(np.prod(shape))) >> np.uint64(40)).astype(np.float32)
+    return (numbers / np.float32(2**23) - np.float32(1)).reshape(shape)
+
+
+def peaked(stream: int, *shape: int) -> Any:
+    """The same, every 97th number 64 times as large."""
+    found = uniform(stream, *shape)
+    found.reshape(-1)[13::97] *= np.float32(64)
+    return found
+
+
+def cut(x: Any) -> Any:
+    """float32 -> bfloat16, towards zero, in a float32."""
+    return (np.asarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def nearest_bf16(x: Floats) -> Floats:
+    return torch.tensor(x).float().bfloat16().double().numpy()
+
+
+# ---- matrices
+
+
+@dataclass(frozen=True)
+class Shape:
+    format: int
+    outputs: int
+    inputs: int
+    transposed: bool = False
+    group: int = 0
+
+    def pack(self) -> bytes:
+        return struct.pack("<5i", self.format, self.transposed, self.group, self.outputs, self.inputs)
+
+    def __str__(self) -> str:
+        return f"{NAMES[self.format]} {self.outputs}x{self.inputs}" + ", transposed" * self.transposed
+
+    def numbers(self, stream: int) -> Floats:
+        """The numbers that are meant, [outputs, inputs]."""
+        n, sides = self.outputs * self.inputs, (self.outputs, self.inputs)
+        if self.format in (F32, BF16):
+            values = uniform(stream, n) if self.format == F32 else cut(uniform(stream, n))
+            shaped = values.reshape(sides[::-1]).T if self.transposed else values.reshape(sides)
+            return shaped.astype(np.float64)
+        if self.format == INT8:
+            values = (random(stream, n) >> np.uint64(56)).astype(np.uint8).view(np.int8).reshape(sides)
+            scale = (np.float32(2) + uniform(stream + 1, self.outputs)) / np.float32(256)
+            return values.astype(np.float64) * scale.astype(np.float64)[:, None]
+        groups = -(-self.inputs // self.group)
+        packed = (random(stream, n // 2) >> np.uint64(56)).astype(np.uint8)
+        levels = np.stack((packed & 15, packed >> 4), axis=-1).reshape(sides).astype(np.float64)
+        scale = cut((np.float32(2) + uniform(stream + 1, self.outputs, groups)) / np.float32(16))
+        zero = cut(np.float32(8) + np.float32(4) * uniform(stream + 2, self.outputs, groups))
+        return (levels - self._spread(zero)) * self._spread(scale)
+
+    def _spread(self, parts: Any) -> Floats:
+        return np.repeat(parts.astype(np.float64), self.group, axis=1)[:, : self.inputs]
+
+
+def shape(form: int, outputs: int, inputs: int, group: int = 32) -> Shape:
+    return Shape(form, outputs, inputs, group=group if form == INT4 else 0)
+
+
+def case(name: str, kind: int, tolerance: float, *parts: bytes) -> bytes:
+    return struct.pack("<48sif", name.encode(), kind, tolerance) + b"".join(parts)
+
+
+def floats(x: Any) -> bytes:
+    return np.ascontiguousarray(x, "<f4").tobytes()
+
+
+def numbers(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}i", *values)
+
+
+# ---- calls
+
+
+def linear(matrix: Shape, n: int, peaks: bool = False) -> bytes:
+    stream = next(_streams)
+    x = (peaked if peaks else uniform)(stream, n, matrix.inputs)
+    y = x.astype(np.float64) @ matrix.numbers(stream + 1).T
+    tolerance = TOLERANCE[matrix.format][n > GEMV_ROWS]
+    if peaks and matrix.format == INT4:
+        tolerance *= 2
+    parts = numbers(n, peaks, stream), matrix.pack(), numbers(stream + 1), floats(y)
+    return case(f"{matrix}, {n} rows" + " with peaks" * peaks, LINEAR, tolerance, *parts)
+
+
+def layer_norm(x: Floats, weight: Any, eps: float) -> Floats:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float64(np.float32(eps))) * weight
+
+
+def head(matrix: Shape, n: int, normed: bool) -> bytes:
+    stream, eps = next(_streams), 1e-5
+    x = uniform(stream, n, matrix.inputs).astype(np.float64)
+    if normed:
+        x = layer_norm(x, uniform(stream + 1, matrix.inputs), eps)
+    y = x @ matrix.numbers(stream + 2).T
+    parts = numbers(n, stream, normed), struct.pack("<f", eps), matrix.pack(), numbers(stream + 2), floats(y)
+    return case(f"head {matrix}, {n} rows", HEAD, TOLERANCE[matrix.format][0], *parts)
+
+
+ACTIVATIONS = (
+    lambda x: x / (1 + np.exp(-x)),
+    lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
+    lambda x: np.maximum(x, 0),
+)
+
+
+def sum_of_experts(up: Shape, down: Shape, stream: int, activation: int, x: Floats, ids: Any, weights: Any) -> Floats:
+    out = np.zeros_like(x)
+    for expert in range(int(ids.max()) + 1):
+        w1, v1, w2 = (s.numbers(stream + 4 * (3 * expert + i)) for i, s in enumerate((up, up, down)))
+        inner = ACTIVATIONS[activation](x @ w1.T) * (x @ v1.T)
+        out += (inner @ w2.T) * np.where(ids == expert, weights, 0).sum(-1, keepdims=True)
+    return out
+
+
+def experts(form: int, n: int, d: int, hidden: int, n_experts: int, top_k: int, activation: int = 0) -> bytes:
+    stream = next(_streams)
+    up, down = shape(form, hidden, d), shape(form, d, hidden)
+    if form in (F32, BF16):
+        down = replace(down, transposed=True)
+    ids = np.random.default_rng(n).permuted(np.tile(np.arange(n_experts), (n, 1)), axis=1)[:, :top_k]
+    x, weights = uniform(stream, n, d).astype(np.float64), uniform(stream + 1, n, top_k).astype(np.float64)
+    out = sum_of_experts(up, down, stream + 10, activation, x, ids, weights)
+    many = n * top_k > GEMV_ROWS * n_experts
+    parts = (
+        *(numbers(n, d, n_experts, top_k, activation, stream), up.pack(), down.pack(), numbers(stream + 10)),
+        *(numbers(*ids.reshape(-1)), floats(out)),
+    )
+    return case(f"experts {up}, {n} rows", EXPERTS, 3 * TOLERANCE[form][many], *parts)
+
+
+def step(*settings: Any, **more: Any) -> bytes:
+    """With random numbers by which no two experts are nearly as good."""
+    return next(filter(None, (_step(stream, *settings, **more) for stream in _streams)))
+
+
+def _step(
+    stream: int, form: int, kv_format: int, by_head: bool, positions: tuple[int, ...], clip: float = 8,
+    order: float = 1, activation: int = 0,
+) -> bytes | None:  # fmt: skip
+    d, heads, kv_heads, head_dim, n_experts, top_k, hidden, block, eps = 64, 4, 2, 16, 6, 3, 48, 8, 1e-5
+    n, width = len(positions), kv_heads * head_dim
+    Wqkv, out_proj, router = shape(form, (heads + 2 * kv_heads) * head_dim, d), shape(form, d, d), shape(F32, 6, d)
+    up, down = shape(form, hidden, d), shape(form, d, hidden)
+    if form in (F32, BF16):
+        down = replace(down, transposed=True)
+    norm_1, norm_2 = uniform(stream + 1, d), uniform(stream + 2, d)
+    x = uniform(stream, n, d).astype(np.float64)
+    qkv = np.clip(layer_norm(x, norm_1, eps) @ Wqkv.numbers(stream + 3).T, -clip, clip)
+    qkv = qkv.reshape(n, heads + 2 * kv_heads, head_dim)
+    y, keys, values = np.zeros((n, heads, head_dim)), np.zeros((n, width)), np.zeros((n, width))
+    for i, position in enumerate(positions):
+        of_row = stream + 10 + 4 * i
+        cos, sin = uniform(of_row + 2, head_dim).astype(np.float64), uniform(of_row + 3, head_dim).astype(np.float64)
+        qk = qkv[i, : heads + kv_heads]
+        qk = qk * cos + np.roll(qk, head_dim // 2, axis=-1) * sin
+        k, v = qk[heads:], qkv[i, heads + kv_heads :]
+        k, v = (k, v) if kv_format == F32 else (nearest_bf16(k), nearest_bf16(v))
+        blocks = position // block + 1
+        past = []
+        for part, new in enumerate((k, v)):
+            sides = (blocks, kv_heads, block, head_dim) if by_head else (blocks, block, kv_heads, head_dim)
+            kept = uniform(of_row + part, *sides)
+            kept = (kept if kv_format == F32 else cut(kept)).astype(np.float64)
+            kept = kept.transpose(0, 2, 1, 3) if by_head else kept
+            past.append(np.concatenate((kept.reshape(-1, kv_heads, head_dim)[:position], new[None])))
+        for h in range(heads):
+            scores = past[0][:, h * kv_heads // heads] @ qk[h] * head_dim**-0.5
+            shares = np.exp(scores - scores.max())
+            y[i, h] = shares / shares.sum() @ past[1][:, h * kv_heads // heads]
+        keys[i], values[i] = k.reshape(-1), v.reshape(-1)
+    x = x + y.reshape(n, -1) @ out_proj.numbers(stream + 5).T
+    normed = layer_norm(x, norm_2, eps)
+    logits = normed @ router.numbers(stream + 7).T
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    ids = np.argsort(-probabilities, axis=-1)[:, :top_k]
+    ordered = -np.sort(-probabilities, axis=-1)
+    if (ordered[:, :top_k] < 1.2 * ordered[:, 1 : top_k + 1]).any():
+        return None
+    weights = np.take_along_axis(probabilities, ids, axis=-1)
+    if order:
+        weights = weights / np.linalg.norm(weights, order, axis=-1, keepdims=True)
+    out = x + sum_of_experts(up, down, stream + 40, activation, normed, ids, weights)
+    parts = (
+        numbers(n, d, heads, kv_heads, head_dim, n_experts, top_k, activation, order > 0),
+        struct.pack("<3f", order, clip, eps),
+        numbers(block, by_head, kv_format, stream),
+        *(part for i, m in enumerate((Wqkv, out_proj, router)) for part in (m.pack(), numbers(stream + 3 + 2 * i))),
+        *(up.pack(), down.pack(), numbers(stream + 40), numbers(*positions)),
+        *(floats(part) for part in (x, normed, keys, values, probabilities, weights)),
+        *(numbers(*ids.reshape(-1)), floats(out)),
+    )
+    rounding = 3 * TOLERANCE[form][0] + (5e-3 if kv_format == BF16 else 1e-5)
+    return case(f"block {NAMES[form]}, cache {NAMES[kv_format]}", STEP, rounding, *parts)
+
+
+def quantize(floats_: Shape, to: Shape, scaled: bool) -> bytes:
+    stream = next(_streams)
+    weight = torch.tensor(floats_.numbers(stream)).float()
+    if scaled:
+        weight = weight * torch.tensor(uniform(stream + 3, to.outputs))[:, None]
+        weight = weight * torch.tensor(uniform(stream + 4, to.inputs))
+    if to.format == INT8:
+        wanted = int8.dequantize(int8.quantize(weight))
+    else:
+        wanted = int4.dequantize(int4.quantize(weight, to.group), to.group)
+    parts = floats_.pack(), numbers(stream), to.pack(), numbers(scaled, stream + 3), floats(wanted.numpy())
+    return case(f"quantize {floats_} to {NAMES[to.format]}", QUANTIZE, 1e-2, *parts)
+
+
+def cases() -> Iterator[bytes]:
+    """All calls, with odd sizes, few and many rows, every format."""
+    for form in (F32, BF16, INT8, INT4):
+        for n in (1, 3, 16, 19):
+            yield linear(shape(form, 37, 160), n)
+        for n in (1, 5, 33):
+            yield linear(shape(form, 72, 256, group=128), n, peaks=n > 1)
+        yield linear(shape(form, 19, 50), 2)  # a short group, and no whole vector
+        yield head(shape(form, 101, 64), 1, normed=True)
+        yield head(shape(form, 101, 64), 3, normed=False)
+        for n in (1, 3, 30):
+            yield experts(form, n, d=64, hidden=96, n_experts=3, top_k=2)
+        yield experts(form, 2, d=48, hidden=40, n_experts=5, top_k=4, activation=1 + form % 2)
+        yield step(form, F32, form % 2 == 0, (0, 5, 21))
+        yield step(form, BF16, form % 2 == 1, (16,), clip=0.5 if form else inf, order=form, activation=form % 3)
+    for form in (F32, BF16):
+        yield linear(Shape(form, 40, 96, transposed=True), 1)
+        yield linear(Shape(form, 40, 96, transposed=True), 20)
+        for to in () and (shape(INT8, 12, 80), shape(INT4, 12, 80), shape(INT4, 12, 80, group=64)):
+            for transposed in (False, True):
+                yield quantize(Shape(form, 12, 80, transposed), to, scaled=transposed)
+
+
+def main() -> None:
+    PATH.write_bytes(b"".join(cases()))
+    print(f"{PATH.name}: {PATH.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
