@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.decode import prefill
+from model.kernels import choose, probe
 from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
-from model.quantization import choose, probe
 
 if TYPE_CHECKING:
     from model.transformer import DbrxForCausalLM

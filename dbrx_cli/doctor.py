@@ -325,7 +325,7 @@ def attention(device: torch.device) -> Iterator[Check]:
 
 def kernels() -> Iterator[Check]:
     """Which kernel multiplies each form of weights on this CPU."""
-    from model.quantization import probe
+    from model.kernels import probe
 
     kinds = probe()
     yield Check("kernels", "ok", ", ".join(f"{kind}: {name}" for kind, name in kinds.items()), facts=dict(kinds))

@@ -106,7 +106,14 @@ def option(
     )
 
 
-def switch(*flags: str, help: str, panel: str | None = None, setting: bool = False, callback: Any = None) -> Any:
+def switch(
+    *flags: str,
+    help: str,
+    panel: str | None = None,
+    setting: bool = False,
+    hidden: bool = False,
+    callback: Any = None,
+) -> Any:
     """A flag without a value; with `setting` it has a variable and a key in the settings file."""
     return typer.Option(
         *flags,
@@ -116,6 +123,7 @@ def switch(*flags: str, help: str, panel: str | None = None, setting: bool = Fal
         show_envvar=False,
         show_default=False,
         metavar="",
+        hidden=hidden,
         callback=callback,
         is_eager=callback is not None,
     )
@@ -185,9 +193,7 @@ class ModelOptions(WhichModel):
     ] = "none"
     compile: Annotated[
         bool,
-        switch(
-            "--compile", panel=MODEL, setting=True, help="Compile decoding for this CPU, once; faster from then on."
-        ),
+        switch("--compile", panel=MODEL, setting=True, hidden=True, help="Has no effect any more."),
     ] = False
     device_map: Annotated[
         str,

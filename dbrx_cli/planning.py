@@ -15,7 +15,7 @@ from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
 from model.hub import resolve
 from model.machine import limited, parse_devices, this_machine
-from model.placement import COMPILED_ON_GPU, FORMATS, QUANTIZED_ON_GPU, Machine, Placement, Rates, place
+from model.placement import FORMATS, QUANTIZED_ON_GPU, Machine, Placement, Rates, place
 
 if TYPE_CHECKING:
     from model.formats import Extent
@@ -55,8 +55,6 @@ class Question:
         quantize = found.quantize if options.quantize == "none" else options.quantize
         if machine.gpus and quantize != "none":
             raise ModelError(*QUANTIZED_ON_GPU)
-        if machine.gpus and options.compile:
-            raise ModelError(*COMPILED_ON_GPU)
         dtype = found.dtype if options.dtype == "auto" else options.dtype
         if options.attn == "flash" and (not machine.gpus or dtype == "float32"):
             raise ModelError("flash attention needs an NVIDIA GPU, and bfloat16 or float16", "leave out --attn")

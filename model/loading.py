@@ -14,16 +14,18 @@ import torch
 
 from .adapters import AdaptedWeights, attach, digest, read_adapter
 from .checkpoint import expected_tensors
-from .compiled import Compiler, compile_into, form_of
 from .devices import AUTOMATIC, CONTEXT, DeviceMap, dispatch, plan_devices
 from .errors import ModelError
 from .formats import Weights, open_weights
 from .generation_config import GenerationConfig
 from .hub import resolve
+from .kernels.native_block import decode_natively
+from .kernels.native_call import set_threads
 from .offload import decide, one_device, stream_experts, take_out_experts
-from .packing import QUANTIZED, Packing, choose_packing, pack_into, take_out_dense
+from .packing import Packing, choose_packing, pack_into, take_out_dense
 from .parallel import Ranks, ShardedWeights, localize
-from .placement import COMPILED_ON_GPU, QUANTIZED_ON_GPU
+from .placement import QUANTIZED_ON_GPU
+from .quantization import SCHEMES
 
 if TYPE_CHECKING:
     from .transformer import DbrxForCausalLM
@@ -53,7 +55,6 @@ def from_pretrained(
     adapter: str | Path | None = None,
     quantize: str = "none",
     pack: bool = False,
-    compiler: Compiler | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
     """Load a checkpoint from a folder or a Hub id, ready for inference.
@@ -66,12 +67,11 @@ def from_pretrained(
     expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
     left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
     (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders weights
-    for the CPU's kernels: faster, but they are copied and no parameters any more. `compiler` packs them for compiled
-    functions, through which decoding one row goes then (`compiled`). `progress` hears bytes read and bytes
-    in all.
+    for the CPU's kernels: faster, but they are no parameters any more. `progress` hears bytes read and bytes in all.
 
     `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
     """
+    set_threads()
     folder = resolve(name_or_path, revision=revision, token=token)
     with open_weights(folder) as opened:
         changes = read_adapter(adapter, opened.config) if adapter is not None else {}
@@ -81,7 +81,7 @@ def from_pretrained(
         adapted: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
         weights: Weights = adapted if ranks is None else ShardedWeights(adapted, ranks)
         chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights)
-        packing = _packing(quantize, pack, weights, chosen, device_map, compiler) if ranks is None else None
+        packing = _packing(quantize, pack, weights, chosen, device_map) if ranks is None else None
         if packing is not None:
             chosen = packing.dtype
             device_map = "cpu"
@@ -95,14 +95,6 @@ def from_pretrained(
         if streamed != "none":
             take_out_experts(network)
             device_map = one_device(device_map)
-            if packing is not None and packing.compiled and (plain := choose_packing(quantize, weights, chosen)):
-                # Experts that come one by one go through no compiled function, and as those hold them are slow without.
-                packing = packing._replace(experts=plain.experts)
-        functions = None
-        if compiler is not None:
-            if packing is None or (changes and beside):
-                raise ModelError(*COMPILED_ON_GPU)
-            functions = compiler.functions(form_of(weights.config, packing, experts=streamed == "none"))
         if packing is not None:
             take_out_dense(network)
             take_out_experts(network)
@@ -112,10 +104,11 @@ def from_pretrained(
         if packing is not None:
             pack_into(network, weights, packing, reading.advance, experts=streamed == "none")
             network.packing = packing
-            if functions is not None:
-                compile_into(network, functions)
+            network.transformer.set_kv_dtype(packing.kv_dtype)
         if streamed != "none":
             stream_experts(network, weights, chosen, packing, host=streamed == "cpu", budget=expert_cache)
+        if not (changes and beside):  # what lies beside a layer, a native step would not see
+            decode_natively(network)
     if beside:
         attach(network, changes)
     network.adapter = digest(changes)
@@ -165,18 +158,17 @@ def _packing(
     weights: Weights,
     dtype: torch.dtype,
     device_map: str | int | torch.device | DeviceMap | None,
-    compiler: Compiler | None,
 ) -> Packing | None:
     """The kernels that the weights are to be packed for; None leaves them as they are."""
     wanted = quantize if quantize != "none" else weights.quantization
     on_cpu = (
         device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
     )
-    if wanted in QUANTIZED and not on_cpu:
+    if wanted in SCHEMES and not on_cpu:
         raise ModelError(*QUANTIZED_ON_GPU)
-    if wanted not in QUANTIZED and not (on_cpu and (pack or compiler is not None)):
+    if wanted not in SCHEMES and not (on_cpu and pack):
         return None
-    return choose_packing(quantize, weights, dtype, compiled=compiler is not None)
+    return choose_packing(quantize, weights, dtype)
 
 
 class Reading:

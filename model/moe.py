@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,7 @@ from torch.nn import functional
 
 from .config import DbrxConfig, DbrxFFNConfig
 from .experts import ResidentExperts
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-}
+from .kernels import ACTIVATIONS
 
 
 class DbrxRouter(nn.Module):
@@ -28,15 +23,15 @@ class DbrxRouter(nn.Module):
         self.layer = nn.Linear(d_model, config.moe_num_experts, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n, d_model] -> probabilities [n, experts], weights [n, top_k], chosen ids [n, top_k].
+        """x [n, d_model] -> probabilities [n, experts], weights [n, top_k], expert_ids [n, top_k].
 
         Softmax and norm are in float32, as Databricks defines them; probabilities and weights in the dtype of x.
         """
         probabilities = self.layer(x).softmax(dim=-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        weights, expert_ids = probabilities.topk(self.top_k, dim=-1)
         if self.norm is not None:
             weights = weights / weights.norm(p=self.norm, dim=-1, keepdim=True)
-        return probabilities.to(x.dtype), weights.to(x.dtype), chosen
+        return probabilities.to(x.dtype), weights.to(x.dtype), expert_ids
 
 
 class DbrxFFN(nn.Module):
@@ -56,8 +51,8 @@ class DbrxFFN(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [batch, seq, d_model] -> the same shape, and router probabilities [batch * seq, experts]."""
         flat = x.flatten(0, 1)
-        probabilities, weights, chosen = self.router(flat)
-        return self.experts(flat, chosen, weights).view_as(x), probabilities
+        probabilities, router_weights, expert_ids = self.router(flat)
+        return self.experts(flat, expert_ids, router_weights).view_as(x), probabilities
 
 
 def load_balancing_loss(router_probabilities: Sequence[Tensor], top_k: int, mask: Tensor | None) -> Tensor:

@@ -10,14 +10,11 @@ import torch
 
 from .devices import AUTOMATIC, DeviceMap, too_large
 from .errors import ModelError
-from .experts import FloatKernel
-from .experts.stored_int8 import StoredInt8Kernel
 from .experts.streamed import StreamedExperts, open_store
+from .kernels import streamed_experts_of
 from .machine import available_memory, parse_size
-from .moe import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from .experts import Kernel
     from .formats import Weights
     from .packing import Packing
     from .transformer import DbrxForCausalLM
@@ -89,19 +86,15 @@ def stream_experts(
 ) -> None:
     """Give a network whose other weights are read the experts of `weights`; see `open_store`.
 
-    They are packed if they are quantized on their way, and if they are stored in int4. Floats and int8 compute as they
-    were read: to reorder them for a faster kernel would take longer than it saves.
+    They are packed if they are quantized on their way. Else they compute as they were read, where a kernel can.
     """
     devices = {parameter.device for parameter in network.parameters()}
     if len(devices) > 1:
         listed = ", ".join(sorted(map(str, devices)))
         raise ModelError(f"streamed experts compute on one device, not on {listed}", "give --device-map one device")
     config = network.config
-    activation = ACTIVATIONS[str(config.ffn_config.activation)]
-    kernel: Kernel = FloatKernel(activation)
-    if packing is not None and packing.experts.quantization != "none":
-        stored_int8 = packing.experts.quantization == weights.quantization == "int8"
-        kernel = StoredInt8Kernel(activation) if stored_int8 else packing.experts
+    experts = packing.experts if packing is not None else None
+    kernel = streamed_experts_of(experts, str(config.ffn_config.activation), weights.quantization)
     store = open_store(weights, kernel, dtype, devices.pop(), host=host, budget=budget)
     for layer, block in enumerate(network.transformer.blocks):
         block.get_submodule("ffn").experts = StreamedExperts(store, layer, kernel, config.ffn_config.moe_num_experts)

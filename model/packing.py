@@ -17,19 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .experts import MatricesKernel, PackedExperts, packed_expert
+from .experts import PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
-from .moe import ACTIVATIONS
-from .quantization import KERNELS, ROWS, MatrixKernel, PackedLinear, choose
-from .quantization.blocks import fit
+from .kernels import KERNELS, GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
+from .quantization import DENSE, SCHEMES
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
-    from .config import DbrxConfig
     from .formats import Extent, Weights
     from .transformer import DbrxBlock, DbrxForCausalLM
 
-QUANTIZED = ("int8", "int4")
 UNDER_WAY = 0.1  # of the packed weights' size: what experts that are being packed may take beside
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SMALL, LARGE = 2**16, 2**25  # bytes that are mapped by themselves; the larger is the most that glibc takes
@@ -39,14 +36,14 @@ KEPT = 2**27  # bytes that may stay free at the end of the heap
 class Packing(NamedTuple):
     """The kernels of a network: one for the experts, one for attention and head."""
 
-    quantize: str  # none, int8 or int4
-    experts: MatricesKernel
-    dense: MatrixKernel
-    compiled: bool = False  # for functions of `compiled`, which want the experts of a layer stacked
+    quantize: str  # none, or a key of `SCHEMES`
+    experts: GluExpertKernel
+    dense: LinearKernel
+    kv_dtype: torch.dtype | None = None  # of the cached keys and values, where not the activations'
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations: those of the weights where nothing is quantized, float32 where products are."""
+        """Of the activations: float32, but for torch's products with bfloat16 weights."""
         return self.dense.dtype
 
     @property
@@ -56,37 +53,29 @@ class Packing(NamedTuple):
         return " + ".join(names)
 
 
-def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype, compiled: bool = False) -> Packing | None:
-    """int8, int4, or none; none keeps what is stored, be it quantized, and packs floats where a kernel for them is.
+def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packing | None:
+    """A scheme, or none, which keeps what is stored, be it quantized, and packs floats where a kernel for them is.
 
-    None where the weights are computed with as they lie in the files. compiled: for functions of `compiled`.
+    None where the weights are computed with as they lie in the files.
     """
-    if quantize not in ("none", *QUANTIZED):
-        raise ValueError(f"quantize {quantize!r} is not one of none, {', '.join(QUANTIZED)}")
-    if quantize == "none" and weights.quantization in QUANTIZED:
+    if quantize not in ("none", *SCHEMES):
+        raise ValueError(f"quantize {quantize!r} is not one of none, {', '.join(SCHEMES)}")
+    if quantize == "none" and weights.quantization in SCHEMES:
         quantize = weights.quantization
-    rows = " rows" if compiled else ""
+    activation = str(weights.config.ffn_config.activation)
     if quantize == "none":
-        name = str(dtype).removeprefix("torch.") + rows
-        dense = choose(name) if name in KERNELS | ROWS else None
+        name = str(dtype).removeprefix("torch.")
+        dense = choose(name) if name in KERNELS else None
         if dense is None:
             return None
-        shape = weights.config.ffn_config.ffn_hidden_size, weights.config.d_model
-        in_blocks = compiled and dtype == torch.bfloat16 and fit(shape, shape[::-1])
-        experts = choose("bfloat16 blocks") if in_blocks else dense
-        assert experts is not None
-        return Packing("none", _experts(experts, weights.config), dense, compiled)
+        # What a native kernel computes in float32 is cached in the type that was asked for, as torch's would be.
+        return Packing("none", experts_of(dense, activation), dense, kv_dtype=dtype if dtype != dense.dtype else None)
     group = None
-    if isinstance(weights, QuantizedWeights) and quantize == weights.quantization == "int4":
+    if isinstance(weights, QuantizedWeights) and quantize == weights.quantization and SCHEMES[quantize].groups:
         group = weights.group
-    dense = choose("int8" + rows)
-    experts = choose("int4" + rows, group) if quantize == "int4" else dense
+    dense, experts = choose(DENSE), choose(quantize, group)
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
-    return Packing(quantize, _experts(experts, weights.config), dense, compiled)
-
-
-def _experts(kernel: MatrixKernel, config: DbrxConfig) -> MatricesKernel:
-    return MatricesKernel(kernel, ACTIVATIONS[str(config.ffn_config.activation)])
+    return Packing(quantize, experts_of(experts, activation), dense)
 
 
 def take_out_dense(network: DbrxForCausalLM) -> None:
@@ -101,33 +90,41 @@ def pack_into(
     """Give a network the packed matrices of attention and head, and of the experts if they are to lie in memory.
 
     Read and packed on as many threads as compute, a matrix or an expert each; `advance` hears bytes as they are stored.
+    What a kernel reads as it is stored stays in the mapped file, uncopied, so processes share it.
     """
     ffn = weights.config.ffn_config
+    every: list[list[Packed]] = [[()] * ffn.moe_num_experts for _ in range(weights.config.n_layers)]
+    mapped = reads_mapped(packing.experts, weights)
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
         packed = _pack_dense(weights, packing.dense, name)
         setattr(module, attribute, PackedLinear(packing.dense, packed, last=module is network))
-        weights.give_back()  # each at once: all of them together would be in memory twice
+        if not mapped:
+            weights.give_back()  # each at once: all of them together would be in memory twice
         return weights.nbytes_of(name)
 
-    def expert(held: PackedExperts, layer: int, i: int) -> int:
-        packed = packed_expert(packing.experts, weights, layer, i, read_expert(weights, layer, i))
-        if packing.compiled:
-            held.stack(i, packed)
-        else:
-            held.experts[i] = packed
+    def expert(layer: int, i: int) -> int:
+        data = None if mapped else read_expert(weights, layer, i)
+        every[layer][i] = packed_expert(packing.experts, weights, layer, i, data)
         return sum(extent.nbytes for extent in weights.expert_extents(layer, i))
 
     jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest
     if experts:
-        for layer, block in enumerate(_blocks(network)):
-            block.ffn.experts = held = PackedExperts(packing.experts, [()] * ffn.moe_num_experts)
-            jobs += [partial(expert, held, layer, i) for i in range(ffn.moe_num_experts)]
+        jobs += [partial(expert, layer, i) for layer, held in enumerate(every) for i in range(len(held))]
     # A dense matrix counts as an expert: there are few.
     size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
     with threads(at_once(weights, int(size * UNDER_WAY))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
+    if experts:
+        for block, held in zip(_blocks(network), every, strict=True):
+            block.ffn.experts = PackedExperts(packing.experts, held)
+
+
+def reads_mapped(kernel: GluExpertKernel, weights: Weights) -> bool:
+    """Whether a kernel computes with the very bytes of the checkpoint."""
+    same = weights.plain_experts if kernel.quantization == "none" else kernel.quantization == weights.quantization
+    return kernel.reads_stored and same
 
 
 def at_once(weights: Weights, room: int) -> int:
@@ -137,8 +134,8 @@ def at_once(weights: Weights, room: int) -> int:
     return max(1, min(torch.get_num_threads(), room // floats))
 
 
-def _pack_dense(weights: Weights, kernel: MatrixKernel, name: str) -> tuple[Any, ...]:
-    if isinstance(weights, QuantizedWeights) and kernel.quantization == "int8":
+def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any, ...]:
+    if isinstance(weights, QuantizedWeights) and kernel.quantization == DENSE:
         return kernel.load(weights.quantized_matrix(name))
     return kernel.pack(weights.read(name))
 

@@ -11,16 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 
 from .config import DbrxConfig
+from .quantization import DENSE, SCHEMES
 
 CHUNK = 512  # tokens that prefill reads at once
 CACHE_START = 256  # capacity of an empty KV cache; it grows by doubling
 CACHE_SHARE = 0.75  # of the memory that is left: what experts from elsewhere get, unless the user says how much
 # What loading refuses beside a GPU, and a plan with the same options as well: what is wrong, and what to type.
 QUANTIZED_ON_GPU = "quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize"
-COMPILED_ON_GPU = (
-    "compiled steps are for one CPU, in float32 or bfloat16, int8 or int4, without an adapter beside them",
-    "leave out --compile",
-)
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,9 @@ FORMATS = {
     "float32": Format("float32", 4, 4, 4),
     "bfloat16": Format("bfloat16", 2, 2, 2),
     "float16": Format("float16", 2, 2, 2),
-    "int8": Format("int8", 1, 1, 2),  # a scale an output channel does not count
-    "int4": Format("int4", 0.5 + 4 / 32, 1, 2),  # scale and zero point of 2 bytes each a group of 32
-    "int4-g128": Format("int4-g128", 0.5 + 4 / 128, 1, 2),
+} | {
+    name: Format(name, SCHEMES[scheme].bytes_per_weight(group), SCHEMES[DENSE].bytes_per_weight(), 2)
+    for name, scheme, group in (("int8", "int8", 0), ("int4", "int4", 32), ("int4-g128", "int4", 128))
 }
 
 

@@ -23,12 +23,12 @@ from torch.nn.functional import linear
 
 from .config import DbrxConfig
 from .decode import prefill
-from .experts import Kernel, PackedExperts
+from .experts import PackedExperts
 from .formats import FloatExpert, QuantizedExpert, QuantizedMatrix, open_weights
 from .formats.write_quantized import Writer
+from .kernels import GluExpertKernel, PackedLinear
 from .kv_cache import KVCache
 from .placement import FORMATS, Rates
-from .quantization import PackedLinear
 from .transformer import DbrxForCausalLM
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
@@ -41,7 +41,7 @@ def measure(config: DbrxConfig, format: str, streamed: bool = False, nbytes: int
     """The rates of a format in `placement.FORMATS` for networks like `config`, with experts in memory or streamed."""
     with tempfile.TemporaryDirectory(prefix="dbrx-plan-") as folder, torch.inference_mode():
         network = _tiny(config, format, streamed, Path(folder))
-        kernel = cast(Kernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
+        kernel = cast(GluExpertKernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
         experts, packing = _experts(config, format, kernel, network.dtype, nbytes)
         return Rates(
             dense=_dense(config, network, nbytes),
@@ -75,7 +75,9 @@ def _step(network: DbrxForCausalLM) -> float:
     return _median(lambda i: network(ids[:, i % PROMPT, None], past_key_values=cache))
 
 
-def _experts(config: DbrxConfig, format: str, kernel: Kernel, dtype: torch.dtype, nbytes: int) -> tuple[float, float]:
+def _experts(
+    config: DbrxConfig, format: str, kernel: GluExpertKernel, dtype: torch.dtype, nbytes: int
+) -> tuple[float, float]:
     """Bytes a second of the experts of a token, and the seconds a byte that it takes to pack one."""
     top_k, per_weight = config.ffn_config.moe_top_k, FORMATS[format].experts
     width, hidden = config.d_model, config.ffn_config.ffn_hidden_size

@@ -57,7 +57,7 @@ class Layout:
         weights = (next(block.parameters()) for block in network.transformer.blocks)
         devices = (network.device if weight.is_meta else weight.device for weight in weights)
         config = network.config
-        return cls(config.attn_config.kv_n_heads, config.head_dim, network.dtype, tuple(devices))
+        return cls(config.attn_config.kv_n_heads, config.head_dim, network.kv_dtype, tuple(devices))
 
 
 def write_block(file: BinaryIO, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -6,10 +6,11 @@ only act in training, are not applied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Step:
     attend: Attend
     cache: KVCache | None
     want_attentions: bool
+    keeps_hidden: bool  # the residual stream between blocks is looked at: none may write into it
     last_only: bool  # the last block's output is wanted of the last position alone
 
 
@@ -53,6 +55,7 @@ class DbrxAttention(nn.Module):
         self.head_dim = config.head_dim
         self.clip = config.attn_config.clip_qkv
         self.heads = [config.n_heads, config.attn_config.kv_n_heads, config.attn_config.kv_n_heads]
+        self.kv_dtype: torch.dtype | None = None  # in which keys and values are cached; None: as they are computed
         self.Wqkv = nn.Linear(config.d_model, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
@@ -66,7 +69,8 @@ class DbrxAttention(nn.Module):
         q, k = torch.split(rotate(qk, cos, sin), self.heads[:2], dim=-2)
         plan = step.plan
         if step.cache is not None:
-            k, v = step.cache.append(self.layer, k, v, plan)
+            kept = self.kv_dtype or q.dtype
+            k, v = (part.to(q.dtype) for part in step.cache.append(self.layer, k.to(kept), v.to(kept), plan))
         else:
             k, v = (plan.compact(part)[:, : plan.kv_len] for part in (k, v))
         weights = None
@@ -131,6 +135,11 @@ class DbrxModel(nn.Module):
         weight = next(self.blocks[0].parameters())
         self.attention, self._attend = choose(name, weight.device, weight.dtype)
 
+    def set_kv_dtype(self, dtype: torch.dtype | None) -> None:
+        """Choose in which type keys and values are cached; None: that of the activations."""
+        for block in cast("Iterator[DbrxBlock]", self.blocks):
+            block.norm_attn_norm.attn.kv_dtype = dtype
+
     @property
     def device(self) -> torch.device:
         """Where input ids belong."""
@@ -169,16 +178,18 @@ class DbrxModel(nn.Module):
         valid = None if attention_mask is None else attention_mask[:, -seq:].bool().to(x.device)
         plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
         head_dim, theta = self.config.head_dim, self.config.attn_config.rope_theta
-        if plan.lone and position_ids is None:
+        if plan.single_token and position_ids is None:
             cos, sin = rotary_row(plan.starts[0], head_dim, theta, x.device)
         else:
             positions = plan.positions if position_ids is None else position_ids.to(x.device)
             cos, sin = rotary_table(positions, head_dim, theta)
-        step = Step(plan, self._attend, cache, output_attentions, last_only)
+        keeps_hidden = output_hidden_states or inputs_embeds is not None
+        step = Step(plan, self._attend, cache, output_attentions, keeps_hidden, last_only)
 
         hidden, routers, attentions = [], [], []
         for block in self.blocks:
-            hidden.append(x)
+            if output_hidden_states:
+                hidden.append(x)
             x, probabilities, weights = block(x, cos, sin, step)
             routers.append(probabilities)
             if weights is not None:
@@ -221,6 +232,11 @@ class DbrxForCausalLM(nn.Module):
     def dtype(self) -> torch.dtype:
         """The activations' dtype."""
         return self.transformer.norm_f.weight.dtype
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """In which keys and values are cached."""
+        return cast("DbrxBlock", self.transformer.blocks[0]).norm_attn_norm.attn.kv_dtype or self.dtype
 
     def __getattr__(self, name: str) -> Any:
         try:

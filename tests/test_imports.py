@@ -54,7 +54,7 @@ def test_the_decode_loop_sees_no_text() -> None:
         assert not any(within(name, f"model.{m}") for m in ("tokenizer", "detokenizer", "chat_template", "messages"))
 
 
-@pytest.mark.parametrize("folder", ["attention", "experts", "quantization"])
+@pytest.mark.parametrize("folder", ["attention", "experts", "kernels", "quantization"])
 def test_choices_do_not_know_who_chooses(folder: str) -> None:
     for path in (ROOT / "model" / folder).glob("*.py"):
         assert not any(within(name, "model.loading") for name in imported(path))

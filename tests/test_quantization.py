@@ -13,32 +13,31 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import silu
 
-from model import DbrxForCausalLM, KVCache, quantization
+from model import DbrxForCausalLM, KVCache, kernels
 from model.decode import prefill
 from model.errors import DbrxError, InputError, ModelError, ResourceError
-from model.experts import MatricesKernel, PackedExperts, ResidentExperts
-from model.experts.kernel import Kernel
-from model.experts.resident import FloatKernel
-from model.experts.stored_int8 import StoredInt8Kernel
+from model.experts import PackedExperts, ResidentExperts
 from model.formats import FloatExpert, open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
+from model.kernels import FloatGlu, GluExpertKernel, LinearKernel, experts_of, torch_int8, upcast
+from model.kernels.torch_floats import RowMajorKernel
+from model.kernels.torch_glu import LinearsGlu
+from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
+from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
-from model.quantization import MatrixKernel, blocks, int4, int8, widened
-from model.quantization.blocks import INPUTS, OUTPUTS, FloatBlocks
-from model.quantization.expert import equalizer, quantize_expert
+from model.quantization import int4, int8
+from model.quantization.equalize import equalizer, quantize_expert
 from tests.cli import Cli
 
 torch.set_num_threads(1)
-KERNELS = [build for kernels in (quantization.KERNELS | quantization.ROWS).values() for build in kernels]
+KERNELS = [build for several in kernels.KERNELS.values() for build in several]
 EXPERTS, HIDDEN, WIDTH = 16, 40, 48
 CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15}  # error of an output, as a share of the largest
 
 
-def works(build: Callable[[], MatrixKernel]) -> bool:
-    if build is FloatBlocks and not blocks.fit((OUTPUTS, INPUTS)):  # it is never chosen then
-        return False
-    return quantization.fault(build()) is None
+def works(build: Callable[[], LinearKernel]) -> bool:
+    return kernels.fault(build()) is None
 
 
 def share(ours: Tensor, exact: Tensor) -> float:
@@ -117,7 +116,7 @@ def test_numbers_that_are_not_finite_stay_so(build: type, rows: int) -> None:
     if not works(build):
         pytest.skip("not on this CPU")
     kernel = build()
-    layer = quantization.PackedLinear(kernel, kernel.pack(torch.ones(64, 32)), last=True)
+    layer = kernels.PackedLinear(kernel, kernel.pack(torch.ones(64, 32)), last=True)
     for bad in (torch.nan, torch.inf):
         x = torch.ones(rows, 32, dtype=kernel.dtype)
         x[0, 5] = bad
@@ -128,21 +127,21 @@ def test_numbers_that_are_not_finite_stay_so(build: type, rows: int) -> None:
 
 
 def test_a_kernel_that_computes_wrong_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(int8.AtenKernel):
-        def run(self, x: quantization.Rows, packed: quantization.Packed) -> Tensor:
+    class Wrong(AtenInt8):
+        def run(self, x: kernels.Rows, packed: kernels.Packed) -> Tensor:
             return super().run(x, packed).clamp(max=200)  # as sums of bytes that overflow
 
-    class Missing(int8.AtenKernel):
-        def run(self, x: quantization.Rows, packed: quantization.Packed) -> Tensor:
+    class Missing(AtenInt8):
+        def run(self, x: kernels.Rows, packed: kernels.Packed) -> Tensor:
             raise NotImplementedError("no such operator\nand a long story")
 
-    assert quantization.fault(Wrong()) == "computes wrong numbers on this CPU"
-    assert quantization.fault(Missing()) == "no such operator"
-    monkeypatch.setitem(quantization.KERNELS, "int8", (Wrong, Missing, int8.AtenKernel))
-    quantization.choose.cache_clear()
-    assert isinstance(quantization.choose("int8"), int8.AtenKernel)
-    assert quantization.probe()["int8"] == "int8 aten"
-    quantization.choose.cache_clear()
+    assert kernels.fault(Wrong()) == "computes wrong numbers on this CPU"
+    assert kernels.fault(Missing()) == "no such operator"
+    monkeypatch.setitem(kernels.KERNELS, "int8", (Wrong, Missing, AtenInt8))
+    kernels.choose.cache_clear()
+    assert isinstance(kernels.choose("int8"), AtenInt8)
+    assert kernels.probe()["int8"] == "int8 aten"
+    kernels.choose.cache_clear()
 
 
 def test_equalizing_changes_no_output() -> None:
@@ -164,18 +163,19 @@ def test_packed_experts_are_close_to_resident_ones(build: type, tokens: int) -> 
     if not works(build):
         pytest.skip("not on this CPU")
     torch.manual_seed(4)
-    hidden, width = (128, 64) if build is FloatBlocks else (HIDDEN, WIDTH)  # it takes whole blocks only
+    hidden, width = HIDDEN, WIDTH
     resident = ResidentExperts(EXPERTS, hidden, width, silu)
     for parameter in resident.parameters():
         parameter.data.normal_(0, 0.3)
     stacks = [getattr(resident.mlp, name).data.view(EXPERTS, hidden, width) for name in ("w1", "v1", "w2")]
-    kernel = MatricesKernel(build(), silu)
+    linear = build()
+    kernel = experts_of(linear, "silu")
     packed = PackedExperts(kernel, [kernel.pack(FloatExpert(*(stack[e] for stack in stacks))) for e in range(EXPERTS)])
     x = torch.randn(tokens, width)
     scores = torch.randn(tokens, EXPERTS) + torch.linspace(-2, 2, EXPERTS)  # uneven: some experts get no token
     weights, chosen = scores.softmax(-1).topk(4)
     with torch.no_grad():
-        out = packed(x.to(kernel.matrices.dtype), chosen, weights.to(kernel.matrices.dtype))
+        out = packed(x.to(linear.dtype), chosen, weights.to(linear.dtype))
         exact = resident(x, chosen, weights)
     assert share(out, exact) < 2 * CLOSE[kernel.quantization]
     assert not list(packed.parameters())
@@ -220,7 +220,7 @@ def test_a_quantized_network_is_near_the_whole_one(tiny_checkpoint: Path, quanti
 
 @torch.no_grad()
 def test_packed_bfloat16_is_as_near_as_bfloat16(tiny_checkpoint: Path) -> None:
-    if quantization.choose("bfloat16") is None:
+    if kernels.choose("bfloat16") is None:
         pytest.skip("not on this CPU")
     whole = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
     plain = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
@@ -398,7 +398,7 @@ def test_prefill_and_decode_of_a_batch(tiny_checkpoint: Path) -> None:
 
 def test_quantize_expert_is_what_a_kernel_packs() -> None:
     expert = FloatExpert(*(torch.randn(HIDDEN, WIDTH) for _ in range(3)))
-    kernel = MatricesKernel(int8.AtenKernel(), silu)
+    kernel = LinearsGlu(AtenInt8(), silu)
     packed, loaded = kernel.pack(expert), kernel.load(quantize_expert(expert, int8.quantize))
     for ours, theirs in zip(packed, loaded, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -406,18 +406,18 @@ def test_quantize_expert_is_what_a_kernel_packs() -> None:
 
 def test_extremes_in_a_row_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """One activation 200 times the others: with a second row the error stays that of the weights."""
-    if not works(int8.FbgemmKernel):
+    if not works(FbgemmKernel):
         pytest.skip("not on this CPU")
     torch.manual_seed(6)
     weight, x = torch.randn(64, 256), torch.randn(5, 256)
     x[:, 7] = 200
     exact = x @ int8.dequantize(int8.quantize(weight)).t()
-    kernel = int8.FbgemmKernel()
+    kernel = FbgemmKernel()
     packed = kernel.pack(weight)
     together = kernel.run(kernel.prepare(x), packed)
     alone = torch.cat([kernel.each(row, [packed]) for row in torch.split(x, 1)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-3)
-    monkeypatch.setattr(int8, "PEAK", torch.inf)
+    monkeypatch.setattr(torch_int8, "OUTLIER", torch.inf)
     coarse = kernel.run(kernel.prepare(x), packed)
     assert (together - exact).square().mean() < 1e-3 * (coarse - exact).square().mean()
 
@@ -425,14 +425,14 @@ def test_extremes_in_a_row_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch
 def test_rows_inside_an_expert_have_a_second_one_later() -> None:
     x = torch.ones(1, 1024)
     x[0, 7] = 9.2  # 8.9 root mean squares
-    assert int8.scale_rows(x, int8.LEVELS, inner=False)[2].tolist() == [True]
-    assert int8.scale_rows(x, int8.LEVELS, inner=True)[2].tolist() == [False]
+    assert torch_int8._scale_rows(x, int8.QMAX, inner=False)[2].tolist() == [True]
+    assert torch_int8._scale_rows(x, int8.QMAX, inner=True)[2].tolist() == [False]
 
 
 def test_bytes_that_are_summed_in_16_bits() -> None:
     """The largest sums fit, and all rows are as fine as 16 bits."""
-    kernel = int8.FbgemmKernel(int8.SUMMED)
-    if quantization.fault(kernel):
+    kernel = FbgemmKernel(torch_int8.SUMMED_QMAX)
+    if kernels.fault(kernel):
         pytest.skip("no FBGEMM here")
     torch.manual_seed(8)
     weight, x = torch.randn(64, 256), torch.randn(20, 256)
@@ -444,11 +444,11 @@ def test_bytes_that_are_summed_in_16_bits() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 30])
-def test_bfloat16_is_widened_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(widened, "PIECE", 1000)  # less than a matrix
-    kernel = quantization.rows.FloatRows(torch.bfloat16)
-    assert kernel.name == "bfloat16 rows widened"
+def test_bfloat16_is_upcast_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(upcast, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(upcast, "PIECE", 1000)  # less than a matrix
+    kernel = RowMajorKernel(torch.bfloat16)
+    assert kernel.name == "bfloat16 rows upcast"
     torch.manual_seed(9)
     x, weights = torch.randn(rows, 64).bfloat16(), [torch.randn(n, 64).bfloat16() for n in (48, 16)]
     out = kernel.run(kernel.prepare(x), kernel.pack(*weights))
@@ -458,28 +458,28 @@ def test_bfloat16_is_widened_where_the_processor_has_none(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
-def test_experts_as_they_are_stored_are_widened_too(
+def test_experts_as_they_are_stored_are_upcast_too(
     monkeypatch: pytest.MonkeyPatch, rows: int, kind: torch.dtype
 ) -> None:
-    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(widened, "PIECE", 1000)
+    monkeypatch.setattr(upcast, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(upcast, "PIECE", 1000)
     torch.manual_seed(10)
     expert = FloatExpert(*(torch.randn(HIDDEN, WIDTH).bfloat16() for _ in range(3)))
     x = torch.randn(rows, WIDTH).bfloat16()
-    kernel: Kernel = FloatKernel(silu) if kind == torch.bfloat16 else StoredInt8Kernel(silu)
+    kernel: GluExpertKernel = FloatGlu(silu) if kind == torch.bfloat16 else StoredInt8Glu(silu)
     w1, v1, w2 = (matrix.float() for matrix in expert)
     exact = (silu(x.float() @ w1.t()) * (x.float() @ v1.t())) @ w2
     out = kernel.run(kernel.prepare(x), None, kernel.pack(expert))
     assert out.dtype == torch.bfloat16 and share(out, exact) < CLOSE["none" if kind == torch.bfloat16 else "int8"]
 
 
-def test_gradients_reach_widened_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(widened, "PIECE", 1000)
+def test_gradients_reach_upcast_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upcast, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(upcast, "PIECE", 1000)
     torch.manual_seed(11)
     expert = [torch.randn(HIDDEN, WIDTH).bfloat16().requires_grad_() for _ in range(3)]
     exact = [part.detach().float().requires_grad_() for part in expert]
-    x, kernel = torch.randn(30, WIDTH).bfloat16(), FloatKernel(silu)
+    x, kernel = torch.randn(30, WIDTH).bfloat16(), FloatGlu(silu)
     for rows, parts in ((x, expert), (x.float(), exact)):
         kernel.run(kernel.prepare(rows), None, kernel.pack(FloatExpert(*parts))).square().sum().backward()
     for part, meant in zip(expert, exact, strict=True):
@@ -488,7 +488,7 @@ def test_gradients_reach_widened_experts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("build", KERNELS)
-def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], MatrixKernel]) -> None:
+def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], LinearKernel]) -> None:
     """A lone row times three matrices, and three rows times one each; none depends on those beside it."""
     if not works(build):
         pytest.skip("not on this CPU")

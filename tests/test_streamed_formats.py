@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from model.experts.stored_int8 import StoredInt8Kernel
 from torch import Tensor
 from torch.nn.functional import silu
 
 from model.decode import decode, prefill
 from model.errors import ModelError
-from model.experts.stored_int8 import StoredInt8Kernel
 from model.experts.streamed import READING_AHEAD
 from model.formats import QuantizedExpert, QuantizedMatrix, open_weights
 from model.formats.write_quantized import Writer

@@ -81,17 +81,16 @@ def bench(
 def _quality(folder: Path, options: ModelOptions, report: Report, text: Path, most: int) -> Quality:
     """Both networks on the text, one after the other: they may not fit into memory together."""
     from dbrx_cli.engine.local import load_network
-    from model.quality import CHUNK, compare, log_probabilities
+    from model.quality import compare, log_probabilities
     from model.tokenizer import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder).encode(decode(read_file(str(text)), str(text), "strict"))[:most]
     if len(ids) < 2:
         raise InputError(f"{text} has less than two tokens", "give a longer text")
-    whole = load_network(folder, replace(options, quantize="none", dtype="float32", compile=False), report)
+    whole = load_network(folder, replace(options, quantize="none", dtype="float32"), report)
     reference = log_probabilities(whole, ids)
     del whole
-    chunk = 1 if options.compile else CHUNK  # what is compiled is for one token
-    return compare(load_network(folder, options, report), reference, ids, chunk)
+    return compare(load_network(folder, options, report), reference, ids)
 
 
 def _show(machine: Machine, results: list[Result], quality: Quality | None) -> None:

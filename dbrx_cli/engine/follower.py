@@ -58,7 +58,6 @@ def lead(options: ModelOptions) -> Ranks | None:
         return None
     for flag, given in (
         ("--quantize", options.quantize != "none"),
-        ("--compile", options.compile),
         ("--offload", options.offload in ("cpu", "disk")),
     ):
         if given:

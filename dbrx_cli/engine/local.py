@@ -15,7 +15,6 @@ from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
-from dbrx_cli.private import CACHE, cache_folder, private_folder
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
 from model.errors import ContextError, InputError, ModelError, NotFiniteError
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dbrx_cli.engine.resume import Journal
-    from model.compiled import Compiler
     from model.config import DbrxConfig
     from model.constrain import SchemaMask
     from model.parallel import Ranks
@@ -393,13 +391,15 @@ def find_model(options: ModelOptions, report: Report) -> Path:
 def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ranks | None = None) -> DbrxForCausalLM:
     """Read the weights with a progress bar; with `ranks`, this rank's slices."""
     settle_waiting()
+    if options.compile:
+        report.notice("--compile has no effect any more: decoding goes through kernels that are built in")
     import torch
 
     from model.transformer import DbrxForCausalLM
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    with report.bar("Reading the weights", at_once=not options.compile) as advance:  # what compiles may take minutes
+    with report.bar("Reading the weights") as advance:
         network = DbrxForCausalLM.from_pretrained(
             folder,
             dtype=options.dtype,
@@ -413,7 +413,6 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
             context=options.context,
             ranks=ranks,
             adapter=options.adapter,
-            compiler=compiler(report) if options.compile else None,
             progress=advance,
         )
     if network.expert_store is not None:
@@ -421,14 +420,6 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
         tell = report.notice if options.offload == "auto" else report.detail
         tell(f"the experts do not fit into memory and are read when they are needed; {kept}")
     return network
-
-
-def compiler(report: Report) -> Compiler:
-    """Where compiled functions are kept: in the user's cache, which nobody else may write."""
-    from model.compiled import Compiler
-
-    text = "compiling for this processor, which is done once and takes a minute or two ..."
-    return Compiler(private_folder(cache_folder() / "compiled", CACHE), lambda: report.notice(text))
 
 
 def _blamed(fault: ModelError, source: Path | None) -> ModelError:

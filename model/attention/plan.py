@@ -16,8 +16,8 @@ class AttentionPlan:
     the step's n-th real token of a row sees that row's first `start + n + 1` keys.
 
     `seq` columns are computed; `starts` and `lengths` are the rows' keys before and after the step; `uniform` says
-    that all rows are equally long and none has padding, so that no mask is needed beyond causality; `lone` that there
-    is one token in all.
+    that all rows are equally long and none has padding, so that no mask is needed beyond causality; `one_each` that
+    each row has one token, `single_token` that there is one in all.
     """
 
     def __init__(self, starts: Sequence[int], seq: int, valid: Tensor | None, device: torch.device) -> None:
@@ -31,7 +31,8 @@ class AttentionPlan:
         counts = [seq] * len(self.starts) if valid is None else [int(n) for n in valid.sum(1)]
         self.lengths = [start + count for start, count in zip(self.starts, counts, strict=True)]
         self.uniform = valid is None and len(set(self.starts)) == 1
-        self.lone = self.uniform and seq == len(self.starts) == 1
+        self.one_each = valid is None and seq == 1
+        self.single_token = self.one_each and len(self.starts) == 1
         self._masks: dict[torch.device, Tensor] = {}
 
     @property

@@ -1,18 +1,6 @@
-"""A choice: where and how the experts' weights live."""
+"""A choice: where the experts' weights live."""
 
-from .kernel import Fetch, Kernel, Packed, mix, packed_expert
-from .matrices import MatricesKernel
-from .packed import PackedExperts
-from .resident import FloatKernel, ResidentExperts
+from .packed import PackedExperts, packed_expert
+from .resident import ResidentExperts
 
-__all__ = [
-    "Fetch",
-    "FloatKernel",
-    "Kernel",
-    "MatricesKernel",
-    "Packed",
-    "PackedExperts",
-    "ResidentExperts",
-    "mix",
-    "packed_expert",
-]
+__all__ = ["PackedExperts", "ResidentExperts", "packed_expert"]

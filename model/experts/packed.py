@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from threading import Lock
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .kernel import Kernel, Packed, mix
+from ..kernels import GluExpertKernel, Packed
+
+if TYPE_CHECKING:
+    from ..formats import Weights
 
 
 class PackedExperts(nn.Module):
     """A layer's experts as their kernel holds them. They are no parameters: nothing can save or move them."""
 
-    def __init__(self, kernel: Kernel, experts: Sequence[Packed]) -> None:
+    def __init__(self, kernel: GluExpertKernel, experts: Sequence[Packed]) -> None:
         super().__init__()
         self.kernel = kernel
-        self.experts = list(experts)
-        self.stacked: list[Tensor] = []
-        self._lock = Lock()
+        self.held = kernel.stack(experts)
 
-    def stack(self, i: int, packed: Packed) -> None:
-        """Keep expert i of a kernel that holds plain tensors: each becomes row i of one in `stacked`."""
-        with self._lock:
-            if not self.stacked:
-                tensors = (part for matrix in packed for part in matrix)
-                self.stacked = [part.new_empty(len(self.experts), *part.shape) for part in tensors]
-        places = iter(self.stacked)
-        self.experts[i] = tuple(tuple(next(places)[i].copy_(part) for part in matrix) for matrix in packed)
+    def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor) -> Tensor:
+        """x [n, d_model], expert_ids and router_weights [n, top_k] -> [n, d_model], the weighted sum."""
+        return self.kernel.forward(x, expert_ids, router_weights, self.held)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
-        if len(x) == 1:  # a decode step: nothing to sort or gather, and nothing to wait for
-            return weights @ self.kernel.each(x, [self.experts[expert] for expert in chosen[0].tolist()])
-        return mix(self.kernel, self._fetch, len(self.experts), x, chosen, weights)
 
-    def _fetch(self, experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
-        return ((expert, self.experts[expert]) for expert in experts)
+def packed_expert(
+    kernel: GluExpertKernel, weights: Weights, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
+) -> Packed:
+    """One expert as `kernel` wants it, however `weights` store it; `data` as in `Weights.expert`."""
+    if kernel.quantization == "none":
+        return kernel.pack(weights.expert(layer, expert, data))
+    if weights.quantization == kernel.quantization:
+        return kernel.load(weights.quantized_expert(layer, expert, data))
+    stored = kernel.quantize(weights.expert(layer, expert, data))
+    del data  # the floats, which may be large, are done with
+    return kernel.load(stored)

@@ -3,46 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..quantization.widened import linear, matmul
-from .kernel import OneByOne, Packed, mix
-
-if TYPE_CHECKING:
-    from ..formats import FloatExpert
-
-
-class FloatKernel(OneByOne):
-    """Plain products in the weights' own type, on any device; in float32 where the processor has none for that type."""
-
-    name = "float"
-    quantization = "none"
-
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
-        self.activation = activation
-
-    def pack(self, expert: FloatExpert) -> Packed:
-        return tuple(expert)
-
-    def quantize(self, expert: FloatExpert) -> NoReturn:
-        raise ValueError("a kernel of floats quantizes no expert")
-
-    def load(self, stored: Any) -> NoReturn:
-        raise ValueError("a kernel of floats loads no quantized expert")
-
-    def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
-        return 3 * hidden * d_model * itemsize
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return x
-
-    def run(self, prepared: Tensor, rows: Tensor | None, packed: Packed) -> Tensor:
-        w1, v1, w2 = packed
-        x = prepared if rows is None else prepared[rows]
-        return matmul(self.activation(linear(x, w1)) * linear(x, v1), w2)
+from ..kernels import FloatGlu, Packed
+from ..kernels.dispatch import moe_forward
 
 
 class ExpertWeights(nn.Module):
@@ -67,12 +33,12 @@ class ResidentExperts(nn.Module):
     def __init__(self, n_experts: int, hidden: int, d_model: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.n_experts = n_experts
-        self.kernel = FloatKernel(activation)
+        self.kernel = FloatGlu(activation)
         self.mlp = ExpertWeights(n_experts, hidden, d_model)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
-        return mix(self.kernel, self._fetch, self.n_experts, x, chosen, weights)
+    def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor) -> Tensor:
+        """x [n, d_model], expert_ids and router_weights [n, top_k] -> [n, d_model], the weighted sum."""
+        return moe_forward(self.kernel, self._fetch, self.n_experts, x, expert_ids, router_weights)
 
     def _fetch(self, experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
         w1, v1, w2 = (w.view(self.n_experts, -1, w.shape[1]) for w in (self.mlp.w1, self.mlp.v1, self.mlp.w2))

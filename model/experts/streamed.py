@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import ResourceError
 from ..formats import FloatExpert
+from ..kernels import FloatGlu, GluExpertKernel, Packed
+from ..kernels.dispatch import moe_forward
 from ..machine import available_memory
 from ..streaming import DiskSource, ExpertStore, HostSource, Pack, Source, make_slots, slot_size
-from .kernel import Kernel, Packed, mix, packed_expert
-from .resident import FloatKernel
-from .stored_int8 import StoredInt8Kernel
+from .packed import packed_expert
 
 if TYPE_CHECKING:
     from ..formats import Weights
@@ -28,16 +28,16 @@ USABLE = 0.75  # of the free memory; the rest is for activations, keys and value
 class StreamedExperts(nn.Module):
     """One layer's view of the store. It has no parameters: placing and saving do not see the experts."""
 
-    def __init__(self, store: ExpertStore, layer: int, kernel: Kernel, n_experts: int) -> None:
+    def __init__(self, store: ExpertStore, layer: int, kernel: GluExpertKernel, n_experts: int) -> None:
         super().__init__()
         self.store = store
         self.layer = layer
         self.kernel = kernel
         self.n_experts = n_experts
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [n, d_model], chosen [n, top_k] ids, weights [n, top_k] -> [n, d_model], the weighted sum."""
-        return mix(self.kernel, self._fetch, self.n_experts, x, chosen, weights)
+    def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor) -> Tensor:
+        """x [n, d_model], expert_ids and router_weights [n, top_k] -> [n, d_model], the weighted sum."""
+        return moe_forward(self.kernel, self._fetch, self.n_experts, x, expert_ids, router_weights)
 
     def _fetch(self, experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
         return self.store.fetch(self.layer, experts)
@@ -45,7 +45,7 @@ class StreamedExperts(nn.Module):
 
 def open_store(
     weights: Weights,
-    kernel: Kernel,
+    kernel: GluExpertKernel,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -62,10 +62,10 @@ def open_store(
     extents = [[weights.expert_extents(layer, expert) for expert in ids] for layer in layers]
     every = [expert for layer in extents for expert in layer]
     slot, matrix = slot_size(every), (config.ffn_config.ffn_hidden_size, config.d_model)
-    floats = isinstance(kernel, FloatKernel) and weights.plain_experts
-    in_place = floats or isinstance(kernel, StoredInt8Kernel)
+    same = weights.plain_experts if kernel.quantization == "none" else kernel.quantization == weights.quantization
+    in_place = kernel.reads_stored and same
     pack: Pack
-    if in_place and not floats:
+    if in_place and not isinstance(kernel, FloatGlu):
         pack, overhead, place = partial(packed_expert, kernel, weights), 0, slot
     elif in_place:
         pack = InPlace(weights, dtype, device)
@@ -107,7 +107,7 @@ class InPlace:
 class Packing:
     """Makes of the stored bytes what the kernel wants, in memory of its own."""
 
-    def __init__(self, weights: Weights, kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weights: Weights, kernel: GluExpertKernel, dtype: torch.dtype, device: torch.device) -> None:
         self._weights = weights
         self._kernel = kernel
         self._dtype = dtype

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
+from ..quantization import DENSE as DENSE_SCHEME
+from ..quantization import SCHEMES
 from ..safetensors_file import TensorInfo
 from .foreign import quantization_of
 from .weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
@@ -23,18 +25,6 @@ STACKED = ".ffn.experts.mlp."
 EXPERT = "transformer.blocks.{}.ffn.experts.{}."
 MATRICES = ("w1", "v1", "w2")
 DENSE = (".attn.Wqkv.weight", ".attn.out_proj.weight", "lm_head.weight")
-PARTS = {
-    "int8": {"weight": "I8", "scale": "F32"},
-    "int4": {"weight": "U8", "scale": "BF16", "zero": "BF16"},
-}
-
-
-def matrix_shapes(quantization: str, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each part that a stored matrix [outputs, inputs] has."""
-    if quantization == "int8":
-        return {"weight": (outputs, inputs), "scale": (outputs,)}
-    groups = (outputs, -(-inputs // group))
-    return {"weight": (outputs, inputs // 2), "scale": groups, "zero": groups}
 
 
 def layout(config: DbrxConfig, quantization: str, group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -43,12 +33,12 @@ def layout(config: DbrxConfig, quantization: str, group: int) -> dict[str, tuple
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def add(prefix: str, quantization: str, outputs: int, inputs: int) -> None:
-        for part, shape in matrix_shapes(quantization, group, outputs, inputs).items():
-            shapes[prefix + part] = PARTS[quantization][part], shape
+        for part, shape in SCHEMES[quantization].shapes(group, outputs, inputs).items():
+            shapes[prefix + part] = SCHEMES[quantization].parts[part], shape
 
     for name, shape in expected_tensors(config).items():
         if name.endswith(DENSE):
-            add(name.removesuffix("weight"), "int8", *shape)
+            add(name.removesuffix("weight"), DENSE_SCHEME, *shape)
     for layer in range(config.n_layers):
         for expert in range(config.ffn_config.moe_num_experts):
             for matrix in MATRICES:
@@ -97,7 +87,9 @@ class QuantizedWeights(CheckpointWeights):
         for layer in range(self.config.n_layers):
             for expert in range(self.config.ffn_config.moe_num_experts):
                 names = [
-                    f"{EXPERT.format(layer, expert)}{m}.{part}" for m in MATRICES for part in PARTS[self.quantization]
+                    f"{EXPERT.format(layer, expert)}{m}.{part}"
+                    for m in MATRICES
+                    for part in SCHEMES[self.quantization].parts
                 ]
                 infos = [self._checkpoint.tensors[name] for name in names]
                 found[layer, expert] = sorted(infos, key=lambda info: (info.file, info.start))
@@ -124,15 +116,19 @@ class QuantizedWeights(CheckpointWeights):
     def quantized_matrix(self, name: str) -> QuantizedMatrix:
         """A matrix of attention or the head as it is stored, mapped; by Databricks' name."""
         prefix = name.removesuffix("weight")
-        return QuantizedMatrix(*(self._checkpoint.read(prefix + part) for part in PARTS["int8"]))
+        return QuantizedMatrix(*(self._checkpoint.read(prefix + part) for part in SCHEMES[DENSE_SCHEME].parts))
 
     def nbytes_of(self, name: str) -> int:
         if STACKED in name:
             layer, matrix = name.split(".")[2], name.rsplit(".", 1)[1]
             experts = range(self.config.ffn_config.moe_num_experts)
-            names = [f"{EXPERT.format(layer, e)}{matrix}.{part}" for e in experts for part in PARTS[self.quantization]]
+            names = [
+                f"{EXPERT.format(layer, e)}{matrix}.{part}"
+                for e in experts
+                for part in SCHEMES[self.quantization].parts
+            ]
         elif name.endswith(DENSE):
-            names = [name.removesuffix("weight") + part for part in PARTS["int8"]]
+            names = [name.removesuffix("weight") + part for part in SCHEMES[DENSE_SCHEME].parts]
         else:
             names = [name]
         return sum(self._checkpoint.tensors[each].nbytes for each in names)
@@ -151,7 +147,10 @@ class QuantizedWeights(CheckpointWeights):
         parts = self._parts(layer, expert, data)
         prefix = EXPERT.format(layer, expert)
         return QuantizedExpert(
-            *(QuantizedMatrix(*(parts[f"{prefix}{m}.{part}"] for part in PARTS[self.quantization])) for m in MATRICES)
+            *(
+                QuantizedMatrix(*(parts[f"{prefix}{m}.{part}"] for part in SCHEMES[self.quantization].parts))
+                for m in MATRICES
+            )
         )
 
     def _parts(self, layer: int, expert: int, data: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
@@ -190,9 +189,9 @@ def _settings(folder: Path) -> tuple[str, int]:
     kind, group, version = found.get("kind"), found.get("group", 32), found.get("version")
     if version != VERSION:
         raise ModelError(f"{path}: quantized in version {version!r} of the format", "update dbrx, or quantize it again")
-    if not isinstance(kind, str) or kind not in PARTS:
-        raise ModelError(f"{path}: quantization {kind!r} is not one of {', '.join(PARTS)}")
-    if type(group) is not int or group not in (32, 64, 128, 256):
+    if not isinstance(kind, str) or kind not in SCHEMES:
+        raise ModelError(f"{path}: quantization {kind!r} is not one of {', '.join(SCHEMES)}")
+    if type(group) is not int or group not in SCHEMES["int4"].groups:
         raise ModelError(f"{path}: quantization group {group!r} is not one of 32, 64, 128, 256")
     return kind, group
 

@@ -19,10 +19,10 @@ from ..checkpoint import INDEX_NAME, expected_tensors
 from ..errors import InputError, ModelError, ResourceError
 from ..machine import available_memory
 from ..packing import at_once, in_order, read_expert, threads
-from ..quantization import int4, int8
-from ..quantization.expert import quantize_expert
+from ..quantization import SCHEMES, int4, int8
+from ..quantization.equalize import quantize_expert
 from ..safetensors_file import BITS, opened, read_header
-from .quantized import DENSE, EXPERT, MATRICES, METHOD, PARTS, STACKED, VERSION, layout
+from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
 from .weights import QuantizedMatrix, Weights
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -210,7 +210,7 @@ class Writer:
 
 def _parts(kind: str, matrix: QuantizedMatrix) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a stored matrix under the names of its parts."""
-    return zip(PARTS[kind], (tensor for tensor in matrix if tensor is not None), strict=True)
+    return zip(SCHEMES[kind].parts, (tensor for tensor in matrix if tensor is not None), strict=True)
 
 
 class _Counter:

@@ -1,74 +1,57 @@
-"""A choice: how a matrix is held and multiplied on a CPU. `choose` takes the first kernel that computes right here."""
+"""Numbers: what is stored of a matrix in few bits, and how it is fitted to the floats. Products are in `kernels/`.
+
+`SCHEMES` is the only list of the forms, for checkpoints, plans, kernels and flags. Imports without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
-import torch
-from torch import Tensor
+from ..errors import ModelError
 
-from . import blocks, floats, int4, int8, nibbles, rows
-from .kernel import MatrixKernel, Packed, Rows
-from .linear import PackedLinear
-
-__all__ = ["KERNELS", "ROWS", "MatrixKernel", "Packed", "PackedLinear", "Rows", "choose", "probe"]
-
-# In order of preference; the last of each runs everywhere.
-KERNELS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
-    "float32": (partial(floats.OneDnnKernel, torch.float32),),
-    "bfloat16": (partial(floats.OneDnnKernel, torch.bfloat16), partial(rows.FloatRows, torch.bfloat16)),
-    "int8": (int8.FbgemmKernel, partial(int8.FbgemmKernel, int8.SUMMED), int8.AtenKernel),
-    "int4": (int4.AtenKernel, int4.PlainKernel),
-}
-# For the compiled functions of a decode step.
-ROWS: dict[str, tuple[Callable[..., MatrixKernel], ...]] = {
-    "float32 rows": (partial(rows.FloatRows, torch.float32),),
-    "bfloat16 rows": (partial(rows.FloatRows, torch.bfloat16),),
-    "bfloat16 blocks": (blocks.FloatBlocks, partial(rows.FloatRows, torch.bfloat16)),
-    "int8 rows": (rows.OneDnnByteRows, rows.ByteRows),
-    "int4 rows": (nibbles.NibbleRows, int4.AtenKernel, int4.PlainKernel),
-}
-TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
+BITS = {"I8": 8, "U8": 8, "F32": 32, "BF16": 16}  # of safetensors' types
 
 
-@cache
-def choose(name: str, group: int | None = None) -> MatrixKernel | None:
-    """The first kernel of a name that is right on this CPU; None if there is none. group: of int4."""
-    settings = {} if group is None else {"group": group}
-    return next((kernel for build in (KERNELS | ROWS)[name] if not fault(kernel := build(**settings))), None)
+@dataclass(frozen=True)
+class Scheme:
+    """One form of a matrix [outputs, inputs]: its parts as a checkpoint stores them, under safetensors' type names."""
+
+    bits: int  # a weight
+    parts: Mapping[str, str]  # of which `weight` holds the quantized values, the others one number a group
+    groups: tuple[int, ...] = ()  # inputs that may share a scale, the usual one first; none: all of an output do
+
+    def shapes(self, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each part; the last group may be short."""
+        values = outputs, inputs * self.bits // BITS[self.parts["weight"]]
+        ranges = (outputs, -(-inputs // group)) if self.groups else (outputs,)
+        return {part: values if part == "weight" else ranges for part in self.parts}
+
+    def bytes_per_weight(self, group: int = 0) -> float:
+        """Scales included, as far as they count: one an output does not."""
+        ranges = sum(BITS[dtype] for part, dtype in self.parts.items() if part != "weight")
+        return (self.bits + (ranges / (group or self.groups[0]) if self.groups else 0)) / 8
+
+    def nbytes(self, group: int, outputs: int, inputs: int) -> int:
+        """Bytes of all parts."""
+        shapes = self.shapes(group, outputs, inputs)
+        return sum(
+            outputs * (shape[1] if len(shape) > 1 else 1) * BITS[self.parts[p]] // 8 for p, shape in shapes.items()
+        )
 
 
-def probe() -> dict[str, str]:
-    """Which kernel each kind of weights has here, in words, for people."""
-    chosen = {name: choose(name) for name in KERNELS}
-    return {name: kernel.name if kernel else "as stored" for name, kernel in chosen.items()}
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        "int8": Scheme(8, {"weight": "I8", "scale": "F32"}),
+        "int4": Scheme(4, {"weight": "U8", "scale": "BF16", "zero": "BF16"}, groups=(32, 64, 128, 256)),
+    }
+)
+DENSE = "int8"  # of attention and head, whatever the experts have
 
 
-def fault(kernel: MatrixKernel) -> str | None:
-    """Why a kernel cannot be used here, or None: tiny products, with the extremes where sums of bytes overflow."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 256, generator=generator)
-    weight[0], weight[1] = 1, torch.arange(256) % 2  # all at the upper end: 255 x 127, twice, is more than 16 bits hold
-    for n in (1, 5, 40):
-        x = torch.randn(n, 256, generator=generator)
-        x[0] = 1
-        try:
-            packed, meant = _both(kernel, weight)
-            out = kernel.run(kernel.prepare(x.to(kernel.dtype)), packed).float()
-        except (RuntimeError, AttributeError, NotImplementedError) as error:
-            return str(error).partition("\n")[0]
-        exact = x @ meant.t()
-        if not bool(((out - exact).abs() <= TOLERANCE * exact.abs().amax(1, keepdim=True)).all()):
-            return "computes wrong numbers on this CPU"
-    return None
-
-
-def _both(kernel: MatrixKernel, weight: Tensor) -> tuple[Packed, Tensor]:
-    """A matrix as the kernel holds it, and as it is meant."""
-    if kernel.quantization == "none":
-        return kernel.pack(weight), weight
-    stored = kernel.quantize(weight)
-    if isinstance(kernel, int4.Int4):
-        return kernel.load(stored), int4.dequantize(stored, kernel.group)
-    return kernel.load(stored), int8.dequantize(stored)
+def not_finite() -> ModelError:
+    """What a matrix with NaN or infinity in it is refused with: products of integers would hide them."""
+    return ModelError(
+        "the weights hold numbers that are not finite", "check the files with `dbrx download MODEL --verify`"
+    )

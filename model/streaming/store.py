@@ -17,7 +17,7 @@ from .source import Source, Ticket, data_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..experts.kernel import Packed
+    from ..kernels import Packed
 
 # Layer, expert and the bytes of its extents -> what the kernel computes with.
 Pack = Callable[[int, int, "tuple[Tensor, ...]"], "Packed"]

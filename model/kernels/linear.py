@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .kernel import MatrixKernel, Packed
+from .base import LinearKernel, Packed
 
 
 class PackedLinear(nn.Module):
     """x [..., inputs] -> [..., outputs] in the dtype of x. The matrix is no parameter: nothing can save or move it."""
 
-    def __init__(self, kernel: MatrixKernel, packed: Packed, last: bool = False) -> None:
+    def __init__(self, kernel: LinearKernel, packed: Packed, last: bool = False) -> None:
         """last: of the network, where numbers that are not finite must come out as such."""
         super().__init__()
         self.kernel = kernel

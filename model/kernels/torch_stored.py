@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..quantization import int8
-from ..quantization.expert import quantize_expert
-from ..quantization.kernel import check_scales
-from ..quantization.widened import linear
-from .kernel import OneByOne, Packed
+from ..quantization.equalize import quantize_expert
+from .base import OneByOne, Packed, check_scales
+from .dispatch import Dispatched
+from .upcast import linear
 
 if TYPE_CHECKING:
     from ..formats import FloatExpert, QuantizedExpert
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LANES = 32  # inputs that PyTorch's product of a row with bytes takes at a time; it does not look whether they divide
 
 
-class StoredInt8Kernel(OneByOne):
+class StoredInt8Glu(Dispatched, OneByOne):
     """bfloat16 activations times bytes, then times each output's scale in float32. No byte is copied.
 
     FBGEMM's order of the same bytes takes about ten times as long to make as one product with them, and a streamed
@@ -29,6 +29,7 @@ class StoredInt8Kernel(OneByOne):
 
     name = "int8 as stored"
     quantization = "int8"
+    reads_stored = True
 
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         self.activation = activation

@@ -1,19 +1,51 @@
-"""Experts computed by any kernel for matrices: gate and up as one product, then down."""
+"""Experts by PyTorch: as floats lie in the files, or by any kernel for matrices: gate and up at once, then down."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..quantization.expert import quantize_expert
-from .kernel import Packed
+from ..quantization.equalize import quantize_expert
+from .base import LinearKernel, OneByOne, Packed, Rows
+from .dispatch import Dispatched
+from .upcast import linear, matmul
 
 if TYPE_CHECKING:
     from ..formats import FloatExpert, QuantizedExpert
-    from ..quantization import MatrixKernel, Rows
+
+
+class FloatGlu(Dispatched, OneByOne):
+    """Plain products in the weights' own type, on any device; in float32 where the processor has none for that type."""
+
+    name = "float"
+    quantization = "none"
+    reads_stored = True
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        self.activation = activation
+
+    def pack(self, expert: FloatExpert) -> Packed:
+        return tuple(expert)
+
+    def quantize(self, expert: FloatExpert) -> NoReturn:
+        raise ValueError("a kernel of floats quantizes no expert")
+
+    def load(self, stored: Any) -> NoReturn:
+        raise ValueError("a kernel of floats loads no quantized expert")
+
+    def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
+        return 3 * hidden * d_model * itemsize
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def run(self, prepared: Tensor, rows: Tensor | None, packed: Packed) -> Tensor:
+        w1, v1, w2 = packed
+        x = prepared if rows is None else prepared[rows]
+        return matmul(self.activation(linear(x, w1)) * linear(x, v1), w2)
 
 
 class Prepared(NamedTuple):
@@ -23,10 +55,12 @@ class Prepared(NamedTuple):
     rows: Rows
 
 
-class MatricesKernel:
+class LinearsGlu(Dispatched):
     """An expert as two packed matrices: w1 above v1, and w2 by its outputs."""
 
-    def __init__(self, matrices: MatrixKernel, activation: Callable[[Tensor], Tensor]) -> None:
+    reads_stored = False
+
+    def __init__(self, matrices: LinearKernel, activation: Callable[[Tensor], Tensor]) -> None:
         self.matrices = matrices
         self.activation = activation
         self.name = matrices.name

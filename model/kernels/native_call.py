@@ -1,0 +1,101 @@
+"""Calls into the native library: its threads are one pool a process, for all networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..formats import QuantizedMatrix
+from ..native.abi import Activation, Matrix
+from ..native.tensors import matrix
+from ..quantization import SCHEMES
+
+ACTIVATIONS = {activation.name.lower(): int(activation) for activation in Activation}
+FLOATS = (torch.float32, torch.bfloat16)
+TYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
+CALL = 2**34  # multiplications and additions of a call: some tenths of a second at most, for Ctrl-C
+
+_lock = Lock()  # a pool serves one call at a time
+_threads = 0
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _lock
+    _lock = Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def set_threads() -> None:
+    """Compute with as many threads as PyTorch is set to, here and now: its workers may be set to fewer."""
+    global _threads
+    _threads = torch.get_num_threads()
+
+
+def function(name: str) -> Callable[..., None]:
+    """One of the library's, called without its pool; other threads of Python go on meanwhile.
+
+    `NotImplementedError` where there is no library.
+    """
+    library = native.library()
+    if library is None:
+        raise NotImplementedError(native.why_not())
+    call = getattr(library, name)
+    if not _threads:
+        set_threads()
+
+    def run(*arguments: Any) -> None:
+        with _lock:
+            call(native.pool(_threads).handle, *arguments)
+
+    return run
+
+
+def float_matrix(weight: Tensor) -> Matrix:
+    """A matrix [outputs, inputs] of float32 or bfloat16 as it lies, row by row or column by column."""
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        return matrix(weight.t(), transposed=True)
+    return matrix(weight.contiguous())
+
+
+def quantized_matrix(scheme: str, group: int, stored: QuantizedMatrix) -> Matrix:
+    """A matrix in few bits as it is stored."""
+    parts = (None if part is None else part.contiguous() for part in stored)
+    return matrix(*parts, group=group if SCHEMES[scheme].groups else 0)  # type: ignore[arg-type]  # the first is there
+
+
+def quantize(
+    scheme: str, group: int, weight: Tensor, row_scale: Tensor | None = None, column_scale: Tensor | None = None
+) -> QuantizedMatrix:
+    """Floats [outputs, inputs] as they are stored in few bits.
+
+    row_scale [outputs] and column_scale [inputs] multiply them before.
+    """
+    source = float_matrix(weight if weight.dtype in FLOATS else weight.float())
+    parts = SCHEMES[scheme].parts
+    shapes = SCHEMES[scheme].shapes(group, *weight.shape)
+    made = QuantizedMatrix(*(torch.empty(shapes[part], dtype=TYPES[dtype]) for part, dtype in parts.items()))
+    scales = [None if scale is None else scale.float().contiguous() for scale in (row_scale, column_scale)]
+    pointers = (None if scale is None else scale.data_ptr() for scale in scales)
+    try:
+        function("dbrx_quantize")(source, *pointers, quantized_matrix(scheme, group, made))
+    except ValueError as error:
+        if "not there yet" not in str(error):
+            raise
+        from ..quantization import int4, int8
+
+        floats = weight.float()
+        if row_scale is not None:
+            floats = floats * row_scale[:, None]
+        if column_scale is not None:
+            floats = floats * column_scale
+        return int8.quantize(floats) if scheme == "int8" else int4.quantize(floats, group)
+    return made

@@ -1,0 +1,98 @@
+"""Which kernels there are for a form of weights on a CPU, in order of preference: the first that is right is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..quantization import SCHEMES, int4, int8
+from .base import GluExpertKernel, LinearKernel, Packed
+from .native_glu import NativeGlu
+from .native_linear import NativeLinear
+from .torch_floats import OneDnnKernel, RowMajorKernel
+from .torch_glu import FloatGlu, LinearsGlu
+from .torch_int4 import AtenInt4, PlainInt4
+from .torch_int8 import SUMMED_QMAX, AtenInt8, FbgemmKernel
+from .torch_stored import StoredInt8Glu
+
+# The last of each runs everywhere.
+KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
+    "float32": (partial(NativeLinear, "float32"), partial(OneDnnKernel, torch.float32)),
+    "bfloat16": (
+        partial(NativeLinear, "bfloat16"),
+        partial(OneDnnKernel, torch.bfloat16),
+        partial(RowMajorKernel, torch.bfloat16),
+    ),
+    "int8": (partial(NativeLinear, "int8"), FbgemmKernel, partial(FbgemmKernel, SUMMED_QMAX), AtenInt8),
+    "int4": (partial(NativeLinear, "int4"), AtenInt4, PlainInt4),
+}
+DEQUANTIZE: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"int8": int8.dequantize, "int4": int4.dequantize})
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+)
+TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
+
+
+@cache
+def choose(name: str, group: int | None = None) -> LinearKernel | None:
+    """The first kernel of a name that is right on this CPU; None if there is none. group: of int4."""
+    settings = {} if group is None else {"group": group}
+    return next((kernel for build in KERNELS[name] if not fault(kernel := build(**settings))), None)
+
+
+def experts_of(linear: LinearKernel, activation: str) -> GluExpertKernel:
+    """The kernel of whole experts that lie in memory, for one of matrices."""
+    if isinstance(linear, NativeLinear):
+        return NativeGlu(linear, activation)
+    return LinearsGlu(linear, ACTIVATIONS[activation])
+
+
+def streamed_experts_of(experts: GluExpertKernel | None, activation: str, stored: str) -> GluExpertKernel:
+    """The same for experts that are streamed, where `stored` names the form in their files.
+
+    What can compute with the bytes as they were read does: to reorder them would take longer than it saves.
+    """
+    if experts is not None and experts.reads_stored:
+        return experts
+    if experts is None or experts.quantization == "none":
+        return FloatGlu(ACTIVATIONS[activation])
+    return StoredInt8Glu(ACTIVATIONS[activation]) if experts.quantization == stored == "int8" else experts
+
+
+def probe() -> dict[str, str]:
+    """Which kernel each form of weights has here, in words, for people."""
+    chosen = {name: choose(name) for name in KERNELS}
+    return {name: kernel.name if kernel else "as stored" for name, kernel in chosen.items()}
+
+
+def fault(kernel: LinearKernel) -> str | None:
+    """Why a kernel cannot be used here, or None: tiny products, with the extremes where sums of bytes overflow."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator)
+    weight[0], weight[1] = 1, torch.arange(256) % 2  # all at the upper end: 255 x 127, twice, is more than 16 bits hold
+    for n in (1, 5, 40):
+        x = torch.randn(n, 256, generator=generator)
+        x[0] = 1
+        try:
+            packed, meant = _both(kernel, weight)
+            out = kernel.run(kernel.prepare(x.to(kernel.dtype)), packed).float()
+        except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+            return str(error).partition("\n")[0]
+        exact = x @ meant.t()
+        if not bool(((out - exact).abs() <= TOLERANCE * exact.abs().amax(1, keepdim=True)).all()):
+            return "computes wrong numbers on this CPU"
+    return None
+
+
+def _both(kernel: LinearKernel, weight: Tensor) -> tuple[Packed, Tensor]:
+    """A matrix as the kernel holds it, and as it is meant."""
+    if kernel.quantization == "none":
+        return kernel.pack(weight), weight
+    stored = kernel.quantize(weight)
+    settings = (kernel.group,) if SCHEMES[kernel.quantization].groups else ()
+    return kernel.load(stored), DEQUANTIZE[kernel.quantization](stored, *settings)
