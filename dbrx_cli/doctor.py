@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -61,6 +62,7 @@ def examine(model: WhichModel) -> Iterator[Check]:
     yield from folders()
     yield from _guarded("memory", memory)
     yield from _guarded("model", lambda: model_and_hub(model))
+    yield from _guarded("native kernels", native_kernels)
     yield from _guarded("torch", network_checks)
 
 
@@ -134,6 +136,30 @@ def folders() -> Iterator[Check]:
             yield Check(name, "warning", f"{folder}: only {readable(free)} free", elsewhere, facts=facts)
         else:
             yield Check(name, "ok", f"{folder}, {readable(free)} free", facts=facts)
+
+
+    compiled = demo_folder().parent / "compiled"
+    if compiled.is_dir():
+        size = readable(sum(path.lstat().st_size for path in compiled.rglob("*")))
+        text = f"{compiled}: {size} of functions that earlier versions compiled; nothing uses them any more"
+        yield Check("old cache", "note", text, f"rm -r {shlex.quote(str(compiled))}")
+
+
+def native_kernels() -> Iterator[Check]:
+    """Which library computes on the CPU, or what this machine misses without one."""
+    from model import native
+
+    found = native.status()
+    facts = {"variant": found.variant, "faults": list(found.faults)}
+    if found.variant is None:
+        text = f"none ({found.why_not}): PyTorch's kernels compute, which are slower"
+        yield Check("native kernels", "note", text, found.hint, facts=facts)
+    elif found.faults:
+        text = f"{found.variant}, after {'; '.join(found.faults)}"
+        yield Check("native kernels", "warning", text, found.hint, facts=facts)
+    else:
+        text = f"{found.variant}; it computes the recorded answers"
+        yield Check("native kernels", "ok", text, facts=facts)
 
 
 def memory() -> Iterator[Check]:

@@ -1,11 +1,17 @@
 // One variant of the library: everything behind dbrx.h, compiled for one set of instructions.
 #include "dbrx.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include <exception>
 #include <stdexcept>
 #include <string>
 
 #include "attention.h"
+#include "checks.h"
 #include "experts.h"
 
 struct dbrx_pool : dbrx::Pool {
@@ -27,46 +33,6 @@ int guarded(F f) {
         error_text = e.what();
     }
     return 1;
-}
-
-void require(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
-
-bool is_float(const dbrx_matrix &m) { return m.format == DBRX_F32 || m.format == DBRX_BF16; }
-
-void check(const dbrx_matrix &m) {
-    require(m.outputs > 0 && m.inputs > 0 && m.values, "a matrix is empty");
-    require(m.format >= DBRX_F32 && m.format <= DBRX_INT4, "a matrix has an unknown format");
-    require(!m.transposed || is_float(m), "only matrices of floats can be transposed");
-    require(is_float(m) || m.scale, "a quantized matrix has no scales");
-    if (m.format != DBRX_INT4) return;
-    require(m.zero, "an int4 matrix has no zero points");
-    require(m.group == 32 || m.group == 64 || m.group == 128 || m.group == 256, "int4 groups are 32, 64, 128 or 256 inputs");
-    require(m.inputs % 2 == 0, "int4 puts two inputs into a byte, and a matrix has an odd number of them");
-}
-
-void check(const dbrx_expert &e) {
-    for (const dbrx_matrix *m : {&e.w1, &e.v1, &e.w2}) check(*m);
-    require(!e.w1.transposed && !e.v1.transposed, "w1 and v1 cannot be transposed");
-    require(e.w1.outputs == e.v1.outputs && e.w1.outputs == e.w2.inputs && e.w1.inputs == e.v1.inputs &&
-                e.w1.inputs == e.w2.outputs && e.w1.format == e.v1.format && e.w1.group == e.v1.group,
-            "the matrices of an expert do not fit together");
-}
-
-void check(const dbrx_block &b, int64_t n, const dbrx_kv *kv) {
-    require(0 < n && n <= DBRX_GEMV_MAX_ROWS, "a step takes 1 to 16 rows");
-    require(b.kv_heads > 0 && b.heads % b.kv_heads == 0 && b.head_dim % 2 == 0, "the heads do not fit together");
-    require(0 < b.top_k && b.top_k <= b.n_experts, "top_k is not between 1 and the number of experts");
-    for (const dbrx_matrix *m : {&b.Wqkv, &b.out_proj, &b.router}) check(*m);
-    require(!b.Wqkv.transposed && !b.out_proj.transposed && !b.router.transposed && is_float(b.router),
-            "attention's and the router's matrices lie row by row, the router's in floats");
-    const int64_t width = int64_t(b.heads) * b.head_dim;
-    require(b.Wqkv.inputs == b.d_model && b.Wqkv.outputs == width + 2 * int64_t(b.kv_heads) * b.head_dim &&
-                b.out_proj.inputs == width && b.out_proj.outputs == b.d_model && b.router.inputs == b.d_model &&
-                b.router.outputs == b.n_experts,
-            "the matrices of a block do not fit together");
-    for (int64_t row = 0; row < n; ++row) require(kv[row].position >= 0 && kv[row].block_tokens > 0, "a row has no place for its keys");
 }
 
 // Take memory for what `make(arena)` builds: once to learn the size, once to have it.
@@ -154,8 +120,7 @@ Phase add_phase(const Experts &experts, const float *x, float *out) {
 
 // y [n, outputs] = the product with x, or with its norm.
 void linear(Pool &pool, const dbrx_matrix &m, const float *norm, float eps, const float *x, int64_t n, float *y) {
-    check(m);
-    if (n <= 0) return;
+    if (n == 0) return;
     if (m.transposed) {  // all strips of a row, added in their order
         require(!norm, "the head cannot be transposed");
         float *sums = reinterpret_cast<float *>(pool.scratch(size_t(n * strips(m) * m.outputs) * sizeof(float)));
@@ -219,8 +184,10 @@ DBRX_API int dbrx_runs_here(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__ARM_FEATURE_DOTPROD) && defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;  // a Cortex-A72 has no dot product
 #else
-    return 1;  // every processor of 64 bits that is sold for this has NEON's dot product; the loader computes a probe
+    return 1;
 #endif
 }
 
@@ -229,7 +196,7 @@ DBRX_API const char *dbrx_error(void) { return error_text.c_str(); }
 DBRX_API dbrx_pool *dbrx_pool_create(int threads) {
     dbrx_pool *pool = nullptr;
     guarded([&] {
-        require(threads > 0, "a pool needs at least one thread");
+        require(0 < threads && threads <= MOST_THREADS, "a pool has 1 to 1024 threads");
         pool = new dbrx_pool(threads);
     });
     return pool;
@@ -237,35 +204,38 @@ DBRX_API dbrx_pool *dbrx_pool_create(int threads) {
 
 DBRX_API void dbrx_pool_destroy(dbrx_pool *pool) { delete pool; }
 
-DBRX_API int dbrx_pool_threads(const dbrx_pool *pool) { return pool->threads(); }
+DBRX_API int dbrx_pool_threads(const dbrx_pool *pool) { return pool ? pool->threads() : 0; }
 
 DBRX_API int dbrx_pool_counters(const dbrx_pool *pool, int thread, dbrx_counters *out) {
     return guarded([&] {
+        require(pool && out, "a pool and a place for its counters are needed");
         require(0 <= thread && thread < pool->threads(), "there is no such thread");
         *out = pool->counters(thread);
     });
 }
 
 DBRX_API int dbrx_linear(dbrx_pool *pool, const dbrx_matrix *matrix, const float *x, int64_t n, float *y) {
-    return guarded([&] { linear(*pool, *matrix, nullptr, 0, x, n, y); });
+    return guarded([&] {
+        check(pool, matrix, x, n, y);
+        linear(*pool, *matrix, nullptr, 0, x, n, y);
+    });
 }
 
 DBRX_API int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *head, const float *x, int64_t n,
                        float *logits) {
-    return guarded([&] { linear(*pool, *head, norm, eps, x, n, logits); });
+    return guarded([&] {
+        check(pool, head, x, n, logits);
+        linear(*pool, *head, norm, eps, x, n, logits);
+    });
 }
 
 DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n_experts, int32_t first, int32_t last,
                           int32_t activation, const float *normed, int64_t n, const int32_t *ids, const float *weights,
                           int32_t top_k, const float *x, float *out) {
     return guarded([&] {
-        if (n <= 0) return;
-        int32_t like = first;  // one that is chosen: only those need be in memory
-        for (int64_t i = 0; i < n * top_k; ++i) {
-            require(0 <= ids[i] && ids[i] < n_experts, "an expert's id is not below their number");
-            if (first <= ids[i] && ids[i] < last) like = ids[i];
-        }
-        check(experts[like]);
+        const int32_t like = check_experts(pool, experts, n_experts, first, last, activation, normed, n, ids, weights,
+                                           top_k, out);
+        if (n == 0) return;
         Experts job = in_scratch(*pool, [&](Arena &arena) {
             return Experts(*pool, experts, experts[like], activation, n, top_k, arena);
         });
@@ -282,8 +252,9 @@ DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n
 DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x, float *normed,
                          float *probabilities, float *weights, int32_t *ids) {
     return guarded([&] {
+        check_step(pool, block, n, kv, x, probabilities, weights, ids);
+        require(normed, "a pointer is null");
         const dbrx_block &b = *block;
-        check(b, n, kv);
         const AttendHalf half = in_scratch(*pool, [&](Arena &arena) { return AttendHalf(*pool, b, n, kv, arena); });
         const Phase phases[] = {half.qkv_phase(b, n, x), half.attention_phase(n), half.out_phase(b, n, x)};
         pool->run(phases);
@@ -294,10 +265,11 @@ DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, co
 DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x,
                              float *probabilities, float *weights, int32_t *ids) {
     return guarded([&] {
+        check_step(pool, block, n, kv, x, probabilities, weights, ids);
         const dbrx_block &b = *block;
-        check(b, n, kv);
         require(b.experts, "the experts are not in memory");
-        check(b.experts[0]);
+        for (int32_t i = 0; i < b.n_experts; ++i) check(b.experts[i], b.experts[0]);
+        require(b.experts[0].w1.inputs == b.d_model, "the experts do not fit the block");
         struct Both {
             AttendHalf half;
             Experts experts;
