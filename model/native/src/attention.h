@@ -118,29 +118,68 @@ class Attention {
                 keys[i] = static_cast<const T *>(kv.keys[block]) + at;
                 values[i] = static_cast<const T *>(kv.values[block]) + at;
             }
-            for (int64_t q = 0; q < group_; ++q) step(keys, values, count, queries + q * width_, out + q * stride_);
+            for (int64_t q = 0; q < group_; q += QUERIES) {
+                const float *of = queries + q * width_;
+                float *to = out + q * stride_;
+                switch (std::min<int64_t>(QUERIES, group_ - q)) {
+                    case 1: step<T, 1>(keys, values, count, of, to); break;
+                    case 2: step<T, 2>(keys, values, count, of, to); break;
+                    case 3: step<T, 3>(keys, values, count, of, to); break;
+                    default: step<T, 4>(keys, values, count, of, to);
+                }
+            }
         }
     }
 
-    template <class T>
-    void step(const T *const *keys, const T *const *values, int64_t count, const float *query, float *out) const {
-        float scores[AT_ONCE];
-        for (int64_t i = 0; i < count; ++i) {
-            Floats total = Floats::all(0);
-            for (int64_t k = 0; k < width_; k += LANES)
-                total = fma(load_up_to(keys[i] + k, width_ - k), load_up_to(query + k, width_ - k), total);
-            scores[i] = sum(total);
+    // Q queries and some tokens: two keys at a time, then two vectors of each value, meet all queries in registers.
+    template <class T, int Q>
+    void step(const T *const *keys, const T *const *values, int64_t count, const float *queries, float *out) const {
+        float scores[Q][AT_ONCE];
+        const int64_t whole = width_ / LANES * LANES, rest = width_ - whole;
+        for (int64_t t = 0; t < count; t += 2) {
+            const T *const pair[2] = {keys[t], keys[std::min(t + 1, count - 1)]};
+            Floats sums[Q][2];
+            for (auto &row : sums) row[0] = row[1] = Floats::all(0);
+            const auto add = [&](int64_t k, auto load) {
+                const Floats first = load(pair[0] + k), second = load(pair[1] + k);
+                for (int q = 0; q < Q; ++q) {
+                    const Floats query = load(queries + q * width_ + k);
+                    sums[q][0] = fma(first, query, sums[q][0]);
+                    sums[q][1] = fma(second, query, sums[q][1]);
+                }
+            };
+            for (int64_t k = 0; k < whole; k += LANES) add(k, [](auto *at) { return Floats::load(at); });
+            if (rest) add(whole, [=](auto *at) { return load_part(at, rest); });
+            for (int q = 0; q < Q; ++q)
+                for (int i = 0; i < 2; ++i) scores[q][t + i] = sum(sums[q][i]);
         }
-        const float most = std::max(out[0], *std::max_element(scores, scores + count));
-        const float shrink = std::exp(out[0] - most);
-        out[1] = out[1] * shrink + exponentials(scores, count, most);
-        out[0] = most;
-        for (int64_t k = 0; k < width_; k += LANES) {
-            Floats total = Floats::load(out + 8 + k) * Floats::all(shrink);
-            for (int64_t i = 0; i < count; ++i)
-                total = fma(load_up_to(values[i] + k, width_ - k), Floats::all(scores[i]), total);
-            total.store(out + 8 + k);
+        float shrink[Q];
+        for (int q = 0; q < Q; ++q) {
+            float *to = out + q * stride_;
+            const float most = std::max(to[0], *std::max_element(scores[q], scores[q] + count));
+            shrink[q] = std::exp(to[0] - most);
+            to[1] = to[1] * shrink[q] + exponentials(scores[q], count, most);
+            to[0] = most;
         }
+        const auto add = [&]<int V>(int64_t k, auto load) {
+            Floats sums[Q][V];
+            for (int q = 0; q < Q; ++q)
+                for (int v = 0; v < V; ++v)
+                    sums[q][v] = Floats::load(out + q * stride_ + 8 + k + v * LANES) * Floats::all(shrink[q]);
+            for (int64_t t = 0; t < count; ++t) {
+                Floats value[V];
+                for (int v = 0; v < V; ++v) value[v] = load(values[t] + k + v * LANES);
+                for (int q = 0; q < Q; ++q)
+                    for (int v = 0; v < V; ++v) sums[q][v] = fma(value[v], Floats::all(scores[q][t]), sums[q][v]);
+            }
+            for (int q = 0; q < Q; ++q)
+                for (int v = 0; v < V; ++v) sums[q][v].store(out + q * stride_ + 8 + k + v * LANES);
+        };
+        const auto load = [](auto *at) { return Floats::load(at); };
+        int64_t k = 0;
+        for (; k + 2 * LANES <= whole; k += 2 * LANES) add.template operator()<2>(k, load);
+        if (k < whole) add.template operator()<1>(k, load);
+        if (rest) add.template operator()<1>(whole, [=](auto *at) { return load_part(at, rest); });
     }
 
     Pool &pool_;

@@ -64,7 +64,7 @@ struct AttendHalf {
             layer_norm(x + r * b.d_model, b.norm_2, b.eps, b.d_model, to);
             router.set(b.router, 0, to);
             const std::byte *prepared = router.row(0);
-            multiply(b.router, 0, b.n_experts, &prepared, 1, [&](int64_t o, int64_t, float y) { scores[o] = y; });
+            multiply(b.router, 0, b.n_experts, &prepared, 1, scores, b.n_experts);
             choose(scores, b.n_experts, b.top_k, b.normalize, b.norm_order, weights + r * b.top_k, ids + r * b.top_k);
         }
     }
@@ -77,9 +77,7 @@ struct AttendHalf {
                     }
                     return qkv.pieces();
                 },
-                [this](int64_t piece, int thread) {
-                    qkv.work(piece, thread, [&](int64_t o, int64_t r, float y) { attention.qkv(r)[o] = y; });
-                }};
+                [this](int64_t piece, int thread) { qkv.work(piece, thread, attention.qkv(0), false); }};
     }
     Phase attention_phase(int64_t n) const {
         return {[=, this] {
@@ -88,7 +86,7 @@ struct AttendHalf {
                 },
                 [this](int64_t piece, int thread) { attention.work(piece, thread); }};
     }
-    Phase out_phase(const dbrx_block &b, int64_t n, float *x) const {
+    Phase out_phase(int64_t n, float *x) const {
         return {[=, this] {
                     for (int64_t r = 0; r < n; ++r) {
                         attention.end(r, row);
@@ -96,9 +94,7 @@ struct AttendHalf {
                     }
                     return out.pieces();
                 },
-                [=, d = b.d_model, this](int64_t piece, int thread) {
-                    out.work(piece, thread, [&](int64_t o, int64_t r, float y) { x[r * d + o] += y; });
-                }};
+                [=, this](int64_t piece, int thread) { out.work(piece, thread, x, true); }};
     }
 };
 
@@ -154,9 +150,7 @@ void linear(Pool &pool, const dbrx_matrix &m, const float *norm, float eps, cons
                                  }
                                  return product.pieces();
                              },
-                             [&](int64_t piece, int thread) {
-                                 product.work(piece, thread, [&](int64_t o, int64_t r, float v) { y[r * m.outputs + o] = v; });
-                             }}};
+                             [&](int64_t piece, int thread) { product.work(piece, thread, y, false); }}};
     pool.run(phases);
 }
 
@@ -256,7 +250,7 @@ DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, co
         require(normed, "a pointer is null");
         const dbrx_block &b = *block;
         const AttendHalf half = in_scratch(*pool, [&](Arena &arena) { return AttendHalf(*pool, b, n, kv, arena); });
-        const Phase phases[] = {half.qkv_phase(b, n, x), half.attention_phase(n), half.out_phase(b, n, x)};
+        const Phase phases[] = {half.qkv_phase(b, n, x), half.attention_phase(n), half.out_phase(n, x)};
         pool->run(phases);
         half.choose_experts(b, n, x, normed, probabilities, weights, ids);
     });
@@ -277,7 +271,7 @@ DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n
             return Both{AttendHalf(*pool, b, n, kv, arena),
                         Experts(*pool, b.experts, b.experts[0], b.activation, n, b.top_k, arena)};
         });
-        const Phase phases[] = {both.half.qkv_phase(b, n, x), both.half.attention_phase(n), both.half.out_phase(b, n, x),
+        const Phase phases[] = {both.half.qkv_phase(b, n, x), both.half.attention_phase(n), both.half.out_phase(n, x),
                                 gate_phase(both.experts,
                                            [&] {
                                                both.half.choose_experts(b, n, x, both.half.normed, probabilities, weights, ids);

@@ -53,8 +53,7 @@ class Experts {
             const std::byte *x[MAX_ROWS];
             for (int64_t r = 0; r < count; ++r) x[r] = inner_.row(slots_[slot + r].row);
             for (const auto &[matrix, to] : {std::pair{&expert.w1, gate_}, std::pair{&expert.v1, up_}}) {
-                float *out = to + slot * hidden_;
-                multiply(*matrix, first, last, x, count, [&](int64_t o, int64_t r, float y) { out[r * hidden_ + o] = y; });
+                multiply(*matrix, first, last, x, count, to + slot * hidden_ + first, hidden_);
             }
             for (int64_t r = slot; r < slot + count; ++r)
                 gate_times_up(activation_, gate_ + r * hidden_ + first, up_ + r * hidden_ + first, last - first);
@@ -79,10 +78,13 @@ class Experts {
                 const int64_t count = std::min<int64_t>(MAX_ROWS, starts_[active + 1] - slot);
                 const std::byte *rows[MAX_ROWS];
                 for (int64_t r = 0; r < count; ++r) rows[r] = outer_.row(slot + r);
-                multiply(expert_of(active).w2, first, last, rows, count, [&](int64_t o, int64_t r, float y) {
+                float found[MAX_ROWS * MAX_OUTPUTS];
+                multiply(expert_of(active).w2, first, last, rows, count, found, MAX_OUTPUTS);
+                for (int64_t r = 0; r < count; ++r) {
                     const Slot &of = slots_[slot + r];
-                    out[of.row * d_ + o] += of.weight * y;
-                });
+                    float *to = out + of.row * d_ + first;
+                    for (int64_t i = 0; i < last - first; ++i) to[i] += of.weight * found[r * MAX_OUTPUTS + i];
+                }
             }
         pool_.count(thread, n_active_ * (last - first) * row_bytes(like_.w2), 2 * (last - first) * hidden_ * n_slots_);
     }

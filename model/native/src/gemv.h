@@ -11,6 +11,7 @@ namespace dbrx {
 
 constexpr int MAX_ROWS = DBRX_GEMV_MAX_ROWS;
 constexpr int64_t PIECE_BYTES = 128 * 1024;  // of weights, that a thread takes at once
+constexpr int64_t MAX_OUTPUTS = 256;         // of a piece
 
 // f(format) with the struct of formats/ that reads such a matrix.
 template <class F>
@@ -49,53 +50,45 @@ struct Prepared {
     }
 };
 
-// emit(output, row, value) for outputs first <= o < last and n rows. A core that reads four weight rows far apart has
-// more bytes under way than with one; of several activation rows, four at a time meet two weight rows in registers.
-template <class Format, class Emit>
-void multiply_range(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, Emit emit) {
+// out[r * stride + o - first] for outputs first <= o < last and n rows. A core that reads four weight rows far apart has more
+// bytes under way than with one; of several activation rows, four at a time meet two weight rows in registers. What is
+// left over is computed in a whole tile that names its last output more than once.
+template <class Format>
+void multiply_range(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, float *out,
+                    int64_t stride) {
     const auto tile = [&]<int W, int R>(const int64_t(&outputs)[W], int64_t row) {
         float y[W][R];
         Format::template dot<W, R>(m, outputs, x + row, y);
         for (int w = 0; w < W; ++w)
-            for (int r = 0; r < R; ++r) emit(outputs[w], row + r, y[w][r]);
+            for (int r = 0; r < R; ++r) out[(row + r) * stride + outputs[w] - first] = y[w][r];
     };
-    const auto all_rows = [&]<int W>(const int64_t(&outputs)[W]) {
+    const int64_t wide = n <= 2 ? 4 : 2, apart = (last - first) / wide, rest = first + wide * apart;
+    for (int64_t o = first; o < first + apart || (o == first + apart && rest < last); ++o) {
+        const bool over = o == first + apart;
+        const auto at = [&](int64_t w) { return over ? std::min(rest + w, last - 1) : o + w * apart; };
+        if (wide == 4) {
+            const int64_t outputs[4] = {at(0), at(1), at(2), at(3)};
+            if (n == 1) tile.template operator()<4, 1>(outputs, 0);
+            else tile.template operator()<4, 2>(outputs, 0);
+            continue;
+        }
+        const int64_t outputs[2] = {at(0), at(1)};
         int64_t row = 0;
-        for (; row + 4 <= n; row += 4) tile.template operator()<W, 4>(outputs, row);
-        if (n - row == 3) tile.template operator()<W, 3>(outputs, row);
-        if (n - row == 2) tile.template operator()<W, 2>(outputs, row);
-        if (n - row == 1) tile.template operator()<W, 1>(outputs, row);
-    };
-    int64_t o = first;
-    if (n == 1) {
-        const int64_t apart = (last - first) / 4;
-        for (; o < first + apart; ++o) {
-            const int64_t outputs[4] = {o, o + apart, o + 2 * apart, o + 3 * apart};
-            tile.template operator()<4, 1>(outputs, 0);
-        }
-        o = first + 4 * apart;
-    } else {
-        const int64_t apart = (last - first) / 2;
-        for (; o < first + apart; ++o) {
-            const int64_t outputs[2] = {o, o + apart};
-            all_rows(outputs);
-        }
-        o = first + 2 * apart;
-    }
-    for (; o < last; ++o) {
-        const int64_t outputs[1] = {o};
-        all_rows(outputs);
+        for (; row + 4 <= n; row += 4) tile.template operator()<2, 4>(outputs, row);
+        if (n - row == 3) tile.template operator()<2, 3>(outputs, row);
+        if (n - row == 2) tile.template operator()<2, 2>(outputs, row);
+        if (n - row == 1) tile.template operator()<2, 1>(outputs, row);
     }
 }
 
-template <class Emit>
-void multiply(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, Emit emit) {
-    with_format(m, [&](auto format) { multiply_range<decltype(format)>(m, first, last, x, n, emit); });
+inline void multiply(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, float *out,
+                     int64_t stride) {
+    with_format(m, [&](auto format) { multiply_range<decltype(format)>(m, first, last, x, n, out, stride); });
 }
 
 // How many outputs make a piece: some 128 KiB of weights, less where there would be too few pieces to share evenly.
 inline int64_t piece_outputs(int64_t outputs, int64_t bytes_each, int threads) {
-    const int64_t of_size = std::max<int64_t>(1, PIECE_BYTES / bytes_each);
+    const int64_t of_size = std::clamp<int64_t>(PIECE_BYTES / bytes_each, 1, MAX_OUTPUTS);
     const int64_t shared = std::max<int64_t>(1, outputs / (8 * threads));
     return (std::min(of_size, shared) + 3) / 4 * 4;
 }
@@ -106,27 +99,47 @@ constexpr int64_t STRIP = 128;
 
 inline int64_t strips(const dbrx_matrix &m) { return (m.inputs + STRIP - 1) / STRIP; }
 
-// sums[r] [outputs] of one strip, for x[r] of all inputs, times factors[r].
-template <class T>
-void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, int64_t n, float *const *sums) {
-    constexpr int AT_ONCE = 4;
+// sums[r] [outputs] of one strip, for R rows x[r] of all inputs, times factors[r].
+template <class T, int R>
+void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, float *const *sums) {
+    constexpr int AT_ONCE = 8;  // stored rows
     const T *values = static_cast<const T *>(m.values);
     const int64_t end = std::min(m.inputs, (strip + 1) * STRIP);
-    for (int64_t r = 0; r < n; ++r) std::fill(sums[r], sums[r] + m.outputs, 0.0f);
+    for (int r = 0; r < R; ++r) std::fill(sums[r], sums[r] + m.outputs, 0.0f);
     for (int64_t i = strip * STRIP; i < end; i += AT_ONCE) {
-        const int count = int(std::min<int64_t>(AT_ONCE, end - i));
-        for (int64_t r = 0; r < n; ++r) {
-            Floats scale[AT_ONCE];
-            for (int k = 0; k < count; ++k) scale[k] = Floats::all(x[r][i + k] * factors[r]);
-            for (int64_t o = 0; o < m.outputs; o += LANES) {
-                const int64_t room = m.outputs - o;
-                Floats total = load_up_to(sums[r] + o, room);
-                for (int k = 0; k < count; ++k)
-                    total = fma(load_up_to(values + (i + k) * m.outputs + o, room), scale[k], total);
-                store_up_to(total, sums[r] + o, room);
-            }
+        Floats scale[R][AT_ONCE];
+        const T *rows[AT_ONCE];
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const bool there = i + k < end;  // else a row that is, times zero
+            rows[k] = values + (there ? i + k : i) * m.outputs;
+            for (int r = 0; r < R; ++r) scale[r][k] = Floats::all(there ? x[r][i + k] * factors[r] : 0);
         }
+        const auto add = [&](int64_t o, auto load, auto store) {
+            Floats weights[AT_ONCE];
+            for (int k = 0; k < AT_ONCE; ++k) weights[k] = load(rows[k] + o);
+            for (int r = 0; r < R; ++r) {
+                Floats total = load(sums[r] + o);
+                for (int k = 0; k < AT_ONCE; ++k) total = fma(weights[k], scale[r][k], total);
+                store(total, sums[r] + o);
+            }
+        };
+        const int64_t whole = m.outputs / LANES * LANES, rest = m.outputs - whole;
+        for (int64_t o = 0; o < whole; o += LANES)
+            add(o, [](auto *at) { return Floats::load(at); }, [](Floats v, float *to) { v.store(to); });
+        if (rest)
+            add(whole, [=](auto *at) { return load_part(at, rest); },
+                [=](Floats v, float *to) { store_up_to(v, to, rest); });
     }
+}
+
+template <class T>
+void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, int64_t n, float *const *sums) {
+    for (; n >= 4; n -= 4, x += 4, factors += 4, sums += 4) add_strip<T, 4>(m, strip, x, factors, sums);
+    if (n >= 2) {
+        add_strip<T, 2>(m, strip, x, factors, sums);
+        n -= 2, x += 2, factors += 2, sums += 2;
+    }
+    if (n == 1) add_strip<T, 1>(m, strip, x, factors, sums);
 }
 
 inline void multiply_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, int64_t n,
@@ -135,7 +148,7 @@ inline void multiply_strip(const dbrx_matrix &m, int64_t strip, const float *con
     else add_strip<uint16_t>(m, strip, x, factors, n, sums);
 }
 
-// One product as phases of a job. `Store` is called as store(output, row, value).
+// One product as a phase of a job.
 class Linear {
   public:
     Linear(Pool &pool, const dbrx_matrix &m, int64_t n, Arena &arena)
@@ -145,14 +158,22 @@ class Linear {
     void prepare(int64_t row, const float *x) const { prepared_.set(m_, row, x); }
     int64_t pieces() const { return (m_.outputs + each_ - 1) / each_; }
 
-    template <class Store>
-    void work(int64_t piece, int thread, Store store) const {
+    // y [n, outputs] = the product, or what y was and the product.
+    void work(int64_t piece, int thread, float *y, bool add) const {
         const int64_t first = piece * each_, last = std::min(m_.outputs, first + each_);
         for (int64_t row = 0; row < n_; row += MAX_ROWS) {
             const int64_t count = std::min<int64_t>(MAX_ROWS, n_ - row);
             const std::byte *x[MAX_ROWS];
             for (int64_t r = 0; r < count; ++r) x[r] = prepared_.row(row + r);
-            multiply(m_, first, last, x, count, [&](int64_t o, int64_t r, float value) { store(o, row + r, value); });
+            float *to = y + row * m_.outputs + first;
+            if (!add) {
+                multiply(m_, first, last, x, count, to, m_.outputs);
+                continue;
+            }
+            float found[MAX_ROWS * MAX_OUTPUTS];
+            multiply(m_, first, last, x, count, found, MAX_OUTPUTS);
+            for (int64_t r = 0; r < count; ++r)
+                for (int64_t i = 0; i < last - first; ++i) to[r * m_.outputs + i] += found[r * MAX_OUTPUTS + i];
         }
         pool_.count(thread, (last - first) * row_bytes(m_), 2 * (last - first) * m_.inputs * n_);
     }
