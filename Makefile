@@ -9,7 +9,7 @@ LLM    ?= .venv-llm
 NATIVE := model/native/lib/.ready
 PROMPT ?= What is the capital of France? Answer briefly.
 
-.PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean
+.PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean wheel test-install native-sanitize native-aarch64
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
@@ -19,7 +19,7 @@ test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n 2
 
 quick: $(READY)  ## the tests that need neither the demo model nor many seconds
-	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or vllm or llm)"
+	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm)"
 
 lint: $(READY)  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -49,6 +49,28 @@ test-vllm: $(READY) $(VLLM)/.ready  ## the vLLM plugin in an environment of its 
 
 test-llm: $(READY) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
 	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm
+
+wheel: $(READY)  ## dist/dbrx_cli-*.whl, with the native kernels for every processor of this architecture
+	DBRX_NATIVE_BUILD=all $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+test-install: $(READY)  ## install that wheel with pip and with uv into empty environments, and answer a question
+	$(BIN)/python -m pytest -n 0 -m install
+
+SANITIZERS := address undefined thread
+DRIVE = for library in model/native/lib/$(1)/dbrx-*.so; do \
+	  $(2) model/native/lib/$(1)/driver $$library model/native/vectors.bin || [ $$? = 77 ] || exit 1; done
+
+native-sanitize: $(addprefix native-,$(SANITIZERS))  ## the native kernels' driver with GCC's or Clang's sanitizers
+
+$(addprefix native-,$(SANITIZERS)): native-%:
+	$(PYTHON) model/native/build.py --sanitize $*
+	@$(call DRIVE,$*)
+
+native-aarch64:  ## the native kernels' driver for aarch64, under qemu-user
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null \
+	  || { echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	$(PYTHON) model/native/build.py --target aarch64
+	@$(call DRIVE,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)
 
 clean:
 	rm -rf $(VENV) $(VLLM) $(LLM) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis

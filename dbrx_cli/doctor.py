@@ -137,7 +137,6 @@ def folders() -> Iterator[Check]:
         else:
             yield Check(name, "ok", f"{folder}, {readable(free)} free", facts=facts)
 
-
     compiled = demo_folder().parent / "compiled"
     if compiled.is_dir():
         size = readable(sum(path.lstat().st_size for path in compiled.rglob("*")))

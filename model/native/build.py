@@ -46,16 +46,17 @@ class Variant:
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16")))
-# The best first; a plain one runs everywhere.
+# The best first; a plain one runs everywhere, and is rarely used: -O2 takes half the time to compile.
+_PLAIN = Variant(("-O2",))
 VARIANTS: dict[str, dict[str, Variant]] = {
     "x86_64": {
         "avx512": Variant(_AVX512, tuple(f"__AVX512{part}__" for part in ("F", "BW", "VL", "DQ", "VNNI", "BF16"))),
         "avx2": Variant(_AVX2, ("__AVX2__", "__FMA__", "__F16C__")),
-        "plain": Variant(),
+        "plain": _PLAIN,
     },
     "aarch64": {
         "neon": Variant(("-march=armv8.2-a+dotprod",), ("__ARM_FEATURE_DOTPROD",)),
-        "plain": Variant(),
+        "plain": _PLAIN,
     },
 }
 OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -72,7 +73,7 @@ def architecture() -> str:
 
 
 def variants(arch: str) -> dict[str, Variant]:
-    return VARIANTS.get(arch, {"plain": Variant()})
+    return VARIANTS.get(arch, {"plain": _PLAIN})
 
 
 def compiler() -> list[str] | None:
@@ -83,14 +84,15 @@ def compiler() -> list[str] | None:
 
 
 def for_this_processor(command: Sequence[str]) -> list[str]:
-    """Names of the variants that run here, as the compiler sees this processor; the plain one always does."""
+    """The best variant for this processor, as the compiler sees it, and the plain one, which runs everywhere."""
     arch = architecture()
     asked = ("-mcpu=native", "-march=native") if arch == "aarch64" else ("-march=native",)
     for native in asked:
         said = _run([*command, native, "-dM", "-E", "-x", "c++", os.devnull])
         if said.returncode == 0:
             defined = {line.split()[1] for line in said.stdout.splitlines() if line.startswith("#define ")}
-            return [name for name, variant in variants(arch).items() if defined.issuperset(variant.macros)]
+            names = [name for name, variant in variants(arch).items() if defined.issuperset(variant.macros)]
+            return list(dict.fromkeys((names[0], "plain")))
     return ["plain"]
 
 
@@ -143,7 +145,7 @@ class Plan:
 def build(everything: bool = False, sanitize: str | None = None, target: str | None = None) -> bool:
     """Build what is asked for and say so, a line each; false if something could not be built.
 
-    everything: all variants of the architecture, as a wheel carries them, instead of those that run here.
+    everything: all variants of the architecture, as a wheel carries them, instead of this processor's and the plain one.
     sanitize, target: libraries and the driver of their tests, in folders of their own.
     """
     arch = target or architecture()
@@ -179,7 +181,7 @@ def _digest(sources: Sequence[Path], arguments: Sequence[str], version: str) -> 
     """Of all that a library is made of."""
     digest = hashlib.sha256("\0".join((*arguments, version)).replace(str(HERE), "").encode())
     for path in sorted({*sources, *SRC.rglob("*.h")}):
-        digest.update(path.read_bytes())
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The build hook of `pip install` and of wheels: builds the native kernels, and has a wheel carry them.
 
 A wheel with libraries is for this platform only; one without, made where there is no compiler, is for all.
-DBRX_NATIVE_BUILD=all builds all variants of the architecture (`make wheel`), instead of those that run here.
+DBRX_NATIVE_BUILD=all builds all variants of the architecture (`make wheel`), instead of this processor's.
 """
 
 from __future__ import annotations
