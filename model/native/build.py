@@ -145,7 +145,7 @@ class Plan:
 def build(everything: bool = False, sanitize: str | None = None, target: str | None = None) -> bool:
     """Build what is asked for and say so, a line each; false if something could not be built.
 
-    everything: all variants of the architecture, as a wheel carries them, instead of this processor's and the plain one.
+    everything: all variants of the architecture, for a wheel, instead of this processor's and the plain one.
     sanitize, target: libraries and the driver of their tests, in folders of their own.
     """
     arch = target or architecture()
