@@ -94,7 +94,7 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
     per_token = bytes_per_token(network, prompt_tokens + new_tokens // 2)
     return Result(
         attn=network.transformer.attention,
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=str(network.kv_dtype).removeprefix("torch."),
         quantize=network.packing.quantize if network.packing else "none",
         kernel=network.packing.name if network.packing else "float",
         prompt_tokens=prompt_tokens,
@@ -115,7 +115,7 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
 def bytes_per_token(network: DbrxForCausalLM, context: int) -> int:
     """Bytes that a decode step must read: active weights as they are held, and keys and values of `context` tokens."""
     config, ffn = network.config, network.config.ffn_config
-    packing, itemsize = network.packing, network.dtype.itemsize
+    packing, itemsize = network.packing, network.kv_dtype.itemsize
     d, kv = config.d_model, 2 * config.attn_config.kv_n_heads * config.head_dim
     matrices = config.n_layers * [(d + kv, d), (d, d)] + [(config.vocab_size, d)]
     if packing is not None:
@@ -124,7 +124,7 @@ def bytes_per_token(network: DbrxForCausalLM, context: int) -> int:
     else:
         expert = 3 * ffn.ffn_hidden_size * d * itemsize
         dense = sum(outputs * inputs for outputs, inputs in matrices) * itemsize
-    router = config.n_layers * ffn.moe_num_experts * d * itemsize
+    router = config.n_layers * ffn.moe_num_experts * d * network.dtype.itemsize
     return config.n_layers * (ffn.moe_top_k * expert + context * kv * itemsize) + dense + router
 
 

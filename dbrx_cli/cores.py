@@ -21,10 +21,14 @@ def settle_waiting() -> None:
     cores decoded 1.5 times faster with spinning. But a thread that spins while other programs want its core keeps it
     from the one that is waited for: on a busy machine decoding was 2 to 5 times slower, so there they sleep at once.
     Busy it is if it stays so: a large program that is just ending is no reason to be slow from here on.
+
+    Where native kernels compute, their own threads spin, and OpenMP's must not keep the cores from them.
     """
+    from model import native
+
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         return
-    os.environ["GOMP_SPINCOUNT"] = "0" if _stays_busy() else str(SPINS)
+    os.environ["GOMP_SPINCOUNT"] = "0" if native.status().variant or _stays_busy() else str(SPINS)
 
 
 NUMBER, YES_NO, SIZE = r"[1-9]\d{0,6}", "true|false|0|1", r"\d{1,9}\s*[bkmg]?"

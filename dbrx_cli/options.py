@@ -28,7 +28,7 @@ DEMOS = ("demo", "demo-moe")  # made by dbrx_cli/demo.py
 
 AttnName = Literal["auto", "eager", "sdpa", "flash"]
 OffloadName = Literal["auto", "none", "cpu", "disk"]
-QuantizeName = Literal["none", "int8", "int4"]
+QuantizeName = Literal["auto", "none", "int8", "int4"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -189,8 +189,9 @@ class ModelOptions(WhichModel):
         "auto"
     )
     quantize: Annotated[
-        QuantizeName, option("--quantize", panel=MODEL, help="Weights in fewer bits, on a CPU; none: as stored.")
-    ] = "none"
+        QuantizeName,
+        option("--quantize", panel=MODEL, help="Weights on a CPU; auto: floats become int8; none: as stored."),
+    ] = "auto"
     compile: Annotated[
         bool,
         switch("--compile", panel=MODEL, setting=True, hidden=True, help="Has no effect any more."),

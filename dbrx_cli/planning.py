@@ -16,6 +16,7 @@ from model.errors import InputError, ModelError
 from model.hub import resolve
 from model.machine import limited, parse_devices, this_machine
 from model.placement import FORMATS, QUANTIZED_ON_GPU, Machine, Placement, Rates, place
+from model.quantization import DENSE
 
 if TYPE_CHECKING:
     from model.formats import Extent
@@ -52,7 +53,10 @@ class Question:
         if options.memory_limits:
             machine = limited(machine, options.memory_limits)
         machine = _computing(machine, options.device_map)
-        quantize = found.quantize if options.quantize == "none" else options.quantize
+        # What a model's files hold in few bits stays so; --quantize auto leaves floats alone where it does in loading.
+        auto = options.quantize == "auto" and found.floats and options.dtype == "auto" and not machine.gpus
+        given = "none" if options.quantize == "auto" else options.quantize
+        quantize = DENSE if auto else found.quantize if given == "none" else given
         if machine.gpus and quantize != "none":
             raise ModelError(*QUANTIZED_ON_GPU)
         dtype = found.dtype if options.dtype == "auto" else options.dtype
@@ -69,6 +73,8 @@ class Question:
             offload=options.offload,
             expert_cache=options.expert_cache_bytes,
         )
+        if auto and (plan := question.plan()) and (plan.on_disk or not plan.runs):  # it is streamed as it is stored
+            question = replace(question, quantize="none")
         return question if devices else question._measured(options.threads)
 
     def _measured(self, threads: int | None) -> Question:
@@ -191,6 +197,7 @@ class Found:
     dtype: str = "bfloat16"
     quantize: str = "none"
     stored: str | None = "bfloat16"
+    floats: bool = True  # whether the files hold floats
     experts: Sequence[Sequence[Extent]] = ()
 
 
@@ -209,6 +216,7 @@ def _find(name: str, revision: str | None) -> Found:
             return Found(official())
         path = resolve(name, revision=revision, patterns=["config.json"])
         return Found(DbrxConfig.from_json(path / "config.json"))
+    from model.checkpoint import FLOATS
     from model.formats import open_weights
     from model.formats.quantized import QuantizedWeights
 
@@ -218,7 +226,8 @@ def _find(name: str, revision: str | None) -> Found:
         experts = [weights.expert_extents(layer, expert) for layer, expert in places]
         if isinstance(weights, QuantizedWeights):
             kind = weights.quantization
-            return Found(config, "bfloat16", kind, "int4-g128" if weights.group == 128 else kind, experts)
+            return Found(config, "bfloat16", kind, "int4-g128" if weights.group == 128 else kind, False, experts)
         mostly = weights.dtypes().most_common(1)[0][0]
         dtype = {"F32": "float32", "F16": "float16"}.get(mostly, "bfloat16")
-        return Found(config, dtype, stored=dtype if weights.plain_experts else None, experts=experts)
+        plain = dtype if weights.plain_experts else None
+        return Found(config, dtype, stored=plain, floats=mostly in FLOATS, experts=experts)

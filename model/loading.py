@@ -6,7 +6,7 @@ Build on the meta device, choose a dtype and devices, read each tensor straight 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +25,7 @@ from .offload import decide, one_device, stream_experts, take_out_experts
 from .packing import Packing, choose_packing, pack_into, take_out_dense
 from .parallel import Ranks, ShardedWeights, localize
 from .placement import QUANTIZED_ON_GPU
-from .quantization import SCHEMES
+from .quantization import DENSE, SCHEMES
 
 if TYPE_CHECKING:
     from .transformer import DbrxForCausalLM
@@ -66,8 +66,9 @@ def from_pretrained(
     checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit;
     expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
     left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
-    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored. `pack` reorders weights
-    for the CPU's kernels: faster, but they are no parameters any more. `progress` hears bytes read and bytes in all.
+    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored; "auto" makes int8 of floats that
+    stay in the CPU's memory, where no dtype is asked for, and keeps all else. `pack` has weights held by the CPU's
+    kernels: faster, but they are no parameters any more. `progress` hears bytes read and bytes in all.
 
     `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
     """
@@ -80,18 +81,23 @@ def from_pretrained(
             raise ModelError("an adapter over quantized weights runs on one device only", "leave out --adapter")
         adapted: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
         weights: Weights = adapted if ranks is None else ShardedWeights(adapted, ranks)
-        chosen = choose_dtype(dtype if dtype is not None else torch_dtype, weights)
-        packing = _packing(quantize, pack, weights, chosen, device_map) if ranks is None else None
-        if packing is not None:
-            chosen = packing.dtype
-            device_map = "cpu"
-        with torch.device("meta"):
-            network = cls(weights.config, attn_implementation="eager").to(chosen).eval()
-        if ranks is not None:
-            localize(network, ranks)
-            device_map = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
-        on_gpu = torch.cuda.is_available() and device_map is not None and str(device_map) != "cpu"
-        streamed = decide(offload, network, chosen, packing, max_memory, on_gpu=on_gpu) if ranks is None else "none"
+        wanted = dtype if dtype is not None else torch_dtype
+        for scheme in _schemes(quantize, wanted, weights, device_map) if ranks is None else ("none",):
+            chosen = choose_dtype(wanted, weights)
+            packing = _packing(scheme, pack, weights, chosen, device_map) if ranks is None else None
+            kept = chosen if packing is None else packing.kv_dtype or packing.dtype  # type of what is not quantized
+            chosen = chosen if packing is None else packing.dtype
+            with torch.device("meta"):
+                network = cls(weights.config, attn_implementation="eager").to(chosen).eval()
+            if packing is not None:
+                device_map = "cpu"
+            if ranks is not None:
+                localize(network, ranks)
+                device_map = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+            on_gpu = torch.cuda.is_available() and device_map is not None and str(device_map) != "cpu"
+            streamed = decide(offload, network, kept, packing, max_memory, on_gpu=on_gpu) if ranks is None else "none"
+            if streamed == "none":
+                break
         if streamed != "none":
             take_out_experts(network)
             device_map = one_device(device_map)
@@ -106,7 +112,7 @@ def from_pretrained(
             network.packing = packing
             network.transformer.set_kv_dtype(packing.kv_dtype)
         if streamed != "none":
-            stream_experts(network, weights, chosen, packing, host=streamed == "cpu", budget=expert_cache)
+            stream_experts(network, weights, kept, packing, host=streamed == "cpu", budget=expert_cache)
         if not (changes and beside):  # what lies beside a layer, a native step would not see
             decode_natively(network)
     if beside:
@@ -152,6 +158,24 @@ def choose_dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dt
     return DTYPES[wanted]
 
 
+def _schemes(
+    quantize: str,
+    dtype: str | torch.dtype | None,
+    weights: Weights,
+    device_map: str | int | torch.device | DeviceMap | None,
+) -> Sequence[str]:
+    """What to make of the weights: the first with which they stay in memory, else the last."""
+    if quantize != "auto":
+        return (quantize,)
+    (stored, _), *_ = weights.dtypes().most_common(1)
+    floats = weights.quantization == "none" and stored in STORED and dtype in (None, "auto")
+    return (DENSE, "none") if floats and _on_cpu(device_map) else ("none",)
+
+
+def _on_cpu(device_map: str | int | torch.device | DeviceMap | None) -> bool:
+    return device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
+
+
 def _packing(
     quantize: str,
     pack: bool,
@@ -161,9 +185,7 @@ def _packing(
 ) -> Packing | None:
     """The kernels that the weights are to be packed for; None leaves them as they are."""
     wanted = quantize if quantize != "none" else weights.quantization
-    on_cpu = (
-        device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
-    )
+    on_cpu = _on_cpu(device_map)
     if wanted in SCHEMES and not on_cpu:
         raise ModelError(*QUANTIZED_ON_GPU)
     if wanted not in SCHEMES and not (on_cpu and pack):

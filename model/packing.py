@@ -40,6 +40,7 @@ class Packing(NamedTuple):
     experts: GluExpertKernel
     dense: LinearKernel
     kv_dtype: torch.dtype | None = None  # of the cached keys and values, where not the activations'
+    converts: bool = False  # floats become what `quantize` says as they are read
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +76,7 @@ def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packi
         group = weights.group
     dense, experts = choose(DENSE), choose(quantize, group)
     assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
-    return Packing(quantize, experts_of(experts, activation), dense)
+    return Packing(quantize, experts_of(experts, activation), dense, converts=weights.quantization != quantize)
 
 
 def take_out_dense(network: DbrxForCausalLM) -> None:

@@ -70,7 +70,7 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
         weights.float().numpy(),
         foreseen.numpy()[:-1].astype(np.int16),
         config.ffn_config.moe_num_experts,
-        3 * config.ffn_config.ffn_hidden_size * config.d_model * network.dtype.itemsize,
+        3 * config.ffn_config.ffn_hidden_size * config.d_model * network.kv_dtype.itemsize,
     )
 
 

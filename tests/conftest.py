@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config) -> None:
         settings.load_profile("new")
 
 
+# Tests compare with what others computed in floats. What is done by default has its own (test_default.py).
+EXACT = {"DBRX_QUANTIZE": "none"}
 # DBRX's shape: 16 experts choose 4, unevenly, six query heads a KV head; its vocabulary, so that its tokenizer fits.
 TINY = {
     "model_type": "dbrx",
@@ -90,6 +92,7 @@ def _nothing_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("user")
     os.environ["DBRX_DATA"] = str(folder / "data")
     os.environ["DBRX_CONFIG"] = str(folder / "config.toml")
+    os.environ |= EXACT
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +109,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.delenv(name)
     monkeypatch.setenv("DBRX_DATA", str(tmp_path / "dbrx-data"))
     monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "dbrx.toml"))
+    for name, value in EXACT.items():
+        monkeypatch.setenv(name, value)
     return Cli(monkeypatch, capsys)
 
 

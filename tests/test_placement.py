@@ -240,7 +240,6 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     [
         (("--devices", "1xH100", "--quantize", "int4"), "quantized weights compute on the CPU only"),
         (("--devices", "4xH100", "--quantize", "int8"), "quantized weights compute on the CPU only"),
-        (("--devices", "4xH100", "--compile"), "leave out --compile"),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "8xH100", "--dtype", "float32", "--attn", "flash"), "bfloat16 or float16"),

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from model.decode import decode, prefill
 from model.errors import ModelError, ResourceError
-from model.experts import FloatKernel
 from model.experts.streamed import open_store
 from model.formats import Extent, open_weights
+from model.kernels import FloatGlu
 from model.kv_cache import KVCache
 from model.offload import decide
 from model.sampling import SamplingParams
@@ -395,7 +395,7 @@ def test_experts_from_the_cpus_memory_are_the_same(tiny: Path) -> None:
     network = streamed(tiny, 6)
     expected = answer(network)
     weights = open_weights(tiny)
-    kernel = FloatKernel(torch.nn.functional.silu)
+    kernel = FloatGlu(torch.nn.functional.silu)
     store = open_store(weights, kernel, torch.bfloat16, torch.device("cpu"), host=True, budget=6 * SLOT)
     for block in network.transformer.blocks:
         block.get_submodule("ffn.experts").store = store  # type: ignore[assignment]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from model.experts.stored_int8 import StoredInt8Kernel
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -16,6 +15,7 @@ from model.errors import ModelError
 from model.experts.streamed import READING_AHEAD
 from model.formats import QuantizedExpert, QuantizedMatrix, open_weights
 from model.formats.write_quantized import Writer
+from model.kernels.torch_stored import StoredInt8Glu
 from model.kv_cache import KVCache
 from model.quantization import int8
 from model.sampling import SamplingParams
@@ -97,7 +97,7 @@ def test_int8_as_stored_computes_what_it_means(rows: int, width: int, apart: int
     w1, v1, w2 = (int8.dequantize(matrix) for matrix in matrices)
     x = torch.randn(50, width)
     chosen = torch.randperm(50)[:rows]
-    kernel = StoredInt8Kernel(silu)
+    kernel = StoredInt8Glu(silu)
     out = kernel.run(kernel.prepare(x), chosen, kernel.load(QuantizedExpert(*matrices)))
     exact = (silu(x[chosen] @ w1.t()) * (x[chosen] @ v1.t())) @ w2.t()
     assert out.dtype == torch.float32

@@ -38,7 +38,7 @@ def fingerprint(engine: LocalEngine) -> dict[str, str]:
         "adapter": network.adapter,
         "chat template": _digest([engine.tokenizer.chat_template.text.encode()]),
         "tokenizer": _tokenizer(engine.tokenizer),
-        "dtype": str(network.dtype),
+        "dtype": str(network.kv_dtype),
         "quantization": engine.quantize,
         "kernels": network.packing.name if network.packing is not None else "plain",
         "attention": network.transformer.attention,

@@ -57,7 +57,7 @@ def lead(options: ModelOptions) -> Ranks | None:
     if not is_split():
         return None
     for flag, given in (
-        ("--quantize", options.quantize != "none"),
+        ("--quantize", options.quantize not in ("auto", "none")),
         ("--offload", options.offload in ("cpu", "disk")),
     ):
         if given:

@@ -415,6 +415,9 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
             adapter=options.adapter,
             progress=advance,
         )
+    if options.quantize == "auto" and network.packing is not None and network.packing.converts:
+        form = network.packing.quantize
+        report.notice(f"the weights became {form} as they were read; --quantize none computes with them as stored")
     if network.expert_store is not None:
         kept = network.expert_store.describe()
         tell = report.notice if options.offload == "auto" else report.detail
@@ -451,6 +454,6 @@ def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxCon
     with open_weights(source) as weights:
         stored, _ = weights.dtypes().most_common(1)[0]
         config = weights.config
-    if stored not in STORED and options.dtype == "auto" and options.quantize == "none":
+    if stored not in STORED and options.dtype == "auto" and options.quantize in ("auto", "none"):
         report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
     return config

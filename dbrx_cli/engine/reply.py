@@ -126,7 +126,7 @@ class Reply:
             model=engine.name,
             revision=engine.revision,
             attn=engine.network.transformer.attention,
-            dtype=str(engine.network.dtype).removeprefix("torch."),
+            dtype=str(engine.network.kv_dtype).removeprefix("torch."),
             quantize=engine.quantize,
             seed=self.seed,
             logprobs=self.logprobs[: len(self.ids) - self.begun] if self.top is not None else None,
