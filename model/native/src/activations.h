@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "dbrx.h"
 #include "simd.h"
 
 namespace dbrx {
@@ -58,9 +59,7 @@ inline float largest(const float *x, int64_t count) {
         most = max(most, abs(part));
         poison = fma(part, Floats::all(0), poison);  // 0 x NaN and 0 x infinity are NaN
     }
-    float lanes[LANES];
-    most.store(lanes);
-    return *std::max_element(lanes, lanes + LANES) + sum(poison);
+    return largest_lane(most) + sum(poison);
 }
 
 // (x - mean) / sqrt(variance + eps) * weight, of one row; weight NULL: x itself.

@@ -10,6 +10,7 @@
 // A thread that looks late finds another number, or none left, and its exchange fails: it can neither take a piece
 // twice nor touch what a phase that is over has used.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -86,8 +87,11 @@ class Pool {
     static constexpr auto SPIN = std::chrono::microseconds(100);  // longer than what lies between two layers
     static constexpr int LOOKS = 32;                              // at the ticket, between two looks at the clock
 
+    static constexpr int MANY = 4;                                // long waits, more than short ones
+
     struct alignas(64) Counters {
         dbrx_counters of = {};
+        int long_waits = 0;
     };
     struct Free {
         void operator()(std::byte *memory) const { std::free(memory); }
@@ -129,26 +133,29 @@ class Pool {
         if (sleepers_.load()) epoch_.notify_all();
     }
 
-    // Until there is a piece to take, or `over`: spin for a while, then sleep.
+    // Until there is a piece to take, or `over`: spin for a while, then sleep. A thread whose waits are long again and again
+    // shares its core with other programs: then it sleeps at once, so that they, or its own partners, can run meanwhile.
     template <class Over>
     void wait(int thread, Over over) {
         using clock = std::chrono::steady_clock;
-        dbrx_counters &counters = counters_[thread].of;
+        Counters &counters = counters_[thread];
         const auto begin = clock::now();
-        auto now = begin;
-        counters.barriers++;
+        const auto spin = counters.long_waits < MANY ? SPIN : std::chrono::microseconds(0);
+        auto waited = begin - begin;
+        counters.of.barriers++;
         for (;;) {
             const uint32_t epoch = epoch_.load();
             for (int i = 0; i < LOOKS; ++i) {
                 if (left(ticket_.load(std::memory_order_relaxed)) || over()) {
-                    counters.waited_ns += std::chrono::nanoseconds(clock::now() - begin).count();
+                    waited = clock::now() - begin;
+                    counters.of.waited_ns += std::chrono::nanoseconds(waited).count();
+                    counters.long_waits = std::clamp(counters.long_waits + (waited < SPIN ? -1 : 1), 0, 2 * MANY);
                     return;
                 }
                 relax();
             }
-            now = clock::now();
-            if (now - begin < SPIN) continue;
-            counters.sleeps++;
+            if (clock::now() - begin < spin) continue;
+            counters.of.sleeps++;
             sleepers_.fetch_add(1);
             epoch_.wait(epoch);
             sleepers_.fetch_sub(1);

@@ -65,6 +65,11 @@ DBRX_INLINE Floats power_of_2(Floats n) {
     const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_castsi256_ps(bits)};
 }
+DBRX_INLINE float largest_lane(Floats a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 DBRX_INLINE float sum(Floats a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -78,6 +83,19 @@ struct Shorts {  // 16 of 16 bits
     }
     static Shorts load(const int16_t *at) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))}; }
 };
+// 16 weights, or 32, for products: where it is fewer instructions, the even ones before the odd ones. What they are
+// multiplied with is kept in that order (EVEN_FIRST).
+constexpr bool EVEN_FIRST = true;
+DBRX_INLINE void load_weights(const uint16_t *bf16, Floats (&out)[2]) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bf16));
+    out[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    out[1].v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+}
+DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+    out[0].v = _mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 8);
+    out[1].v = _mm256_srai_epi16(pairs, 8);
+}
 struct Ints {  // sums of products of Shorts, spread over lanes
     __m256i v;
     static Ints zero() { return {_mm256_setzero_si256()}; }
@@ -136,6 +154,7 @@ DBRX_INLINE float32x4_t power_of_2(float32x4_t n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23));
 }
 DBRX_INLINE Floats power_of_2(Floats n) { return {power_of_2(n.lo), power_of_2(n.hi)}; }
+DBRX_INLINE float largest_lane(Floats a) { return std::fmax(vmaxvq_f32(a.lo), vmaxvq_f32(a.hi)); }
 DBRX_INLINE float sum(Floats a) { return vaddvq_f32(vaddq_f32(a.lo, a.hi)); }
 
 struct Shorts {
@@ -146,6 +165,7 @@ struct Shorts {
     }
     static Shorts load(const int16_t *at) { return {vld1q_s16(at), vld1q_s16(at + 8)}; }
 };
+constexpr bool EVEN_FIRST = false;
 struct Ints {
     int32x4_t lo, hi;
     static Ints zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
@@ -188,6 +208,11 @@ DBRX_INLINE Floats where_less(Floats x, Floats y, Floats a, Floats b) {
     return Floats::each([&](int i) { return x.v[i] < y.v[i] ? a.v[i] : b.v[i]; });
 }
 DBRX_INLINE Floats power_of_2(Floats n) { return Floats::each([&](int i) { return std::ldexp(1.0f, int(n.v[i])); }); }
+DBRX_INLINE float largest_lane(Floats a) {
+    float most = a.v[0];
+    for (float lane : a.v) most = lane > most ? lane : most;
+    return most;
+}
 DBRX_INLINE float sum(Floats a) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
@@ -207,6 +232,7 @@ struct Shorts {
         return out;
     }
 };
+constexpr bool EVEN_FIRST = false;
 struct Ints {
     int32_t v[8];
     static Ints zero() { return {}; }
@@ -225,6 +251,31 @@ DBRX_INLINE void store_rounded(Floats a, int16_t *to) {
 }
 
 #endif
+
+#if !defined(__AVX2__)
+DBRX_INLINE void load_weights(const uint16_t *bf16, Floats (&out)[2]) {
+    out[0] = Floats::load(bf16), out[1] = Floats::load(bf16 + LANES);
+}
+DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {
+    out[0] = Shorts::widen(at), out[1] = Shorts::widen(at + 16);
+}
+#endif
+DBRX_INLINE void load_weights(const float *at, Floats (&out)[2]) {
+    out[0] = Floats::load(at), out[1] = Floats::load(at + LANES);
+}
+
+// `count` numbers, each `size` of them with the even ones before the odd ones: 0 1 2 3 4 5 6 7 -> 0 2 4 6 1 3 5 7.
+template <class T>
+inline void even_first(T *x, int64_t count, int size) {
+    for (int64_t start = 0; start + size <= count; start += size) {
+        T before[64];
+        std::memcpy(before, x + start, size_t(size) * sizeof(T));
+        for (int i = 0; i < size / 2; ++i) {
+            x[start + i] = before[2 * i];
+            x[start + size / 2 + i] = before[2 * i + 1];
+        }
+    }
+}
 
 // The first `count` numbers at a place behind which nothing may be read, and zeros.
 template <class T>

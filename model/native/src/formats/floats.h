@@ -10,12 +10,16 @@ template <class T>
 struct FloatRows {
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs * int64_t(sizeof(T)); }
 
-    // Activations: the floats, and zeros up to a whole vector.
-    static int64_t prepared_bytes(int64_t inputs) { return (inputs + 15) / 16 * 64; }
+    static constexpr int STEP = 16;  // inputs, two vectors
+
+    // Activations: the floats, and zeros up to a whole step.
+    static int64_t padded(int64_t inputs) { return (inputs + STEP - 1) / STEP * STEP; }
+    static int64_t prepared_bytes(int64_t inputs) { return padded(inputs) * int64_t(sizeof(float)); }
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
         float *out = reinterpret_cast<float *>(to);
         std::copy(x, x + inputs, out);
-        std::fill(out + inputs, out + (inputs + 15) / 16 * 16, 0.0f);
+        std::fill(out + inputs, out + padded(inputs), 0.0f);
+        if (EVEN_FIRST && sizeof(T) == 2) even_first(out, padded(inputs), STEP);
     }
 
     // y[w][r] = weight row outputs[w] times activation row x[r].
@@ -28,16 +32,21 @@ struct FloatRows {
         for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float *>(x[r]);
         for (auto &row : sums)
             for (Floats &one : row) one = Floats::all(0);
-        const int64_t whole = m.inputs / LANES * LANES;
-        for (int64_t i = 0; i < whole; i += LANES)
+        const auto add = [&](int w, int64_t i, const T *at) {
+            Floats weight[2];
+            load_weights(at, weight);
+            for (int half = 0; half < 2; ++half)
+                for (int r = 0; r < R; ++r)
+                    sums[w][r] = fma(weight[half], Floats::load(rows[r] + i + half * LANES), sums[w][r]);
+        };
+        const int64_t whole = m.inputs / STEP * STEP;
+        for (int64_t i = 0; i < whole; i += STEP)
+            for (int w = 0; w < W; ++w) add(w, i, weights[w] + i);
+        if (whole < m.inputs)  // through memory of its own, since nothing may be read behind a matrix
             for (int w = 0; w < W; ++w) {
-                const Floats weight = Floats::load(weights[w] + i);
-                for (int r = 0; r < R; ++r) sums[w][r] = fma(weight, Floats::load(rows[r] + i), sums[w][r]);
-            }
-        if (whole < m.inputs)
-            for (int w = 0; w < W; ++w) {
-                const Floats weight = load_part(weights[w] + whole, m.inputs - whole);
-                for (int r = 0; r < R; ++r) sums[w][r] = fma(weight, Floats::load(rows[r] + whole), sums[w][r]);
+                T last[STEP] = {};
+                std::copy(weights[w] + whole, weights[w] + m.inputs, last);
+                add(w, whole, last);
             }
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);

@@ -13,88 +13,84 @@ namespace dbrx {
 
 constexpr int BLOCK = 256, PARTS = 8;  // inputs a block; parts of 32 inputs in it
 
-// Where an activation of a block is kept: of each 64 the even ones stand before the odd ones, as a byte's halves come apart.
-// Inputs 0, 1, 2, 3, 64, 65 are at 0, 32, 1, 33, 64, 96.
-inline int place(int input) { return input / 64 * 64 + input % 2 * 32 + input % 64 / 2; }
-
 #if defined(__AVX2__)
 // Lanes as horizontal additions leave them: of four vectors, each of two parts, first the lower ones.
 constexpr int PART_OF_LANE[PARTS] = {0, 2, 4, 6, 1, 3, 5, 7};
 
-struct Levels {  // of one block: `even[j]` those of even inputs of the 64 behind 64 j
-    __m256i even[4], odd[4];
-    static Levels load(const uint8_t *at) {
-        Levels out;
-        const __m256i low = _mm256_set1_epi8(15);
-        for (int j = 0; j < 4; ++j) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at + 32 * j));
-            out.even[j] = _mm256_and_si256(bytes, low);
-            out.odd[j] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+// sums[r] = the block's sums of levels times activations x[r], a part each.
+template <int R>
+DBRX_INLINE void part_sums(const uint8_t *levels, const int8_t *const (&x)[R], Floats (&sums)[R]) {
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i halves[2][R];  // of 128 inputs each
+    for (int half = 0; half < 2; ++half) {
+        __m256i even[2], odd[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(levels + 64 * half + 32 * j));
+            even[j] = _mm256_and_si256(bytes, low);
+            odd[j] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
         }
-        return out;
-    }
-};
-DBRX_INLINE Floats part_sums(const Levels &levels, const int8_t *x) {
-    __m256i sums[4];
-    for (int j = 0; j < 4; ++j) {
-        const __m256i *at = reinterpret_cast<const __m256i *>(x + 64 * j);
+        for (int r = 0; r < R; ++r) {
+            const __m256i *at = reinterpret_cast<const __m256i *>(x[r] + 128 * half);
+            __m256i both[2];  // of 64 inputs each
+            for (int j = 0; j < 2; ++j) {
+                const __m256i of_even = _mm256_load_si256(at + 2 * j), of_odd = _mm256_load_si256(at + 2 * j + 1);
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-        sums[j] = _mm256_dpbusd_epi32(_mm256_setzero_si256(), levels.even[j], _mm256_loadu_si256(at));
-        sums[j] = _mm256_dpbusd_epi32(sums[j], levels.odd[j], _mm256_loadu_si256(at + 1));
+                both[j] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), even[j], of_even), odd[j], of_odd);
+            }
+            halves[half][r] = _mm256_hadd_epi32(both[0], both[1]);
+        }
     }
-    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    for (int r = 0; r < R; ++r) sums[r].v = _mm256_cvtepi32_ps(_mm256_hadd_epi32(halves[0][r], halves[1][r]));
 #else
-        sums[j] = _mm256_add_epi16(_mm256_maddubs_epi16(levels.even[j], _mm256_loadu_si256(at)),
-                                   _mm256_maddubs_epi16(levels.odd[j], _mm256_loadu_si256(at + 1)));
+                both[j] = _mm256_add_epi16(_mm256_maddubs_epi16(even[j], of_even), _mm256_maddubs_epi16(odd[j], of_odd));
+            }
+            halves[half][r] = _mm256_hadd_epi16(both[0], both[1]);
+        }
     }
-    const __m256i pairs = _mm256_hadd_epi16(_mm256_hadd_epi16(sums[0], sums[1]), _mm256_hadd_epi16(sums[2], sums[3]));
-    const __m256i all = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    for (int r = 0; r < R; ++r) {
+        const __m256i pairs = _mm256_hadd_epi16(halves[0][r], halves[1][r]);
+        sums[r].v = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
 #endif
-    return {_mm256_cvtepi32_ps(all)};
 }
 #else
 constexpr int PART_OF_LANE[PARTS] = {0, 1, 2, 3, 4, 5, 6, 7};
 
 #if defined(__ARM_FEATURE_DOTPROD)
-struct Levels {
-    int8x16_t even[PARTS], odd[PARTS];
-    static Levels load(const uint8_t *at) {
-        Levels out;
-        for (int j = 0; j < PARTS; ++j) {
-            const uint8x16_t bytes = vld1q_u8(at + 16 * j);
-            out.even[j] = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
-            out.odd[j] = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
-        }
-        return out;
-    }
-};
-DBRX_INLINE Floats part_sums(const Levels &levels, const int8_t *x) {
-    int32x4_t sums[PARTS];
+template <int R>
+DBRX_INLINE void part_sums(const uint8_t *levels, const int8_t *const (&x)[R], Floats (&sums)[R]) {
+    int32x4_t found[R][PARTS];
     for (int j = 0; j < PARTS; ++j) {
-        const int8_t *at = x + j / 2 * 64 + j % 2 * 16;
-        sums[j] = vdotq_s32(vdotq_s32(vdupq_n_s32(0), levels.even[j], vld1q_s8(at)), levels.odd[j], vld1q_s8(at + 32));
+        const uint8x16_t bytes = vld1q_u8(levels + 16 * j);
+        const int8x16_t even = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
+        const int8x16_t odd = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+        for (int r = 0; r < R; ++r) {
+            const int8_t *at = x[r] + j / 2 * 64 + j % 2 * 16;
+            found[r][j] = vdotq_s32(vdotq_s32(vdupq_n_s32(0), even, vld1q_s8(at)), odd, vld1q_s8(at + 32));
+        }
     }
-    const auto four = [&](int j) {
-        return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(sums[j], sums[j + 1]), vpaddq_s32(sums[j + 2], sums[j + 3])));
-    };
-    return {four(0), four(4)};
+    for (int r = 0; r < R; ++r) {
+        const auto four = [&](const int32x4_t *of) {
+            return vcvtq_f32_s32(vpaddq_s32(vpaddq_s32(of[0], of[1]), vpaddq_s32(of[2], of[3])));
+        };
+        sums[r] = {four(found[r]), four(found[r] + 4)};
+    }
 }
 #else
-struct Levels {
-    const uint8_t *at;
-    static Levels load(const uint8_t *at) { return {at}; }
-};
-DBRX_INLINE Floats part_sums(const Levels &levels, const int8_t *x) {
-    float sums[PARTS];
-    for (int j = 0; j < PARTS; ++j) {
-        int32_t total = 0;
-        for (int i = 16 * j; i < 16 * j + 16; ++i) {
-            const int8_t *even = x + i / 32 * 64 + i % 32;
-            total += (levels.at[i] & 15) * even[0] + (levels.at[i] >> 4) * even[32];
+template <int R>
+DBRX_INLINE void part_sums(const uint8_t *levels, const int8_t *const (&x)[R], Floats (&sums)[R]) {
+    for (int r = 0; r < R; ++r) {
+        float found[PARTS];
+        for (int j = 0; j < PARTS; ++j) {
+            int32_t total = 0;
+            for (int i = 16 * j; i < 16 * j + 16; ++i) {
+                const int8_t *even = x[r] + i / 32 * 64 + i % 32;
+                total += (levels[i] & 15) * even[0] + (levels[i] >> 4) * even[32];
+            }
+            found[j] = float(total);
         }
-        sums[j] = float(total);
+        sums[r] = Floats::load(found);
     }
-    return Floats::load(sums);
 }
 #endif
 #endif
@@ -134,7 +130,7 @@ struct Int4 {
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / 2 + 4 * groups(m.inputs); }
 
     struct Activations {  // of one block, zeros behind the last input
-        int8_t x[BLOCK];
+        alignas(32) int8_t x[BLOCK];  // of each 64 the even ones first, as a byte's halves come apart
         float scale[PARTS], sums[PARTS];  // in the order of lanes; sums: of the rounded numbers, times scale
     };
     static int64_t prepared_bytes(int64_t inputs) { return (inputs + BLOCK - 1) / BLOCK * int64_t(sizeof(Activations)); }
@@ -142,22 +138,25 @@ struct Int4 {
         Activations *blocks = reinterpret_cast<Activations *>(to);
         for (int64_t start = 0; start < inputs; start += BLOCK) {
             Activations &block = blocks[start / BLOCK];
+            int16_t rounded[BLOCK];
             for (int lane = 0; lane < PARTS; ++lane) {
-                const int first = PART_OF_LANE[lane] * 32;
-                const int64_t count = std::clamp<int64_t>(inputs - start - first, 0, 32);
-                const float most = std::max(largest(x + start + first, count), 1e-30f);
-                const Floats inverse = Floats::all(127 / most);
-                int16_t rounded[32] = {};
-                for (int64_t i = 0; i < count; i += LANES)
-                    store_rounded(load_up_to(x + start + first + i, count - i) * inverse, rounded + i);
-                int total = 0;
-                for (int i = 0; i < 32; ++i) {
-                    total += rounded[i];
-                    block.x[place(first + i)] = int8_t(rounded[i]);
+                const int64_t first = PART_OF_LANE[lane] * 32, there = inputs - start - first;
+                Floats part[4], most = Floats::all(0), poison = Floats::all(0);
+                for (int v = 0; v < 4; ++v) {
+                    part[v] = there > v * LANES ? load_up_to(x + start + first + v * LANES, there - v * LANES) : Floats::all(0);
+                    most = max(most, abs(part[v]));
+                    poison = fma(part[v], Floats::all(0), poison);  // NaN where one is not finite
                 }
-                block.scale[lane] = most / 127;
+                const float bound = std::max(largest_lane(most), 1e-30f) + sum(poison);
+                const Floats inverse = Floats::all(127 / bound);
+                int total = 0;
+                for (int v = 0; v < 4; ++v) store_rounded(part[v] * inverse, rounded + first + v * LANES);
+                for (int64_t i = first; i < first + 32; ++i) total += rounded[i];
+                block.scale[lane] = bound / 127;
                 block.sums[lane] = float(total) * block.scale[lane];
             }
+            even_first(rounded, BLOCK, 64);
+            for (int i = 0; i < BLOCK; ++i) block.x[i] = int8_t(rounded[i]);
         }
     }
 
@@ -173,13 +172,18 @@ struct Int4 {
             for (Floats &one : sums[w]) one = Floats::all(0);
         }
         const auto add = [&](int w, int64_t block, const uint8_t *values, const uint16_t *scales, const uint16_t *zeros) {
-            const Levels unpacked = Levels::load(values);
+            const Activations *of[R];
+            const int8_t *numbers[R];
+            Floats found[R];
+            for (int r = 0; r < R; ++r) {
+                of[r] = reinterpret_cast<const Activations *>(x[r]) + block;
+                numbers[r] = of[r]->x;
+            }
+            part_sums(values, numbers, found);
             const Floats s = load_of_parts<GROUP>(scales), z = load_of_parts<GROUP>(zeros);
             for (int r = 0; r < R; ++r) {
-                const Activations &a = reinterpret_cast<const Activations *>(x[r])[block];
-                const Floats of_zeros = Floats::all(0) - z * Floats::load(a.sums);
-                const Floats products = fma(part_sums(unpacked, a.x), Floats::load(a.scale), of_zeros);
-                sums[w][r] = fma(products, s, sums[w][r]);
+                const Floats of_zeros = Floats::all(0) - z * Floats::load(of[r]->sums);
+                sums[w][r] = fma(fma(found[r], Floats::load(of[r]->scale), of_zeros), s, sums[w][r]);
             }
         };
         const int64_t whole = m.inputs / BLOCK, rest = m.inputs % BLOCK;

@@ -14,8 +14,10 @@ namespace dbrx {
 struct Int8 {
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs + 4; }
 
-    // Activations: the scale, at 64 bytes the rounded numbers, and zeros up to 32 of them.
-    static int64_t prepared_bytes(int64_t inputs) { return 64 + (inputs + 31) / 32 * 64; }
+    // Activations: the scale, at 64 bytes the rounded numbers, and zeros up to a whole step.
+    static constexpr int STEP = 32;
+    static int64_t padded(int64_t inputs) { return (inputs + STEP - 1) / STEP * STEP; }
+    static int64_t prepared_bytes(int64_t inputs) { return 64 + 2 * padded(inputs); }
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
         int16_t *out = reinterpret_cast<int16_t *>(to + 64);
         const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
@@ -31,7 +33,8 @@ struct Int8 {
         const Floats factor = Floats::all(levels);
         int64_t i = 0;
         for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse * factor, out + i);
-        for (; i < (inputs + 31) / 32 * 32; ++i) out[i] = 0;
+        for (; i < padded(inputs); ++i) out[i] = 0;
+        if (EVEN_FIRST) even_first(out, padded(inputs), STEP);
         *reinterpret_cast<float *>(to) = most / levels;
     }
 
@@ -44,19 +47,26 @@ struct Int8 {
         for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const int16_t *>(x[r] + 64);
         for (auto &row : sums)
             for (Ints &one : row) one = Ints::zero();
-        const int64_t whole = m.inputs / 16 * 16;
-        for (int64_t i = 0; i < whole; i += 16)
+        const auto add = [&](int w, int64_t i, const int8_t *at) {
+            Shorts weight[2];
+            load_weights(at, weight);
+            for (int half = 0; half < 2; ++half)
+                for (int r = 0; r < R; ++r)
+                    sums[w][r] = multiply_add(weight[half], Shorts::load(rows[r] + i + 16 * half), sums[w][r]);
+        };
+        const int64_t whole = m.inputs / STEP * STEP;
+        for (int64_t i = 0; i < whole; i += STEP)
+            for (int w = 0; w < W; ++w) add(w, i, weights[w] + i);
+        if (whole < m.inputs)  // through memory of its own, since nothing may be read behind a matrix
             for (int w = 0; w < W; ++w) {
-                const Shorts weight = Shorts::widen(weights[w] + i);
-                for (int r = 0; r < R; ++r) sums[w][r] = multiply_add(weight, Shorts::load(rows[r] + i), sums[w][r]);
+                int8_t last[STEP] = {};
+                std::copy(weights[w] + whole, weights[w] + m.inputs, last);
+                add(w, whole, last);
             }
         const float *scale = static_cast<const float *>(m.scale);
         for (int w = 0; w < W; ++w)
-            for (int r = 0; r < R; ++r) {
-                int32_t total = sum(sums[w][r]);
-                for (int64_t i = whole; i < m.inputs; ++i) total += weights[w][i] * rows[r][i];
-                y[w][r] = float(total) * *reinterpret_cast<const float *>(x[r]) * scale[outputs[w]];
-            }
+            for (int r = 0; r < R; ++r)
+                y[w][r] = float(sum(sums[w][r])) * *reinterpret_cast<const float *>(x[r]) * scale[outputs[w]];
     }
 };
 
