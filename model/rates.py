@@ -103,7 +103,7 @@ def _experts(
 def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
     """Bytes a second of the kernel of attention and head."""
     packing, width = network.packing, config.d_model
-    itemsize = 1 if packing and packing.quantize != "none" else network.dtype.itemsize
+    itemsize = 1 if packing and packing.quantize != "none" else network.kv_dtype.itemsize
     matrix = _random(max(1, nbytes // 2 // itemsize // width), width)
     run: Callable[[Tensor], Tensor] = partial(linear, weight=matrix.to(network.dtype))
     if packing is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dbrx_cli import bench, cores
-from model import DbrxForCausalLM
+from model import DbrxForCausalLM, native
 from model.quality import compare, log_probabilities
 from tests.cli import Cli
 
@@ -88,6 +88,7 @@ def test_threads_spin_only_on_an_idle_machine(
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DBRX_NATIVE", "none")
     (tmp_path / "loadavg").write_text(f"9.00 9.00 9.00 {running}/900 12345\n")
     monkeypatch.setattr(cores, "LOADAVG", tmp_path / "loadavg")
     cores.settle_waiting()
@@ -100,10 +101,20 @@ def test_threads_spin_only_on_an_idle_machine(
 def test_threads_spin_though_another_program_is_just_ending(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DBRX_NATIVE", "none")
     seen = [float(os.cpu_count() or 1), 0.0]
     monkeypatch.setattr(cores, "others_running", lambda: seen.pop(0))
     cores.settle_waiting()
     assert os.environ["GOMP_SPINCOUNT"] == str(cores.SPINS) and not seen
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
+def test_threads_of_openmp_leave_the_cores_to_native_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cores, "others_running", lambda: 0.0)
+    cores.settle_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] == "0"
 
 
 def test_huge_pages_are_asked_for_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
