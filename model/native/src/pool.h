@@ -51,10 +51,13 @@ class Pool {
     }
 
     int threads() const { return int(counters_.size()); }
-    const dbrx_counters &counters(int thread) const { return counters_[thread].of; }
+    dbrx_counters counters(int thread) const {
+        const Counters &of = counters_[thread];
+        return {of.barriers, of.sleeps, of.waited_ns, of.bytes, of.operations};
+    }
     void count(int thread, int64_t bytes, int64_t operations) {
-        counters_[thread].of.bytes += bytes;
-        counters_[thread].of.operations += operations;
+        add(counters_[thread].bytes, bytes);
+        add(counters_[thread].operations, operations);
     }
 
     // Run the phases one after the other; the caller is thread 0.
@@ -89,10 +92,13 @@ class Pool {
 
     static constexpr int MANY = 4;                                // long waits, more than short ones
 
-    struct alignas(64) Counters {
-        dbrx_counters of = {};
+    struct alignas(64) Counters {  // one thread counts; others may look at any time
+        std::atomic<int64_t> barriers{0}, sleeps{0}, waited_ns{0}, bytes{0}, operations{0};
         int long_waits = 0;
     };
+    static void add(std::atomic<int64_t> &counter, int64_t n) {
+        counter.store(counter.load(std::memory_order_relaxed) + n, std::memory_order_relaxed);
+    }
     struct Free {
         void operator()(std::byte *memory) const { std::free(memory); }
     };
@@ -142,20 +148,20 @@ class Pool {
         const auto begin = clock::now();
         const auto spin = counters.long_waits < MANY ? SPIN : std::chrono::microseconds(0);
         auto waited = begin - begin;
-        counters.of.barriers++;
+        add(counters.barriers, 1);
         for (;;) {
             const uint32_t epoch = epoch_.load();
             for (int i = 0; i < LOOKS; ++i) {
                 if (left(ticket_.load(std::memory_order_relaxed)) || over()) {
                     waited = clock::now() - begin;
-                    counters.of.waited_ns += std::chrono::nanoseconds(waited).count();
+                    add(counters.waited_ns, std::chrono::nanoseconds(waited).count());
                     counters.long_waits = std::clamp(counters.long_waits + (waited < SPIN ? -1 : 1), 0, 2 * MANY);
                     return;
                 }
                 relax();
             }
             if (clock::now() - begin < spin) continue;
-            counters.of.sleeps++;
+            add(counters.sleeps, 1);
             sleepers_.fetch_add(1);
             epoch_.wait(epoch);
             sleepers_.fetch_sub(1);
