@@ -12,7 +12,8 @@
 
 #include "attention.h"
 #include "checks.h"
-#include "experts.h"
+#include "many.h"
+#include "quantize.h"
 
 struct dbrx_pool : dbrx::Pool {
     using dbrx::Pool::Pool;
@@ -117,6 +118,7 @@ Phase add_phase(const Experts &experts, const float *x, float *out) {
 // y [n, outputs] = the product with x, or with its norm.
 void linear(Pool &pool, const dbrx_matrix &m, const float *norm, float eps, const float *x, int64_t n, float *y) {
     if (n == 0) return;
+    if (n > MAX_ROWS) return gemm_linear(pool, m, norm, eps, x, n, y);
     if (m.transposed) {  // all strips of a row, added in their order
         require(!norm, "the head cannot be transposed");
         float *sums = reinterpret_cast<float *>(pool.scratch(size_t(n * strips(m) * m.outputs) * sizeof(float)));
@@ -230,6 +232,8 @@ DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n
         const int32_t like = check_experts(pool, experts, n_experts, first, last, activation, normed, n, ids, weights,
                                            top_k, out);
         if (n == 0) return;
+        if (n > MAX_ROWS)
+            return many_rows(*pool, experts, experts[like], activation, normed, n, ids, weights, top_k, first, last, x, out);
         Experts job = in_scratch(*pool, [&](Arena &arena) {
             return Experts(*pool, experts, experts[like], activation, n, top_k, arena);
         });
@@ -284,6 +288,10 @@ DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n
     });
 }
 
-DBRX_API int dbrx_quantize(dbrx_pool *, const dbrx_matrix *, const float *, const float *, dbrx_matrix *) {
-    return guarded([] { throw std::invalid_argument("quantizing is not there yet"); });
+DBRX_API int dbrx_quantize(dbrx_pool *pool, const dbrx_matrix *from, const float *row_scale, const float *column_scale,
+                           dbrx_matrix *to) {
+    return guarded([&] {
+        check_quantize(pool, from, to);
+        quantize(*pool, *from, row_scale, column_scale, *to);
+    });
 }

@@ -89,8 +89,8 @@ int dbrx_linear(dbrx_pool *pool, const dbrx_matrix *matrix, const float *x, int6
 
 // out [n, d] = x + the weighted sum of the chosen experts' outputs of `normed`; x may be NULL (zeros) or `out` itself.
 // ids and weights [n, k]. Only experts first <= i < last are computed, so that a caller may listen to Ctrl-C between
-// calls; the sum of calls over all ranges is that of one call, up to rounding. An expert's rows go through gemv up to
-// DBRX_GEMV_MAX_ROWS, through gemm beyond.
+// calls; the sum of calls over all ranges is that of one call, up to rounding. Up to DBRX_GEMV_MAX_ROWS rows n go
+// through gemv, more through gemm.
 int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n_experts, int32_t first, int32_t last,
                  int32_t activation, const float *normed, int64_t n, const int32_t *ids, const float *weights,
                  int32_t top_k, const float *x, float *out);

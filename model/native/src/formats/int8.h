@@ -19,6 +19,11 @@ struct Int8 {
     static int64_t padded(int64_t inputs) { return (inputs + STEP - 1) / STEP * STEP; }
     static int64_t prepared_bytes(int64_t inputs) { return 64 + 2 * padded(inputs); }
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
+        round_row(x, inputs, to);
+        if (EVEN_FIRST) even_first(reinterpret_cast<int16_t *>(to + 64), padded(inputs), STEP);
+    }
+    // The same in the order of the inputs, for gemm.
+    static void round_row(const float *x, int64_t inputs, std::byte *to) {
         int16_t *out = reinterpret_cast<int16_t *>(to + 64);
         const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
         const Floats inverse = Floats::all(1 / most);
@@ -34,7 +39,6 @@ struct Int8 {
         int64_t i = 0;
         for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse * factor, out + i);
         for (; i < padded(inputs); ++i) out[i] = 0;
-        if (EVEN_FIRST) even_first(out, padded(inputs), STEP);
         *reinterpret_cast<float *>(to) = most / levels;
     }
 
