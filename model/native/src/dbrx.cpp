@@ -36,6 +36,16 @@ int guarded(F f) {
     return 1;
 }
 
+// f() while nobody else uses the pool.
+template <class F>
+int in_turn(dbrx_pool *pool, F f) {
+    return guarded([&] {
+        require(pool, "a pool is needed");
+        const std::lock_guard<std::mutex> turn(pool->turn());
+        f();
+    });
+}
+
 // Take memory for what `make(arena)` builds: once to learn the size, once to have it.
 template <class Make>
 auto in_scratch(Pool &pool, Make make) {
@@ -211,7 +221,7 @@ DBRX_API int dbrx_pool_counters(const dbrx_pool *pool, int thread, dbrx_counters
 }
 
 DBRX_API int dbrx_linear(dbrx_pool *pool, const dbrx_matrix *matrix, const float *x, int64_t n, float *y) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         check(pool, matrix, x, n, y);
         linear(*pool, *matrix, nullptr, 0, x, n, y);
     });
@@ -219,7 +229,7 @@ DBRX_API int dbrx_linear(dbrx_pool *pool, const dbrx_matrix *matrix, const float
 
 DBRX_API int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *head, const float *x, int64_t n,
                        float *logits) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         check(pool, head, x, n, logits);
         linear(*pool, *head, norm, eps, x, n, logits);
     });
@@ -228,7 +238,7 @@ DBRX_API int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx
 DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n_experts, int32_t first, int32_t last,
                           int32_t activation, const float *normed, int64_t n, const int32_t *ids, const float *weights,
                           int32_t top_k, const float *x, float *out) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         const int32_t like = check_experts(pool, experts, n_experts, first, last, activation, normed, n, ids, weights,
                                            top_k, out);
         if (n == 0) return;
@@ -249,7 +259,7 @@ DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n
 
 DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x, float *normed,
                          float *probabilities, float *weights, int32_t *ids) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         check_step(pool, block, n, kv, x, probabilities, weights, ids);
         require(normed, "a pointer is null");
         const dbrx_block &b = *block;
@@ -262,7 +272,7 @@ DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, co
 
 DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x,
                              float *probabilities, float *weights, int32_t *ids) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         check_step(pool, block, n, kv, x, probabilities, weights, ids);
         const dbrx_block &b = *block;
         require(b.experts, "the experts are not in memory");
@@ -290,7 +300,7 @@ DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n
 
 DBRX_API int dbrx_quantize(dbrx_pool *pool, const dbrx_matrix *from, const float *row_scale, const float *column_scale,
                            dbrx_matrix *to) {
-    return guarded([&] {
+    return in_turn(pool, [&] {
         check_quantize(pool, from, to);
         quantize(*pool, *from, row_scale, column_scale, *to);
     });

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
 #include <vector>
@@ -41,14 +42,15 @@ inline void relax() {
 class Pool {
   public:
     explicit Pool(int threads) : counters_(threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
+        } catch (...) {  // the system gives no more of them
+            stop();
+            throw;
+        }
     }
 
-    ~Pool() {
-        stop_.store(true);
-        announce();
-        for (std::thread &worker : workers_) worker.join();
-    }
+    ~Pool() { stop(); }
 
     int threads() const { return int(counters_.size()); }
     dbrx_counters counters(int thread) const {
@@ -59,6 +61,9 @@ class Pool {
         add(counters_[thread].bytes, bytes);
         add(counters_[thread].operations, operations);
     }
+
+    // Held for a whole call: two threads that call with one pool take turns.
+    std::mutex &turn() { return turn_; }
 
     // Run the phases one after the other; the caller is thread 0.
     template <size_t N>
@@ -102,6 +107,12 @@ class Pool {
     struct Free {
         void operator()(std::byte *memory) const { std::free(memory); }
     };
+
+    void stop() {
+        stop_.store(true);
+        announce();
+        for (std::thread &worker : workers_) worker.join();
+    }
 
     static bool left(uint64_t ticket) { return uint32_t(ticket) != 0; }
 
@@ -176,6 +187,7 @@ class Pool {
     const Phase *phases_ = nullptr;  // these are written while no piece is out
     int64_t n_phases_ = 0, at_ = 0, pieces_ = 0;
     uint64_t number_ = 0;
+    std::mutex turn_;
     std::vector<Counters> counters_;
     std::unique_ptr<std::byte, Free> scratch_;
     size_t scratch_bytes_ = 0;
