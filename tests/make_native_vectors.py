@@ -244,7 +244,8 @@ def _step(
         *(floats(part) for part in (x, normed, keys, values, probabilities, weights)),
         *(numbers(*ids.reshape(-1)), floats(out)),
     )
-    rounding = 3 * TOLERANCE[form][0] + (5e-3 if kv_format == BF16 else 1e-5)
+    # What an expert weighs is the exponential of a sum, which multiplies the errors before it.
+    rounding = 6 * TOLERANCE[form][0] + (5e-3 if kv_format == BF16 else 1e-5)
     return case(f"block {NAMES[form]}, cache {NAMES[kv_format]}", STEP, rounding, *parts)
 
 
@@ -270,6 +271,7 @@ def cases() -> Iterator[bytes]:
         for n in (1, 5, 33):
             yield linear(shape(form, 72, 256, group=128), n, peaks=n > 1)
         yield linear(shape(form, 19, 50), 2)  # a short group, and no whole vector
+        yield linear(shape(form, 20, 1300), 18)  # longer than what is held in cache at once
         yield head(shape(form, 101, 64), 1, normed=True)
         yield head(shape(form, 101, 64), 3, normed=False)
         for n in (1, 3, 30):
@@ -280,7 +282,7 @@ def cases() -> Iterator[bytes]:
     for form in (F32, BF16):
         yield linear(Shape(form, 40, 96, transposed=True), 1)
         yield linear(Shape(form, 40, 96, transposed=True), 20)
-        for to in () and (shape(INT8, 12, 80), shape(INT4, 12, 80), shape(INT4, 12, 80, group=64)):
+        for to in (shape(INT8, 12, 80), shape(INT4, 12, 80), shape(INT4, 12, 80, group=64)):
             for transposed in (False, True):
                 yield quantize(Shape(form, 12, 80, transposed), to, scaled=transposed)
 
