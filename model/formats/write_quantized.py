@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, expected_tensors
 from ..errors import InputError, ModelError, ResourceError
+from ..kernels import choose, experts_of
 from ..machine import available_memory
 from ..packing import at_once, in_order, read_expert, threads
-from ..quantization import SCHEMES, int4, int8
-from ..quantization.equalize import quantize_expert
+from ..quantization import DENSE as DENSE_SCHEME
+from ..quantization import SCHEMES
 from ..safetensors_file import BITS, opened, read_header
 from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
 from .weights import QuantizedMatrix, Weights
@@ -43,6 +44,11 @@ class Writer:
         self.metadata = {"format": "pt", "quantization": kind, "group": str(group)}
         self.layers = weights.config.n_layers
         self._entries = self._shapes()
+        # The numbers of quantizing on load: by the kernels that it would take.
+        dense, experts = choose(DENSE_SCHEME), choose(kind, group if SCHEMES[kind].groups else None)
+        assert dense is not None and experts is not None  # the last of each form runs everywhere
+        self._dense_kernel = dense
+        self._experts_kernel = experts_of(experts, str(weights.config.ffn_config.activation))
 
     def write(self, finish: Callable[[Path], None], progress: Callable[[int, int], None] | None = None) -> None:
         """Make the folder; it appears under its name when it is whole. `finish` adds the tokenizer's files before.
@@ -67,9 +73,6 @@ class Writer:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._require_room()
             raise InputError(f"{self.out} cannot be written: {error.strerror}", "name another place") from None
-
-    def _quantize(self, weight: Tensor) -> QuantizedMatrix:
-        return int8.quantize(weight) if self.kind == "int8" else int4.quantize(weight, self.group)
 
     def _shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of every tensor that will be written."""
@@ -174,14 +177,16 @@ class Writer:
                 yield name, self.weights.read(name, self._dtype(name))
                 continue
             if name not in dense:
-                matrix = int8.quantize(self.weights.read(whole))
-                dense = {f"{whole.removesuffix('weight')}{part}": tensor for part, tensor in _parts("int8", matrix)}
+                matrix = self._dense_kernel.quantize(self.weights.read(whole))
+                dense = {
+                    f"{whole.removesuffix('weight')}{part}": tensor for part, tensor in _parts(DENSE_SCHEME, matrix)
+                }
             yield name, dense[name]
 
     def _experts(self, layer: int) -> Tensors:
         def make(expert: int) -> list[tuple[str, Tensor]]:
             floats = self.weights.expert(layer, expert, read_expert(self.weights, layer, expert))
-            stored = quantize_expert(floats, self._quantize)
+            stored = self._experts_kernel.quantize(floats)
             prefix = EXPERT.format(layer, expert)
             return [
                 (f"{prefix}{matrix}.{part}", tensor)

@@ -14,7 +14,7 @@ from .. import native
 from ..formats import QuantizedMatrix
 from ..native.abi import Activation, Matrix
 from ..native.tensors import matrix
-from ..quantization import SCHEMES
+from ..quantization import SCHEMES, not_finite
 
 ACTIVATIONS = {activation.name.lower(): int(activation) for activation in Activation}
 FLOATS = (torch.float32, torch.bfloat16)
@@ -88,14 +88,7 @@ def quantize(
     try:
         function("dbrx_quantize")(source, *pointers, quantized_matrix(scheme, group, made))
     except ValueError as error:
-        if "not there yet" not in str(error):
-            raise
-        from ..quantization import int4, int8
-
-        floats = weight.float()
-        if row_scale is not None:
-            floats = floats * row_scale[:, None]
-        if column_scale is not None:
-            floats = floats * column_scale
-        return int8.quantize(floats) if scheme == "int8" else int4.quantize(floats, group)
+        if "not finite" in str(error):
+            raise not_finite() from None
+        raise
     return made
