@@ -18,6 +18,7 @@ from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.native_block import NativeBlock
 from model.kernels.native_linear import NativeLinear
+from model.native.abi import GEMV_MAX_ROWS
 from model.quantization import SCHEMES, int4, int8
 from tests.cli import Cli
 
@@ -76,7 +77,8 @@ def test_a_product_is_that_of_float64(form: str, group: int, shape: tuple[int, i
     exact, norms = x.double() @ meant.double().t(), x.double().norm(dim=1)[:, None] * meant.double().norm(dim=1)
     for n in (1, 2, 5, 16, 40):
         found = kernel.run(kernel.prepare(x[:n]), packed)
-        assert ((found - exact[:n]).abs() <= CLOSE[form] * norms[:n]).all(), n
+        close = 1e-4 if form == "bfloat16" and n > GEMV_MAX_ROWS else CLOSE[form]  # many rows are rounded to 16 bits
+        assert ((found - exact[:n]).abs() <= close * norms[:n]).all(), n
         if n <= 16:
             assert torch.equal(found[:1], kernel.run(kernel.prepare(x[:1]), packed))
 
@@ -101,7 +103,7 @@ def test_as_near_to_float32_as_pytorchs_kernels(
     network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, **options)
     assert all(isinstance(block, NativeBlock) for block in network.transformer.blocks)
     found, _ = decoded(network, ids)
-    if offload == "disk" and quantize == "none":
+    if offload == "disk" and dtype == "float32":
         resident, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, **options | {"offload": "none"}), ids)
         assert (found - resident).norm() < 1e-4 * resident.norm()
     request.getfixturevalue("without_native")

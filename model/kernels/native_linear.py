@@ -27,7 +27,7 @@ class NativeLinear:
 
     def pack(self, *weights: Tensor) -> Packed:
         if self.quantization == "none":
-            return tuple(float_matrix(weight.to(self._kept(weight))) for weight in weights)
+            return tuple(float_matrix(weight.to(getattr(torch, self.form))) for weight in weights)
         stored = [self.quantize(weight) for weight in weights]
         check_scales(stored)
         return self.load(*stored)
@@ -57,11 +57,6 @@ class NativeLinear:
         if len(matrices) == 1:
             return self.run((rows,), matrices[0])
         return torch.cat([self.run((row,), packed) for row, packed in paired(torch.split(rows, 1), matrices)])
-
-    def _kept(self, weight: Tensor) -> torch.dtype:
-        """In which type floats are held: never a wider one than they are stored in, since that changes no number."""
-        wanted: torch.dtype = getattr(torch, self.form)
-        return weight.dtype if (weight.dtype, wanted) == (torch.bfloat16, torch.float32) else wanted
 
 
 def _product(x: Tensor, matrix: Matrix) -> Tensor:
