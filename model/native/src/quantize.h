@@ -11,7 +11,7 @@
 
 namespace dbrx {
 
-constexpr int QUANTIZED_AT_ONCE = 16;  // outputs: half a cache line of transposed bfloat16, of which the next takes the rest
+constexpr int QUANTIZED_AT_ONCE = 32;  // outputs: a cache line of transposed bfloat16, which half of it would read twice
 
 // Outputs of a matrix of floats, times their factors, as rows of float32.
 template <class Stored>
