@@ -316,8 +316,8 @@ def test_a_config_of_another_size_is_told_in_one_line(tmp_path: Path) -> None:
         checkpoint.check(DbrxConfig.from_dict({**CONFIG.to_dict(), "n_layers": 3}))
     assert error.value.message.count("transformer.blocks.2.") == 3
     assert "8 tensors" in error.value.message and "and 5 more) are missing" in error.value.message
-    with pytest.raises(ModelError, match=r"19 tensors, too few for 1000000000 layers"):
-        checkpoint.check(DbrxConfig.from_dict({**CONFIG.to_dict(), "n_layers": 10**9}))
+    with pytest.raises(ModelError, match=r"19 tensors, too few for 2000 layers"):
+        checkpoint.check(DbrxConfig.from_dict({**CONFIG.to_dict(), "n_layers": 2000}))
     with pytest.raises(
         ModelError, match=r"lm_head.weight has shape|wte.weight has shape \[50, 24\].*asks for \[51, 24\]"
     ):

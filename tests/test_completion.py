@@ -143,8 +143,8 @@ def test_a_real_shell_completes(things: None, shell: tuple[str, Any], tmp_path: 
     child.send("dbrx sessions show mo\t")
     child.expect("moe ")
     child.send("\x03")
-    child.send("dbrx chat -m de\t")
-    child.expect("demo ")
+    child.send("dbrx chat -m demo-\t")
+    child.expect("demo-moe ")
     child.send("\x03")
     if name != "fish":  # its pager needs more of a terminal
         child.send("dbrx sessions show \t\t")

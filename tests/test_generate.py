@@ -167,14 +167,14 @@ def test_the_demo_knows_the_capital_of_france(cli: Cli, demo_checkpoint: Path) -
 
 
 def test_text_streams_to_a_pipe(forks: Forks, tiny_checkpoint: Path) -> None:
-    with forks.piped("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "100", "The sea.") as process:
+    with forks.piped("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "400", "The sea.") as process:
         os.read(process.stdout.fileno(), 1)
         first = time.perf_counter()
         rest = process.stdout.read()
         streamed = time.perf_counter() - first
         assert process.wait() == 0 and len(rest) > 100
-    # 99 more tokens took their time after the first byte: nothing was held back.
-    assert streamed > 0.3
+    # 399 more tokens took their time after the first byte: nothing was held back.
+    assert streamed > 0.1
 
 
 @pytest.mark.parametrize("flags", [(), ("--jsonl",)])

@@ -189,7 +189,7 @@ def test_the_tokenizer_comes_from_the_header(tmp_path: Path) -> None:
         ({"attention.head_count": 0}, "n_heads must be above 0"),
         ({"expert_used_count": 6}, "moe_top_k is 6"),
         ({"block_count": 3}, r"8 tensors \(blk.2.attn_norm.weight, .*are missing"),
-        ({"block_count": 10**9}, "too few for 1000000000 layers"),
+        ({"block_count": 2000}, "too few for 2000 layers"),
         ({"block_count": 1}, "do not belong to DBRX"),
         ({"embedding_length": 128}, "has shape"),
     ],

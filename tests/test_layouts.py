@@ -287,8 +287,8 @@ def test_damaged_layouts_are_refused_by_name(tmp_path: Path, defect: str) -> Non
 
 
 def test_another_config_is_told(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", FLOAT_LAYOUTS["converted"](weights()), {**CONFIG, "n_layers": 10**9})
-    with pytest.raises(ModelError, match="too few for 1000000000 layers"):
+    folder = write(tmp_path / "m", FLOAT_LAYOUTS["converted"](weights()), {**CONFIG, "n_layers": 2000})
+    with pytest.raises(ModelError, match="too few for 2000 layers"):
         open_weights(folder)
 
 

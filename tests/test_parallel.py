@@ -112,7 +112,6 @@ NOT_SPLIT = {
     "--prompt-cache": ("generate", "--prompt-cache", "cache", "hi"),
     "--resume": ("generate", "--resume", "reply", "hi"),
     "--quantize": ("generate", "--quantize", "int8", "hi"),
-    "--compile": ("generate", "--compile", "hi"),
     "--offload": ("chat", "--offload", "disk"),
     "dbrx bench": ("bench",),
 }

@@ -35,7 +35,9 @@ TEXT = "Which rivers flow through Basel, Köln and Rotterdam?"
 
 
 def engine_of(folder: Path, notices: list[str] | None = None, **options: Any) -> LocalEngine:
-    engine = LocalEngine.load(ModelOptions(model=str(folder), **options), Report(OutputOptions(quiet=True)))
+    engine = LocalEngine.load(
+        ModelOptions(model=str(folder), **({"quantize": "none"} | options)), Report(OutputOptions(quiet=True))
+    )
     if notices is not None:
         engine.notice = notices.append
     return engine

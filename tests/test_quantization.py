@@ -345,7 +345,7 @@ def test_settings_that_are_not_known_are_refused(
         open_weights(folder)
 
 
-@pytest.mark.parametrize("field, value", [("n_layers", 2), ("n_layers", 10**9), ("d_model", 96), ("vocab_size", 5)])
+@pytest.mark.parametrize("field, value", [("n_layers", 2), ("n_layers", 2000), ("d_model", 96), ("vocab_size", 5)])
 def test_files_that_do_not_fit_the_config_are_refused(quantized: Path, tmp_path: Path, field: str, value: int) -> None:
     folder = shutil.copytree(quantized, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text("utf-8"))

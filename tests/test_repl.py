@@ -263,7 +263,7 @@ def test_save_load_sessions_and_export(chat: Terminal, home: Path) -> None:
     say(chat, "prompt", "[('user', 'say kept words'), ('assistant', 'kept words'), ('user', 'prompt')]")
     for name in ("talk.md", "talk.json"):
         say(chat, f"/export {home}/{name}", f"4 messages written to {home}/{name}")
-        say(chat, f"/export {home}/{name}", "File exists")
+        say(chat, f"/export {home}/{name}", "is there already")
         clean(chat)
     assert "# my talk" in (home / "talk.md").read_text() and "kept words" in (home / "talk.md").read_text()
     assert [m["role"] for m in json.loads((home / "talk.json").read_text())["messages"]] == ["user", "assistant"] * 2

@@ -69,7 +69,7 @@ def test_show_and_export_are_what_the_store_says(cli: Cli, store: Store, tmp_pat
     assert cli("sessions", "export", "two words", tmp_path / "talk.md", "--force").code == 0
     assert "question 2" in (tmp_path / "talk.md").read_text()
     assert cli("sessions", "export", "moe", tmp_path / "talk.pdf").code == 2
-    assert cli("sessions", "export", "moe", tmp_path / "no" / "folder.md").code == 1
+    assert cli("sessions", "export", "moe", tmp_path / "no" / "folder.md").code == 2
 
 
 def test_search(cli: Cli, store: Store) -> None:

@@ -60,7 +60,8 @@ def same(source: Path, budget: int = CACHE, within: float = 0, **options: Any) -
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_floats_that_are_quantized_on_their_way(tiny: Path, quantize: str) -> None:
     """More of them are held than floats would be, and they are packed once, not at each use."""
-    network = same(tiny, 240_000, quantize=quantize)
+    # An expert that comes alone has few rows, whose activations are rounded otherwise than those of many.
+    network = same(tiny, 240_000, within=0.03 if quantize == "int4" else 0, quantize=quantize)
     store = network.expert_store
     assert store is not None
     assert store.capacity * 3 * 48 * 40 * 2 > 240_000 - 4 * 6 * 4096
@@ -71,8 +72,8 @@ def test_floats_that_are_quantized_on_their_way(tiny: Path, quantize: str) -> No
 def test_quantized_checkpoints(tiny: Path, tmp_path: Path, kind: str) -> None:
     with open_weights(tiny) as weights:
         Writer(weights, tmp_path / kind, kind, 32).write(lambda folder: None)
-    # In int8 they compute as they are stored, with finer activations than those in memory have.
-    network = same(tmp_path / kind, 200_000, within=0.03 if kind == "int8" else 0)
+    # An expert that comes alone has few rows, whose activations are rounded otherwise than those of many.
+    network = same(tmp_path / kind, 200_000, within=0.03)
     with open_weights(tmp_path / kind) as weights:
         extents = [weights.expert_extents(layer, expert) for layer in range(3) for expert in range(16)]
     assert all(len(expert) == 1 for expert in extents)  # one slice, one read

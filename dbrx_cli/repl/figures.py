@@ -63,7 +63,13 @@ def trace(repl: Repl, argument: str) -> None:
     repl.report.notice(f"reads {count(len(prompt) + len(ids), 'token')} again")
     whole = record(engine.network, [*prompt, *ids])
     start = len(prompt)
-    reply = replace(whole, ids=whole.ids[start:], chosen=whole.chosen[:, start:], weights=whole.weights[:, start:])
+    reply = replace(
+        whole,
+        ids=whole.ids[start:],
+        chosen=whole.chosen[:, start:],
+        weights=whole.weights[:, start:],
+        foreseen=whole.foreseen[:, start:],
+    )
     console = PlainConsole(stderr=True)
     console.print(heat_map(reply))
     console.print(figures(reply))
