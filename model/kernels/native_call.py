@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import accumulate
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..quantization import SCHEMES, not_finite
 ACTIVATIONS = {activation.name.lower(): int(activation) for activation in Activation}
 FLOATS = (torch.float32, torch.bfloat16)
 TYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
+LINE = 64  # bytes of a cache line
 CALL = 2**34  # multiplications and additions of a call: some tenths of a second at most, for Ctrl-C
 
 _lock = Lock()  # a pool serves one call at a time
@@ -72,17 +75,40 @@ def quantized_matrix(scheme: str, group: int, stored: QuantizedMatrix) -> Matrix
     return matrix(*parts, group=group if SCHEMES[scheme].groups else 0)  # type: ignore[arg-type]  # the first is there
 
 
+def room(scheme: str, group: int, *shapes: tuple[int, ...]) -> list[QuantizedMatrix]:
+    """Matrices [outputs, inputs] in few bits that are not written yet, all in one piece of memory.
+
+    Linux gives huge pages to large pieces only: the experts of a layer of `mini` take 1.14 instead of 1.58 ms.
+    """
+    form = SCHEMES[scheme]
+    tensors = [
+        (form.shapes(group, *shape)[part], TYPES[dtype]) for shape in shapes for part, dtype in form.parts.items()
+    ]
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in tensors]
+    starts = [0, *accumulate(-(-size // LINE) * LINE for size in sizes)]
+    piece = torch.empty(starts[-1], dtype=torch.uint8)
+    cut = [
+        piece[start : start + size].view(dtype).view(shape)
+        for start, size, (shape, dtype) in zip(starts, sizes, tensors, strict=False)
+    ]
+    each = len(form.parts)
+    return [QuantizedMatrix(*cut[at : at + each]) for at in range(0, len(cut), each)]
+
+
 def quantize(
-    scheme: str, group: int, weight: Tensor, row_scale: Tensor | None = None, column_scale: Tensor | None = None
+    scheme: str,
+    group: int,
+    weight: Tensor,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    made: QuantizedMatrix | None = None,
 ) -> QuantizedMatrix:
-    """Floats [outputs, inputs] as they are stored in few bits.
+    """Floats [outputs, inputs] as they are stored in few bits; written to `made`, if it is given.
 
     row_scale [outputs] and column_scale [inputs] multiply them before.
     """
     source = float_matrix(weight if weight.dtype in FLOATS else weight.float())
-    parts = SCHEMES[scheme].parts
-    shapes = SCHEMES[scheme].shapes(group, *weight.shape)
-    made = QuantizedMatrix(*(torch.empty(shapes[part], dtype=TYPES[dtype]) for part, dtype in parts.items()))
+    made = made or room(scheme, group, tuple(weight.shape))[0]
     scales = [None if scale is None else scale.float().contiguous() for scale in (row_scale, column_scale)]
     pointers = (None if scale is None else scale.data_ptr() for scale in scales)
     try:

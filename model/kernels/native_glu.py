@@ -11,7 +11,7 @@ from torch import Tensor
 from ..native.tensors import Experts
 from ..quantization.equalize import equalizer
 from .base import Packed, check_scales
-from .native_call import ACTIVATIONS, CALL, function, quantize
+from .native_call import ACTIVATIONS, CALL, function, quantize, room
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ class NativeGlu:
 
         number = equalizer(expert.w1, expert.v1)[:, 0]
         form, group = self.linear.form, self.linear.group
+        w1, v1, w2 = expert.w1, expert.v1, expert.w2.t()
+        to = room(form, group, tuple(w1.shape), tuple(v1.shape), tuple(w2.shape))
         return QuantizedExpert(
-            quantize(form, group, expert.w1),
-            quantize(form, group, expert.v1, row_scale=1 / number),
-            quantize(form, group, expert.w2.t(), column_scale=number),
+            quantize(form, group, w1, made=to[0]),
+            quantize(form, group, v1, row_scale=1 / number, made=to[1]),
+            quantize(form, group, w2, column_scale=number, made=to[2]),
         )
 
     def load(self, stored: QuantizedExpert) -> Packed:
