@@ -136,6 +136,20 @@ def test_a_library_that_computes_wrong_numbers_is_not_used(
     assert "wrong numbers" in check.text and "model.native.build" in (check.hint or "")
 
 
+@needs_library
+def test_a_library_that_fails_here_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong numbers or a crash: the build asks each library in a process of its own."""
+    library = build.LIB / f"dbrx-{BUILT[0]}.so"
+    assert build._answers(library)
+    recorded = bytearray(build.VECTORS.read_bytes())
+    recorded[-2] ^= 0x40
+    monkeypatch.setattr(build, "VECTORS", tmp_path / "vectors.bin")
+    build.VECTORS.write_bytes(recorded)
+    assert not build._answers(library)
+    monkeypatch.setattr(build, "ANSWERS", "import os; os.abort()")
+    assert not build._answers(library)
+
+
 def test_what_is_no_library_is_passed_over(folder: Path) -> None:
     (folder / "dbrx-plain.so").write_bytes(b"no library")
     (folder / "dbrx-plain.so").chmod(0o644)
