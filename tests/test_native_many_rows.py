@@ -36,6 +36,11 @@ def made(kind: str, weight: Tensor, transposed: bool = False) -> tuple[Matrix, T
     return matrix((weight.t() if transposed else weight).contiguous(), transposed=transposed), weight.double()
 
 
+# Activations have 16 bits where integers of 16 bits are multiplied, and 8 where bytes are.
+IN_BYTES = native.status().variant in ("avx512", "neon")
+CLOSE = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2 if IN_BYTES else 1e-2, "int4": 1e-2}
+
+
 def multiplied(pool: native.Pool, weights: Matrix, x: Tensor) -> Tensor:
     y = torch.empty(len(x), weights.outputs)
     call("dbrx_linear", pool.handle, weights, x.data_ptr(), len(x), y.data_ptr())
@@ -52,7 +57,7 @@ def test_many_rows_are_products(kind: str) -> None:
         weights, meant = made(kind, torch.randn(outputs, inputs))
         y, exact = multiplied(pool, weights, x), x.double() @ meant.t()
         off = (y - exact).norm(dim=1) / exact.norm(dim=1)
-        assert off.max() < (1e-2 if kind in ("int8", "int4", "bfloat16") else 1e-5)
+        assert off.max() < CLOSE[kind]
         assert off[1] < 3e-3
         assert torch.equal(multiplied(pool, weights, x[:17]), y[:17])  # whatever rows are beside
 
@@ -85,7 +90,7 @@ def test_many_rows_of_experts(kind: str, transposed: bool) -> None:
 
     out = run(2)
     assert torch.equal(out, run(1))
-    assert ((out - exact).norm() / exact.norm()) < (1e-2 if kind != "float32" else 1e-6)
+    assert ((out - exact).norm() / exact.norm()) < (1e-6 if kind == "float32" else 4e-2 if IN_BYTES else 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
