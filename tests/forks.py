@@ -15,7 +15,7 @@ from typing import BinaryIO
 from tests.cli import ROOT, environment
 
 SERVER = """
-import fcntl, json, os, socket, sys, termios
+import json, os, socket, sys
 import torch, model.transformer, model.decode, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
 import dbrx_cli.batch, dbrx_cli.repl.loop, dbrx_cli.repl.prompt
 from dbrx_cli.app import main
@@ -35,9 +35,6 @@ while True:
         for there, here in enumerate(fds):
             os.dup2(here, there)
         os.closerange(3, max(*fds, asked.fileno()) + 1)
-        if job["terminal"]:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         os.environ.clear()
         os.environ.update(job["variables"])
         sys.argv = ["dbrx", *job["args"]]
@@ -74,27 +71,27 @@ class Forks:
             answer += more
         return int(answer)
 
-    def on(self, stdin: int, stdout: int, stderr: int, *args: str | Path, terminal: bool = False, **more: str) -> Fork:
-        """`dbrx` with these arguments on these files, in a session of its own if they are a terminal."""
-        job = {"args": [str(arg) for arg in args], "terminal": terminal, "variables": environment(**more)}
-        return Fork(self, self._ask(job, stdin, stdout, stderr))
+    def _on(self, stdin: int, stdout: int, stderr: int, *args: str | Path) -> int:
+        """The number of a process: `dbrx` with these arguments on these files."""
+        job: dict[str, object] = {"args": [str(arg) for arg in args], "variables": environment()}
+        return self._ask(job, stdin, stdout, stderr)
 
     def start(self, *args: str | Path) -> FileFork:
         """`dbrx` with these arguments, and no stdin."""
         self._count += 1
         out, err = self.folder / f"out{self._count}", self.folder / f"err{self._count}"
         with open(os.devnull) as nothing, out.open("wb") as stdout, err.open("wb") as stderr:
-            fork = self.on(nothing.fileno(), stdout.fileno(), stderr.fileno(), *args)
-        return FileFork(self, fork.pid, out, err)
+            pid = self._on(nothing.fileno(), stdout.fileno(), stderr.fileno(), *args)
+        return FileFork(self, pid, out, err)
 
     def piped(self, *args: str | Path) -> PipedFork:
         """`dbrx` with these arguments between pipes, and nothing in the first."""
         (out, stdout), (err, stderr) = os.pipe(), os.pipe()
         with open(os.devnull) as nothing:
-            fork = self.on(nothing.fileno(), stdout, stderr, *args)
+            pid = self._on(nothing.fileno(), stdout, stderr, *args)
         os.close(stdout)
         os.close(stderr)
-        return PipedFork(self, fork.pid, open(out, "rb"), open(err, "rb"))
+        return PipedFork(self, pid, open(out, "rb"), open(err, "rb"))
 
     def __enter__(self) -> Forks:
         return self
