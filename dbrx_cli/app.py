@@ -18,7 +18,6 @@ from . import __version__, check_model_package, early
 
 check_model_package()  # before anything imports `model`
 
-from . import settings  # noqa: E402
 from .commands import (  # noqa: E402
     bench,
     chat,
@@ -40,6 +39,7 @@ from .cores import drop_wrong, settle_pages  # noqa: E402
 from .engine.follower import follow, is_follower, leave, needs_one_process  # noqa: E402
 from .options import OutputOptions, leave_out_colour, switch  # noqa: E402
 from .output import say, tell, tell_lines  # noqa: E402
+from .precedence import with_origin  # noqa: E402
 from .report import Report  # noqa: E402
 
 DEBUG = "DBRX_DEBUG"
@@ -161,7 +161,7 @@ def _run() -> int:
         return _fault(error.one_line, error.exit_code)
     except TyperException as error:
         context = getattr(error, "ctx", None)
-        message = settings.blame(context, error.format_message().rstrip("."))
+        message = with_origin(context, error.format_message().rstrip("."))
         if not message:  # no command was typed, and the help was shown
             return error.exit_code
         return _fault(f"{message}; see {context.command_path if context else 'dbrx'} --help", error.exit_code)

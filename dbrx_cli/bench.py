@@ -20,7 +20,7 @@ from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
 
 if TYPE_CHECKING:
-    from model.transformer import DbrxForCausalLM
+    from model.causal_lm import DbrxForCausalLM
 
 WARM_UP_TOKENS = 16
 PROBE_ROWS, PROBE_SIZE = 512, 2048  # of the product that the matrix rate is measured with
@@ -171,7 +171,7 @@ def _reading_rate() -> float:
 
 
 def _ones(outputs: int, inputs: int) -> Any:
-    from model.formats import QuantizedMatrix
+    from model.weights import QuantizedMatrix
 
     return QuantizedMatrix(torch.ones(outputs, inputs, dtype=torch.int8), torch.ones(outputs))
 

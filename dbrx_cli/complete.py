@@ -26,10 +26,10 @@ def _offers(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
 @_offers
 def model_names() -> Iterable[str]:
     """The demo models and what is in the Hub's cache."""
-    from dbrx_cli.options import DEMOS
+    from dbrx_cli.demo import RECIPES
     from model.hub.inventory import inventory
 
-    return [*DEMOS, *sorted({model.name for model in inventory()})]
+    return [*RECIPES, *sorted({model.name for model in inventory()})]
 
 
 @_offers

@@ -65,9 +65,9 @@ def largest_difference(device: torch.device, attention: str) -> float:
     """How far this machine's logits are from the reference's: read whole, and token by token behind a cache."""
     import torch
 
+    from model.causal_lm import DbrxForCausalLM
     from model.config import DbrxConfig
     from model.kv_cache import KVCache
-    from model.transformer import DbrxForCausalLM
 
     network = DbrxForCausalLM(DbrxConfig.from_dict(CONFIG), attention).eval()
     network.load_state_dict({name: torch.from_numpy(value) for name, value in make_weights().items()})

@@ -19,7 +19,7 @@ import typer
 from model.errors import InputError
 from model.sampling import SamplingParams
 
-from . import settings
+from . import precedence, settings
 from .complete import model_names, profile_names
 from .stdin import check_argument
 
@@ -61,7 +61,7 @@ def takes(**groups: type) -> Callable[[Command], Command]:
                     values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
                 command(**values)
             except InputError as error:
-                error.message = settings.blame(context, error.message)
+                error.message = precedence.with_origin(context, error.message)
                 raise
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ class _Profile:
             "--profile",
             envvar="DBRX_PROFILE",
             show_envvar=False,
-            callback=settings.apply,
+            callback=precedence.apply,
             is_eager=True,
             metavar="NAME",
             help="Part of the settings file to use as well: profiles.NAME.",
@@ -326,6 +326,16 @@ class SamplingOptions:
             return defaults.under(**given)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+
+def check_range(setting: settings.Setting, value: Any) -> None:
+    """`InputError` if no command would take the value."""
+    if setting.key in {field.name for field in fields(EngineOptions)}:
+        options = EngineOptions(**{setting.key: value})
+        _ = options.memory_limits
+    elif setting.key in {field.name for field in fields(SamplingOptions)}:
+        sampling = SamplingOptions(**{setting.key: value})
+        _ = sampling.stop_strings, sampling.over(SamplingParams())
 
 
 def lookup_length(text: str) -> int | Literal["auto"]:

@@ -19,7 +19,7 @@ from model.placement import FORMATS, QUANTIZED_ON_GPU, Machine, Placement, Rates
 from model.quantization import DENSE
 
 if TYPE_CHECKING:
-    from model.formats import Extent
+    from model.weights import Extent
 
 CONTEXT = 4096  # tokens that are planned for unless --context says otherwise
 WORTH_IT = 1.25  # how much faster a change must be to be advised

@@ -15,7 +15,7 @@ from typing import Any
 
 from dbrx_cli.files import read_file
 from dbrx_cli.private import FULL, at_home, make_folder
-from dbrx_cli.settings import SETTINGS, Found, Setting, check_range, suggestion
+from dbrx_cli.settings import SETTINGS, Found, Setting, suggestion
 from dbrx_cli.stdin import check_argument
 from model.errors import DbrxError, InputError, ResourceError
 
@@ -115,14 +115,12 @@ def _keys(text: str) -> Iterator[tuple[int, tuple[tuple[str, ...] | None, str]]]
             yield number, (table, key[1])
 
 
-def change(setting: Setting, words: list[str] | None, profile: str | None) -> Path:
-    """Set a key, or remove it (`words` None), at the top or in a profile; gives the file.
+def change(setting: Setting, value: Any, profile: str | None) -> Path:
+    """Set a key, or remove it (`value` None), at the top or in a profile; gives the file.
 
     The whole outcome is checked before it takes the place of the old file, in one step. Raises `InputError`.
     """
     import tomlkit
-
-    value = None if words is None else _value(setting, words)
 
     def edit(document: Any) -> None:
         table = document
@@ -140,13 +138,12 @@ def change(setting: Setting, words: list[str] | None, profile: str | None) -> Pa
     return _rewrite(edit)
 
 
-def _value(setting: Setting, words: list[str]) -> Any:
+def read_value(setting: Setting, words: list[str]) -> Any:
+    """What was typed, as the file is to hold it; `InputError` if it is of another kind."""
     try:
-        value = setting.read([check_argument(word, setting.key) for word in words])
+        return setting.read([check_argument(word, setting.key) for word in words])
     except ValueError as error:
         raise InputError(f"{setting.key} {error}") from None
-    check_range(setting, value)
-    return value
 
 
 def _rewrite(edit: Callable[[Any], None]) -> Path:

@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .causal_lm import DbrxForCausalLM
     from .config import DbrxConfig
     from .kv_cache import KVCache
     from .messages import Message
     from .sampling import SamplingParams
     from .tokenizer import AutoTokenizer
-    from .transformer import DbrxForCausalLM, DbrxModel
+    from .transformer import DbrxModel
 
 __all__ = ["AutoTokenizer", "DbrxConfig", "DbrxForCausalLM", "DbrxModel", "KVCache", "Message", "SamplingParams"]
 
@@ -17,7 +18,7 @@ __all__ = ["AutoTokenizer", "DbrxConfig", "DbrxForCausalLM", "DbrxModel", "KVCac
 _HOME = {
     "AutoTokenizer": "tokenizer",
     "DbrxConfig": "config",
-    "DbrxForCausalLM": "transformer",
+    "DbrxForCausalLM": "causal_lm",
     "DbrxModel": "transformer",
     "KVCache": "kv_cache",
     "Message": "messages",

@@ -22,11 +22,11 @@ from .adapter_config import CONFIG, MAX_RANK, MERGE, LoraConfig, other_adapter
 from .checkpoint import FLOATS, Checkpoint
 from .config import DbrxConfig
 from .errors import ModelError
-from .formats import Weights, WrappedWeights
 from .safetensors_file import shown
+from .weights import Weights, WrappedWeights
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 WEIGHTS = "adapter_model.safetensors"
 KEY = re.compile(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .decode import PREFILL_CHUNK, Row, prefill
 from .kv_cache import KVCache
-from .transformer import DbrxForCausalLM
+
+if TYPE_CHECKING:
+    from .causal_lm import DbrxForCausalLM
 
 
 class Batch:

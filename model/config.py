@@ -27,6 +27,9 @@ from .config_keys import (
 from .errors import ModelError
 from .safetensors_file import read_json, shown
 
+if TYPE_CHECKING:
+    from .formats.gguf_file import GgufFile
+
 # What stands at the top level beside the network's own keys and those of transformers' base class.
 IGNORED_AT_TOP = BASE_CLASS | HARMLESS_IF_EMPTY | ROPE_KEYS | {
     "num_key_value_heads",
@@ -188,14 +191,27 @@ class DbrxConfig:
             config = cls.from_json(source)
         else:
             from .formats.gguf_file import open_gguf
-            from .formats.gguf_metadata import config_of
 
-            config = config_of(open_gguf(source))
+            config = cls.from_gguf(open_gguf(source))
         for name in {"attn_config", "ffn_config"} & changes.keys():
             part, change = getattr(config, name), changes[name]
             if not isinstance(change, type(part)):
                 changes[name] = replace(part, **_inner(type(part), name, change))
         return replace(config, **changes)
+
+    @classmethod
+    def from_gguf(cls, file: GgufFile) -> DbrxConfig:
+        """Read the header of a GGUF file; `ModelError` names the file where DBRX has no such network."""
+        from .formats.gguf_metadata import check_head_dim, config_values
+
+        values = config_values(file)
+        parts = {"attn_config": DbrxAttentionConfig, "ffn_config": DbrxFFNConfig}
+        try:
+            config = cls(**values | {name: part(**values[name]) for name, part in parts.items()})
+        except ModelError as error:
+            raise file.fault(error.message, error.hint) from None
+        check_head_dim(file, config.head_dim)
+        return config
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DbrxConfig:

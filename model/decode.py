@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from .errors import InputError, NotFiniteError
 from .kv_cache import KVCache
 from .sampling import SamplingParams, penalize, sample
-from .transformer import DbrxForCausalLM
+
+if TYPE_CHECKING:
+    from .causal_lm import DbrxForCausalLM
 
 PREFILL_CHUNK = 512  # tokens a step: large enough for full matrix speed, small enough for Ctrl-C and memory
 

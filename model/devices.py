@@ -14,7 +14,7 @@ from .machine import available_memory, parse_size
 from .placement import FORMATS, capacity, sizes
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 DeviceMap = Mapping[str, Any]
 AUTOMATIC = ("auto", "balanced", "sequential")

@@ -15,7 +15,7 @@ from .kv_cache import KVCache
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 

@@ -16,7 +16,7 @@ from .adapters import AdaptedWeights, attach, digest, read_adapter
 from .checkpoint import expected_tensors
 from .devices import AUTOMATIC, CONTEXT, DeviceMap, dispatch, plan_devices
 from .errors import ModelError
-from .formats import Weights, open_weights
+from .formats import open_weights
 from .generation_config import GenerationConfig
 from .hub import resolve
 from .kernels.native_block import decode_natively
@@ -26,9 +26,10 @@ from .packing import Packing, choose_packing, pack_into, take_out_dense
 from .parallel import Ranks, ShardedWeights, localize
 from .placement import QUANTIZED_ON_GPU
 from .quantization import DENSE, SCHEMES
+from .weights import Weights
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 Network = TypeVar("Network", bound="DbrxForCausalLM")
 EMBEDDING = "transformer.wte.weight"

@@ -23,7 +23,7 @@ from .errors import InputError, ModelError
 from .placement import Device, Machine
 
 if TYPE_CHECKING:
-    from .formats import Extent
+    from .weights import Extent
 
 GIB, GB = 2**30, 10**9
 # Memory in GiB and its bandwidth in GB/s, from the makers' data sheets.

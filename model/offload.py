@@ -15,9 +15,9 @@ from .kernels import streamed_experts_of
 from .machine import available_memory, parse_size
 
 if TYPE_CHECKING:
-    from .formats import Weights
+    from .causal_lm import DbrxForCausalLM
     from .packing import Packing
-    from .transformer import DbrxForCausalLM
+    from .weights import Weights
 
 Offload = Literal["auto", "none", "cpu", "disk"]
 CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are

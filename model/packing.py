@@ -24,8 +24,9 @@ from .quantization import DENSE, SCHEMES
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
-    from .formats import Extent, Weights
-    from .transformer import DbrxBlock, DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
+    from .transformer import DbrxBlock
+    from .weights import Extent, Weights
 
 UNDER_WAY = 0.1  # of the packed weights' size: what experts that are being packed may take beside
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -11,7 +11,7 @@ import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,9 +19,12 @@ from torch import Tensor, distributed, nn
 from .config import DbrxConfig
 from .errors import InputError
 from .experts import ResidentExperts
-from .formats import FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
 from .kv_cache import KVCache
-from .transformer import DbrxBlock, DbrxForCausalLM, DbrxModel
+from .transformer import DbrxBlock, DbrxModel
+from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
+
+if TYPE_CHECKING:
+    from .causal_lm import DbrxForCausalLM
 
 FEWER = "choose another number of ranks (torchrun --nproc-per-node)"
 PATIENCE = timedelta(days=7)  # a follower waits for as long as a person thinks about the next question

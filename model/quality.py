@@ -12,7 +12,7 @@ from torch import Tensor
 from .kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 CHUNK = 128  # positions whose logits are held at once
 

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .causal_lm import DbrxForCausalLM
 from .config import DbrxConfig
 from .decode import prefill
 from .experts import PackedExperts
-from .formats import FloatExpert, QuantizedExpert, QuantizedMatrix, open_weights
+from .formats import open_weights
 from .formats.write_quantized import Writer
 from .kernels import GluExpertKernel, PackedLinear
 from .kv_cache import KVCache
 from .placement import FORMATS, Rates
-from .transformer import DbrxForCausalLM
+from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
 NBYTES = 2**27  # of the weights that are read: much more than a processor's cache holds

@@ -23,7 +23,7 @@ from .kv_cache import KVCache
 from .safetensors_file import MAX_JSON
 
 if TYPE_CHECKING:
-    from .transformer import DbrxForCausalLM
+    from .causal_lm import DbrxForCausalLM
 
 PROGRAM = {"program": "dbrx"}  # the first entry of every file, by which one is known even if it is damaged
 DIGEST = "sha256"

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import nn
 
+    from .causal_lm import DbrxForCausalLM
     from .moe import DbrxRouter
-    from .transformer import DbrxForCausalLM
 
 Ids = NDArray[np.int16]
 Floats = NDArray[np.float64]

@@ -125,10 +125,10 @@ def cached(fd: int) -> int:
 
 def disk(path: Path) -> dict[str, Any]:
     """Bytes a second of the files as the program's own reader gets them: four threads, directly, in pieces."""
-    from model.formats import Extent
     from model.streaming.reader import DiskSource
     from model.streaming.slots import CpuSlot
     from model.streaming.source import Ticket, slot_size
+    from model.weights import Extent
 
     drop(path)
     source, rates = DiskSource(path if path.is_dir() else path.parent), []
@@ -150,7 +150,7 @@ def dbrx(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     imported = status("VmRSS")
-    from model.transformer import DbrxForCausalLM
+    from model.causal_lm import DbrxForCausalLM
 
     start = time.perf_counter()
     network = DbrxForCausalLM.from_pretrained(
@@ -178,8 +178,8 @@ def with_accelerate(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     from accelerate import dispatch_model, init_empty_weights
 
+    from model.causal_lm import DbrxForCausalLM
     from model.formats import open_weights
-    from model.transformer import DbrxForCausalLM
 
     copy = args.path.parent / f"{args.path.name}-offloaded"
     with open_weights(args.path) as weights, init_empty_weights():

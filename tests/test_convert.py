@@ -14,8 +14,9 @@ from safetensors import safe_open
 from model import AutoTokenizer, DbrxConfig
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
-from model.formats import FloatExpert, open_weights, write_checkpoint
+from model.formats import open_weights, write_checkpoint
 from model.generation_config import GenerationConfig
+from model.weights import FloatExpert
 from tests.cli import Cli
 from tests.gguf_files import CONFIG, SPECIAL, write_gguf
 from tests.weights import make_weights

@@ -10,11 +10,11 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
 
+from model.causal_lm import DbrxForCausalLM
 from model.config import official
 from model.devices import assign, budgets, dispatch, plan_devices
 from model.errors import DbrxError, InputError, ResourceError
 from model.placement import FORMATS, capacity, sizes
-from model.transformer import DbrxForCausalLM
 from tests.cli import Cli
 
 GB = 10**9

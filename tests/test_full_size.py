@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from model.causal_lm import DbrxForCausalLM
 from model.decode import prefill
-from model.formats import Extent
 from model.formats.databricks import DatabricksWeights
 from model.kv_cache import KVCache
-from model.transformer import DbrxForCausalLM
+from model.weights import Extent
 from tests import full_size
 from tests.cli import ROOT, environment
 

@@ -14,9 +14,10 @@ from gguf import GGMLQuantizationType, GGUFReader
 
 from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
 from model.errors import ModelError
-from model.formats import FloatExpert, open_weights
+from model.formats import open_weights
 from model.formats.dequantize import row_bytes
 from model.generation_config import GenerationConfig
+from model.weights import FloatExpert
 from tests.cli import Cli
 from tests.gguf_files import CONFIG, NAMES, SPECIAL, write_gguf
 from tests.weights import make_checkpoint, make_weights

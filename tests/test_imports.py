@@ -6,13 +6,14 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL = sorted((ROOT / "model").rglob("*.py"))
+EVERY = [*MODEL, *sorted((ROOT / "dbrx_cli").rglob("*.py"))]
 LIGHT = ["errors", "messages", "chat_template", "tokenizer", "detokenizer", "config", "checkpoint", "hub", "sampling"]
 
 
@@ -27,6 +28,47 @@ def imported(path: Path) -> Iterator[str]:
             name = ".".join([*base, *([node.module] if node.module else [])])
             yield name
             yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def needed(path: Path, modules: frozenset[str]) -> set[str]:
+    """Modules of this project that a file imports, inside functions too; not those that only a type checker reads."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {full if (full := f"{name}.{alias.name}") in modules else name for alias in node.names}
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return found & modules
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """One of the graph's circles, or nothing: what is left when leaves are taken off until there is none."""
+    left = {name: set(others) for name, others in graph.items()}
+    while leaves := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in leaves}
+    way = list(left)[:1]
+    while way and way.count(way[-1]) < 2:
+        way.append(min(left[way[-1]] & left.keys()))
+    return way[way.index(way[-1]) :] if way else []
+
+
+def test_no_modules_import_each_other() -> None:
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in EVERY}
+    modules = frozenset(paths)
+    assert circle({name: needed(path, modules) - {name} for name, path in paths.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}) == ["b", "c", "b"]
 
 
 def within(name: str, package: str) -> bool:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from model import native
-from model.formats import QuantizedMatrix
 from model.native.abi import Matrix
 from model.native.tensors import Experts, matrix
 from model.quantization import int4, int8
+from model.weights import QuantizedMatrix
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs native kernels: python -m model.native.build")
 FORMATS = ("float32", "bfloat16", "int8", "int4")

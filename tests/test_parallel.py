@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.causal_lm import DbrxForCausalLM
 from model.errors import InputError
-from model.formats import QuantizedExpert, QuantizedMatrix, open_weights
+from model.formats import open_weights
 from model.parallel import Ranks, ShardedWeights, join
-from model.transformer import DbrxForCausalLM
+from model.weights import QuantizedExpert, QuantizedMatrix
 from tests.cli import ROOT, Cli, environment
 from tests.conftest import TINY
 from tests.weights import make_checkpoint

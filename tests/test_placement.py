@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.causal_lm import DbrxForCausalLM
 from model.config import DbrxConfig, official
 from model.errors import InputError
 from model.formats import open_weights
@@ -19,7 +20,6 @@ from model.kv_cache import KVCache
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
 from model.placement import FORMATS, Device, Layer, Machine, Placement, Rates, capacity, parameters, place, sizes
 from model.rates import measure
-from model.transformer import DbrxForCausalLM
 from tests import make_plan_table
 from tests.cli import Cli
 

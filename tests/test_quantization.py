@@ -17,7 +17,7 @@ from model import DbrxForCausalLM, KVCache, kernels
 from model.decode import prefill
 from model.errors import DbrxError, InputError, ModelError, ResourceError
 from model.experts import PackedExperts, ResidentExperts
-from model.formats import FloatExpert, open_weights
+from model.formats import open_weights
 from model.formats.quantized import QuantizedWeights
 from model.formats.write_quantized import Writer
 from model.kernels import FloatGlu, GluExpertKernel, LinearKernel, experts_of, torch_int8, upcast
@@ -28,6 +28,7 @@ from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.quantization import int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
+from model.weights import FloatExpert
 from tests.cli import Cli
 
 torch.set_num_threads(1)

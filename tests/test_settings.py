@@ -315,7 +315,7 @@ def test_changes_at_the_same_time_are_all_kept(cli: Cli, file: Path) -> None:
 
     keys = ["seed", "top_k", "threads", "context", "max_tokens"]
     with ThreadPoolExecutor(5) as pool:
-        list(pool.map(lambda key: change(setting(key), ["5"], None), keys))
+        list(pool.map(lambda key: change(setting(key), 5, None), keys))
     assert tomllib.loads(file.read_text()) == dict.fromkeys(keys, 5)
 
 

@@ -20,10 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.causal_lm import DbrxForCausalLM
 from model.decode import decode, prefill
 from model.errors import ModelError, ResourceError
 from model.experts.streamed import open_store
-from model.formats import Extent, open_weights
+from model.formats import open_weights
 from model.kernels import FloatGlu
 from model.kv_cache import KVCache
 from model.offload import decide
@@ -32,7 +33,7 @@ from model.streaming import HostSource
 from model.streaming.reader import DiskSource
 from model.streaming.slots import BLOCK, CpuSlot
 from model.streaming.source import Ticket, data_in, layout, slot_size
-from model.transformer import DbrxForCausalLM
+from model.weights import Extent
 from tests.cli import ROOT, Cli
 from tests.conftest import TINY
 from tests.weights import make_checkpoint
@@ -269,7 +270,7 @@ def test_a_process_may_end_while_it_reads(tmp_path: Path) -> None:
     """Threads that outlive the interpreter would abort it."""
     script = """
 import os, sys; from pathlib import Path
-from model.formats import Extent
+from model.weights import Extent
 from model.streaming import DiskSource
 from model.streaming.slots import CpuSlot
 from model.streaming.source import Ticket

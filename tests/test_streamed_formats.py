@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from model.causal_lm import DbrxForCausalLM
 from model.decode import decode, prefill
 from model.errors import ModelError
 from model.experts.streamed import READING_AHEAD
-from model.formats import QuantizedExpert, QuantizedMatrix, open_weights
+from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.torch_stored import StoredInt8Glu
 from model.kv_cache import KVCache
 from model.quantization import int8
 from model.sampling import SamplingParams
 from model.streaming import slot_size
-from model.transformer import DbrxForCausalLM
+from model.weights import QuantizedExpert, QuantizedMatrix
 from tests.conftest import TINY
 from tests.gguf_files import CONFIG, write_gguf
 from tests.weights import make_checkpoint

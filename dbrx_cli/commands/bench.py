@@ -57,7 +57,7 @@ def bench(
     report = Report(output)
     settle_waiting()
     from dbrx_cli import bench as measuring
-    from dbrx_cli.engine.local import find_model, load_network
+    from dbrx_cli.engine.load import find_model, load_network
 
     folder = find_model(options, report)
     machine = measuring.measure_machine(options.threads)  # before the model's memory counts
@@ -80,7 +80,7 @@ def bench(
 
 def _quality(folder: Path, options: ModelOptions, report: Report, text: Path, most: int) -> Quality:
     """Both networks on the text, one after the other: they may not fit into memory together."""
-    from dbrx_cli.engine.local import load_network
+    from dbrx_cli.engine.load import load_network
     from model.quality import compare, log_probabilities
     from model.tokenizer import AutoTokenizer
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dbrx_cli.complete import profile_names, setting_keys
-from dbrx_cli.options import OutputOptions, switch
+from dbrx_cli.options import OutputOptions, check_range, switch
 from dbrx_cli.output import say, say_json, to_json
 from dbrx_cli.report import Report
 from model.foreign_text import on_one_line
@@ -61,7 +61,8 @@ def show(
 
     dbrx config show
     """
-    from dbrx_cli.settings import SETTINGS, in_force
+    from dbrx_cli.precedence import in_force
+    from dbrx_cli.settings import SETTINGS
 
     found = in_force(profile)
     rows = [
@@ -92,9 +93,12 @@ def set_(
     dbrx config set temperature 0.2 --profile precise
     """
     from dbrx_cli.settings import setting
-    from dbrx_cli.settings_file import change
+    from dbrx_cli.settings_file import change, read_value
 
-    _tell(change(setting(key), values, profile), quiet)
+    chosen = setting(key)
+    value = read_value(chosen, values)
+    check_range(chosen, value)
+    _tell(change(chosen, value, profile), quiet)
 
 
 @app.command("unset")

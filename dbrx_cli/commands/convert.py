@@ -32,7 +32,7 @@ def convert(
 
     dbrx convert dbrx-Q4_K_M-00001-of-00002.gguf ./dbrx-instruct
     """
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
 
     report = Report(output)
     folder = find_model(ModelOptions(model=source), report)

@@ -31,7 +31,7 @@ def export(
 
     dbrx export dbrx.gguf --type q8_0 -m ./dbrx-instruct
     """
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
     from model.machine import parse_size
 
     if out.suffix != ".gguf":

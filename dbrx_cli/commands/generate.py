@@ -387,7 +387,7 @@ def _asked(
     }
     if model.url is None:
         from dbrx_cli.engine.fingerprint import of_files
-        from dbrx_cli.engine.local import find_model
+        from dbrx_cli.engine.load import find_model
 
         adapter = Path(model.adapter) if model.adapter is not None else None
         asked |= {

@@ -131,7 +131,7 @@ def _demo(name: str) -> dict[str, Any] | None:
 
 def find_folder(name: str, revision: str | None) -> Path:
     """Where a complete model lies on this machine; `ModelError` if it does not."""
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
 
     if name in DEMOS:
         demo = _demo(name)

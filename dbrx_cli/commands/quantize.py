@@ -35,7 +35,7 @@ def quantize(
     """
     if to == "int8" and group != "32":
         raise InputError("--group is for --to int4", "leave it out")
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
 
     report = Report(output)
     folder = find_model(ModelOptions(model=source), report)

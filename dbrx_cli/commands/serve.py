@@ -48,7 +48,7 @@ def serve(
         raise InputError(
             "this program has no server of its own yet", "--engine vllm starts vLLM's with DBRX (docs/scale.md)"
         )
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
     from dbrx_cli.vllm_plugin import launch
 
     interpreter = shutil.which(python or sys.executable) or python or sys.executable

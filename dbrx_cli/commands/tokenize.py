@@ -104,7 +104,7 @@ def _input(text: str | None, errors: InputErrors) -> str:
 
 def _find_tokenizer(model: WhichModel, report: Report) -> Tokenizer:
     """The model's tokenizer; DBRX's own where no model was named. Of a Hub id only the tokenizer is fetched."""
-    from dbrx_cli.engine.local import find_model
+    from dbrx_cli.engine.load import find_model
     from model.hub import resolve
     from model.tokenizer import PATTERNS, Tokenizer
 

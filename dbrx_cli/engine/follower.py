@@ -35,7 +35,7 @@ def needs_one_process(what: str) -> None:
 
 def follow() -> None:
     """Serve rank 0 until it has no more to compute."""
-    from dbrx_cli.engine.local import find_model, load_network
+    from dbrx_cli.engine.load import find_model, load_network
     from dbrx_cli.options import OutputOptions
     from dbrx_cli.report import Report
     from model import parallel

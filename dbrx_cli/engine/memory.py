@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from model.errors import ResourceError
 
 if TYPE_CHECKING:
+    from model.causal_lm import DbrxForCausalLM
     from model.kv_cache import KVCache
-    from model.transformer import DbrxForCausalLM
 
 # torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with one of these texts.
 SIGNS = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)

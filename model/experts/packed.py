@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..kernels import GluExpertKernel, Packed
 
 if TYPE_CHECKING:
-    from ..formats import Weights
+    from ..weights import Weights
 
 
 class PackedExperts(nn.Module):

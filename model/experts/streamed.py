@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ResourceError
-from ..formats import FloatExpert
 from ..kernels import FloatGlu, GluExpertKernel, Packed
 from ..kernels.dispatch import moe_forward
 from ..machine import available_memory
 from ..streaming import DiskSource, ExpertStore, HostSource, Pack, Source, make_slots, slot_size
+from ..weights import FloatExpert
 from .packed import packed_expert
 
 if TYPE_CHECKING:
-    from ..formats import Weights
+    from ..weights import Weights
 
 READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
 USABLE = 0.75  # of the free memory; the rest is for activations, keys and values, and the system

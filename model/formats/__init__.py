@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ModelError
-from .weights import Extent, FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
-
-__all__ = ["Extent", "FloatExpert", "QuantizedExpert", "QuantizedMatrix", "Weights", "WrappedWeights", "open_weights"]
+from ..weights import Weights
 
 
 def open_weights(path: str | Path) -> Weights:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import TORCH_NAMES, Checkpoint
 from ..config import DbrxConfig
-from .weights import CheckpointWeights, Extent, FloatExpert
+from ..weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch

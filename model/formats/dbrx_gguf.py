@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import expected_tensors, listed
+from ..config import DbrxConfig
 from ..safetensors_file import TensorInfo, damaged, give_back
+from ..weights import Extent, FloatExpert
 from .gguf_file import OTHER_TYPE, open_gguf
-from .gguf_metadata import config_of
-from .weights import Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class GgufWeights:
     def __init__(self, path: Path) -> None:
         self._file = open_gguf(path)
         self.source = self._file.path
-        self.config = config_of(self._file)
+        self.config = DbrxConfig.from_gguf(self._file)
         self._maps = dict(self._file.maps)
         self._check()
 

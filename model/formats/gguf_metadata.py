@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..bpe import CL100K_PATTERN
-from ..config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
-from ..errors import ModelError
 from ..safetensors_file import shown
 from .gguf_file import IMPORTANCE_MATRIX, GgufFile, open_gguf
 
@@ -68,8 +66,8 @@ def check_architecture(file: GgufFile) -> None:
     raise file.fault(f"holds a model of the architecture {shown(repr(architecture))}, not 'dbrx'", hint)
 
 
-def config_of(file: GgufFile) -> DbrxConfig:
-    """The configuration; `ModelError` for what DBRX does not have, since it would change the numbers."""
+def config_values(file: GgufFile) -> dict[str, Any]:
+    """What config.json would say; `ModelError` for what DBRX does not have, since it would change the numbers."""
     check_architecture(file)
 
     def number(key: str, default: float | None = None) -> float:
@@ -89,30 +87,31 @@ def config_of(file: GgufFile) -> DbrxConfig:
     if embedding is None:
         what = "tensor token_embd.weight is missing" if file.tensors else "holds a vocabulary and no weights"
         raise file.fault(what, "take another conversion of the model")
-    try:
-        config = DbrxConfig(
-            d_model=whole("embedding_length"),
-            n_heads=whole("attention.head_count"),
-            n_layers=whole("block_count"),
-            max_seq_len=whole("context_length"),
-            vocab_size=embedding.shape[0],
-            attn_config=DbrxAttentionConfig(
-                kv_n_heads=whole("attention.head_count_kv"),
-                clip_qkv=clamp if 0 < clamp < NO_CLAMP else None,
-                rope_theta=number("rope.freq_base"),
-            ),
-            ffn_config=DbrxFFNConfig(
-                ffn_hidden_size=whole("feed_forward_length"),
-                moe_num_experts=whole("expert_count"),
-                moe_top_k=whole("expert_used_count"),
-            ),
-        )
-    except ModelError as error:
-        raise file.fault(error.message, error.hint) from None
+    return {
+        "d_model": whole("embedding_length"),
+        "n_heads": whole("attention.head_count"),
+        "n_layers": whole("block_count"),
+        "max_seq_len": whole("context_length"),
+        "vocab_size": embedding.shape[0],
+        "attn_config": {
+            "kv_n_heads": whole("attention.head_count_kv"),
+            "clip_qkv": clamp if 0 < clamp < NO_CLAMP else None,
+            "rope_theta": number("rope.freq_base"),
+        },
+        "ffn_config": {
+            "ffn_hidden_size": whole("feed_forward_length"),
+            "moe_num_experts": whole("expert_count"),
+            "moe_top_k": whole("expert_used_count"),
+        },
+    }
+
+
+def check_head_dim(file: GgufFile, head_dim: int) -> None:
+    """`ModelError` if the file speaks of heads of another size than the configuration's."""
     for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-        if number(key, config.head_dim) != config.head_dim:
-            raise file.fault(f"{key} is {number(key):g}, not the head's size of {config.head_dim}")
-    return config
+        size = file.value(f"dbrx.{key}", (int, float), head_dim)
+        if size != head_dim:
+            raise file.fault(f"{key} is {size:g}, not the head's size of {head_dim}")
 
 
 class GgufTokenizer:

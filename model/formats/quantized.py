@@ -12,8 +12,8 @@ from ..errors import ModelError
 from ..quantization import DENSE as DENSE_SCHEME
 from ..quantization import SCHEMES
 from ..safetensors_file import TensorInfo
+from ..weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
 from .foreign import quantization_of
-from .weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,11 @@ from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tenso
 from ..config import DbrxConfig
 from ..errors import ModelError
 from ..safetensors_file import TensorInfo
+from ..weights import CheckpointWeights, Extent, FloatExpert
 from .encoding import Encoding, Floats, Shape
 from .foreign import MLX_WAY, quantization_of
 from .gptq import Gptq
 from .mlx import Mlx
-from .weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..checkpoint import expected_tensors
 from ..errors import ModelError
+from ..weights import Weights
 from .scratch import put_in_place, scratch_folder
-from .weights import Weights
 
 SHARD_BYTES = 5_000_000_000
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

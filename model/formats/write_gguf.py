@@ -21,11 +21,11 @@ from ..errors import InputError, ModelError
 from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import fillers, spelled
+from ..weights import Weights
 from .dbrx_gguf import MATRICES, gguf_name
 from .dequantize import PIECE, row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 from .scratch import put_in_place, scratch_folder
-from .weights import Weights
 
 FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_0": 2}  # as llama.cpp numbers them
 NORMAL = 1

@@ -23,8 +23,8 @@ from ..packing import at_once, in_order, read_expert, threads
 from ..quantization import DENSE as DENSE_SCHEME
 from ..quantization import SCHEMES
 from ..safetensors_file import BITS, opened, read_header
+from ..weights import QuantizedMatrix, Weights
 from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
-from .weights import QuantizedMatrix, Weights
 
 Tensors = Iterator[tuple[str, Tensor]]
 ROOM = 2**26  # bytes for headers, tokenizer and the like

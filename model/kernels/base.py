@@ -12,7 +12,7 @@ from torch import Tensor
 from ..quantization import not_finite
 
 if TYPE_CHECKING:
-    from ..formats import FloatExpert, QuantizedExpert, QuantizedMatrix
+    from ..weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
 T = TypeVar("T")
 Packed = tuple[Any, ...]  # a matrix or an expert as its kernel wants it; opaque to everybody else

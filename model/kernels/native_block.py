@@ -19,8 +19,8 @@ from .native_call import ACTIVATIONS, float_matrix, function
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
+    from ..causal_lm import DbrxForCausalLM
     from ..config import DbrxConfig
-    from ..transformer import DbrxForCausalLM
 
 KV_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..formats import QuantizedMatrix
 from ..native.abi import Activation, Matrix
 from ..native.tensors import matrix
 from ..quantization import SCHEMES, not_finite
+from ..weights import QuantizedMatrix
 
 ACTIVATIONS = {activation.name.lower(): int(activation) for activation in Activation}
 FLOATS = (torch.float32, torch.bfloat16)

@@ -15,7 +15,7 @@ from .native_call import ACTIVATIONS, CALL, function, quantize, room
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
-    from ..formats import FloatExpert, QuantizedExpert
+    from ..weights import FloatExpert, QuantizedExpert
 
 
 class Prepared(NamedTuple):
@@ -45,7 +45,7 @@ class NativeGlu:
 
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
         """Equalized, as `quantize_expert` does."""
-        from ..formats import QuantizedExpert
+        from ..weights import QuantizedExpert
 
         number = equalizer(expert.w1, expert.v1)[:, 0]
         form, group = self.linear.form, self.linear.group

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedMatrix
 from ..native.abi import Matrix
 from ..quantization import SCHEMES
+from ..weights import QuantizedMatrix
 from .base import Packed, Rows, check_scales, paired
 from .native_call import CALL, float_matrix, function, quantize, quantized_matrix
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import QuantizedMatrix
+from ..weights import QuantizedMatrix
 from .base import Packed, RowByRow, Rows, paired
 from .upcast import linear, upcasts
 

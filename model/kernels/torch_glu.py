@@ -14,7 +14,7 @@ from .dispatch import Dispatched
 from .upcast import linear, matmul
 
 if TYPE_CHECKING:
-    from ..formats import FloatExpert, QuantizedExpert
+    from ..weights import FloatExpert, QuantizedExpert
 
 
 class FloatGlu(Dispatched, OneByOne):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import QuantizedMatrix
 from ..quantization.int4 import GROUP, dequantize, quantize, unpack
+from ..weights import QuantizedMatrix
 from .base import Packed, QuantizedFirst, RowByRow, Rows, check_scales
 from .upcast import linear
 

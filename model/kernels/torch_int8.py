@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedMatrix
 from ..quantization.int8 import QMAX, quantize
+from ..weights import QuantizedMatrix
 from .base import Packed, QuantizedFirst, RowByRow, Rows, check_scales, paired
 
 SUMMED_QMAX = 63  # of activations where sums of two products have 16 bits: 127 x 127, twice, still fits

@@ -15,7 +15,7 @@ from .dispatch import Dispatched
 from .upcast import linear
 
 if TYPE_CHECKING:
-    from ..formats import FloatExpert, QuantizedExpert
+    from ..weights import FloatExpert, QuantizedExpert
 
 LANES = 32  # inputs that PyTorch's product of a row with bytes takes at a time; it does not look whether they divide
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats import FloatExpert, QuantizedExpert, QuantizedMatrix
+from ..weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
 
 def quantize_expert(expert: FloatExpert, quantize: Callable[[Tensor], QuantizedMatrix]) -> QuantizedExpert:

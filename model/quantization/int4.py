@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import QuantizedMatrix
+from ..weights import QuantizedMatrix
 from . import not_finite
 
 QMAX = 15

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import QuantizedMatrix
+from ..weights import QuantizedMatrix
 
 QMAX = 127  # values are -127 .. 127: symmetric, so that no zero point is needed
 PIECE = 2**20  # weights that are quantized at once: the temporaries stay small

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats import Extent
+from ..weights import Extent
 from .reader import DiskSource
 from .slots import CpuSlot, GpuSlot
 from .source import Ticket, layout

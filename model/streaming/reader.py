@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ModelError
-from ..formats import Extent
 from ..safetensors_file import damaged, opened
+from ..weights import Extent
 from .slots import BLOCK, STAGING, Slot
 from .source import Ticket, layout
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ..formats import Extent
+from ..weights import Extent
 from .slots import BLOCK, Slot
 
 if TYPE_CHECKING:

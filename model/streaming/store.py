@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..formats import Extent
+from ..weights import Extent
 from .counters import Counters
 from .slots import Slot
 from .source import Source, Ticket, data_in

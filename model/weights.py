@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
-from ..config import DbrxConfig
+from .config import DbrxConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..checkpoint import Checkpoint
+    from .checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""From the model options to a folder that is found and checked, and to a network in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbrx_cli.cores import settle_waiting
+from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
+from dbrx_cli.report import Report
+from model.errors import ModelError
+
+if TYPE_CHECKING:
+    from model.causal_lm import DbrxForCausalLM
+    from model.config import DbrxConfig
+    from model.parallel import Ranks
+
+
+def find_model(options: ModelOptions, report: Report) -> Path:
+    """The model's folder on this machine; `ModelError` says what to type when there is none."""
+    if options.model in DEMOS:
+        from dbrx_cli.demo import ensure_demo
+
+        with report.bar("Converting the demo model", unit="tensors") as advance:
+            return ensure_demo(report.notice, advance, options.model)
+    from model.hub import resolve
+
+    try:
+        return resolve(options.model, revision=options.revision, download=False)
+    except ModelError as error:
+        if options.model != DEFAULT_MODEL:
+            raise
+        raise ModelError(
+            f"no model was named, and {DEFAULT_MODEL} (264 GB) is not on this machine",
+            "name one with -m FOLDER or -m org/name, or try `-m demo`, a small model in the same architecture",
+        ) from error
+
+
+def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ranks | None = None) -> DbrxForCausalLM:
+    """Read the weights with a progress bar; with `ranks`, this rank's slices."""
+    settle_waiting()
+    if options.compile:
+        report.notice("--compile has no effect any more: decoding goes through kernels that are built in")
+    import torch
+
+    from model.causal_lm import DbrxForCausalLM
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with report.bar("Reading the weights") as advance:
+        network = DbrxForCausalLM.from_pretrained(
+            folder,
+            dtype=options.dtype,
+            quantize=options.quantize,
+            pack=True,
+            device_map=options.device_map,
+            max_memory=options.memory_limits,
+            attn_implementation=options.attn,
+            offload=options.offload,
+            expert_cache=options.expert_cache_bytes,
+            context=options.context,
+            ranks=ranks,
+            adapter=options.adapter,
+            progress=advance,
+        )
+    if options.quantize == "auto" and network.packing is not None and network.packing.converts:
+        form = network.packing.quantize
+        report.notice(f"the weights became {form} as they were read; --quantize none computes with them as stored")
+    if network.expert_store is not None:
+        kept = network.expert_store.describe()
+        tell = report.notice if options.offload == "auto" else report.detail
+        tell(f"the experts do not fit into memory and are read when they are needed; {kept}")
+    return network
+
+
+def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxConfig:
+    """`ModelError` if a folder or file is no DBRX model; a notice where its weights change their type."""
+    if source.is_dir():
+        from model.checkpoint import Checkpoint
+        from model.config import DbrxConfig
+
+        if not (source / "config.json").exists():
+            Checkpoint.open(source).close()  # says what the folder holds instead, such as a GGUF file or an adapter
+        return DbrxConfig.from_json(source / "config.json")
+    from model.formats import open_weights
+    from model.loading import STORED
+
+    with open_weights(source) as weights:
+        stored, _ = weights.dtypes().most_common(1)[0]
+        config = weights.config
+    if stored not in STORED and options.dtype == "auto" and options.quantize in ("auto", "none"):
+        report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
+    return config
