@@ -188,12 +188,13 @@ def step(*settings: Any, **more: Any) -> bytes:
 
 
 def _step(
-    stream: int, form: int, kv_format: int, by_head: bool, positions: tuple[int, ...], clip: float = 8,
-    order: float = 1, activation: int = 0,
+    stream: int, form: int, kv_format: int, by_head: bool, positions: tuple[int, ...], grouped: tuple[int, int, int],
+    block: int, clip: float = 8, order: float = 1, activation: int = 0,
 ) -> bytes | None:  # fmt: skip
-    d, heads, kv_heads, head_dim, n_experts, top_k, hidden, block, eps = 64, 4, 2, 16, 6, 3, 48, 8, 1e-5
+    (heads, kv_heads, head_dim), d, n_experts, top_k, hidden, eps = grouped, 64, 6, 3, 48, 1e-5
     n, width = len(positions), kv_heads * head_dim
-    Wqkv, out_proj, router = shape(form, (heads + 2 * kv_heads) * head_dim, d), shape(form, d, d), shape(F32, 6, d)
+    Wqkv, out_proj = shape(form, (heads + 2 * kv_heads) * head_dim, d), shape(form, d, heads * head_dim)
+    router = shape(F32, n_experts, d)
     up, down = shape(form, hidden, d), shape(form, d, hidden)
     if form in (F32, BF16):
         down = replace(down, transposed=True)
@@ -277,8 +278,12 @@ def cases() -> Iterator[bytes]:
         for n in (1, 3, 30):
             yield experts(form, n, d=64, hidden=96, n_experts=3, top_k=2)
         yield experts(form, 2, d=48, hidden=40, n_experts=5, top_k=4, activation=1 + form % 2)
-        yield step(form, F32, form % 2 == 0, (0, 5, 21))
-        yield step(form, BF16, form % 2 == 1, (16,), clip=0.5 if form else inf, order=form, activation=form % 3)
+        # One to six queries that share a key head, and more; heads that are no whole vectors; blocks of less than a tile.
+        heads = (4, 2, 16), (6, 1, 24), (8, 1, 12), (5, 1, 16)
+        yield step(form, F32, form % 2 == 0, (0, 5, 301), heads[form], (8, 40, 64, 256)[form])
+        heads = (2, 2, 20), (3, 1, 32), (7, 1, 16), (4, 2, 30)
+        place = form % 2 == 1, ((16,), (95,), (330,), (299,))[form], heads[form], (8, 32, 256, 70)[form]
+        yield step(form, BF16, *place, clip=0.5 if form else inf, order=form, activation=form % 3)
     for form in (F32, BF16):
         yield linear(Shape(form, 40, 96, transposed=True), 1)
         yield linear(Shape(form, 40, 96, transposed=True), 20)

@@ -76,6 +76,15 @@ DBRX_INLINE float sum(Floats a) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+// The sum of each vector, as lanes.
+DBRX_INLINE Floats each_sum(const Floats (&a)[8]) {
+    const auto four = [&](int i) {
+        return _mm256_hadd_ps(_mm256_hadd_ps(a[i].v, a[i + 1].v), _mm256_hadd_ps(a[i + 2].v, a[i + 3].v));
+    };
+    const __m256 low = four(0), high = four(4);
+    return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31))};
+}
+
 struct Shorts {  // 16 of 16 bits
     __m256i v;
     static Shorts widen(const int8_t *at) {
@@ -156,6 +165,13 @@ DBRX_INLINE float32x4_t power_of_2(float32x4_t n) {
 DBRX_INLINE Floats power_of_2(Floats n) { return {power_of_2(n.lo), power_of_2(n.hi)}; }
 DBRX_INLINE float largest_lane(Floats a) { return std::fmax(vmaxvq_f32(a.lo), vmaxvq_f32(a.hi)); }
 DBRX_INLINE float sum(Floats a) { return vaddvq_f32(vaddq_f32(a.lo, a.hi)); }
+DBRX_INLINE Floats each_sum(const Floats (&a)[8]) {
+    const auto four = [&](int i) {
+        const auto half = [&](int k) { return vaddq_f32(a[k].lo, a[k].hi); };
+        return vpaddq_f32(vpaddq_f32(half(i), half(i + 1)), vpaddq_f32(half(i + 2), half(i + 3)));
+    };
+    return {four(0), four(4)};
+}
 
 struct Shorts {
     int16x8_t lo, hi;
@@ -218,6 +234,7 @@ DBRX_INLINE float sum(Floats a) {
         for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
     return a.v[0];
 }
+DBRX_INLINE Floats each_sum(const Floats (&a)[8]) { return Floats::each([&](int i) { return sum(a[i]); }); }
 
 struct Shorts {
     int16_t v[16];
@@ -274,6 +291,16 @@ inline void even_first(T *x, int64_t count, int size) {
             x[start + i] = before[2 * i];
             x[start + size / 2 + i] = before[2 * i + 1];
         }
+    }
+}
+
+// The way back.
+template <class T>
+inline void even_last(T *x, int64_t count, int size) {
+    for (int64_t start = 0; start + size <= count; start += size) {
+        T before[64];
+        std::memcpy(before, x + start, size_t(size) * sizeof(T));
+        for (int i = 0; i < size; ++i) x[start + i] = before[i % 2 * (size / 2) + i / 2];
     }
 }
 
