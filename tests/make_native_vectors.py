@@ -278,7 +278,7 @@ def cases() -> Iterator[bytes]:
         for n in (1, 3, 30):
             yield experts(form, n, d=64, hidden=96, n_experts=3, top_k=2)
         yield experts(form, 2, d=48, hidden=40, n_experts=5, top_k=4, activation=1 + form % 2)
-        # One to six queries that share a key head, and more; heads that are no whole vectors; blocks of less than a tile.
+        # One to six queries that share a key head, and more; heads of no whole vectors; blocks of less than a tile.
         heads = (4, 2, 16), (6, 1, 24), (8, 1, 12), (5, 1, 16)
         yield step(form, F32, form % 2 == 0, (0, 5, 301), heads[form], (8, 40, 64, 256)[form])
         heads = (2, 2, 20), (3, 1, 32), (7, 1, 16), (4, 2, 30)
