@@ -75,7 +75,7 @@ struct AttendHalf {
             layer_norm(x + r * b.d_model, b.norm_2, b.eps, b.d_model, to);
             router.set(b.router, 0, to);
             const std::byte *prepared = router.row(0);
-            multiply(b.router, 0, b.n_experts, &prepared, 1, scores, b.n_experts);
+            multiply(b.router, Places::whole(b.n_experts), 0, &prepared, 1, scores, b.n_experts);
             choose(scores, b.n_experts, b.top_k, b.normalize, b.norm_order, weights + r * b.top_k, ids + r * b.top_k);
         }
     }
@@ -116,9 +116,9 @@ Phase gate_phase(const Experts &experts, std::function<void()> prepare) {
             },
             [&experts](int64_t piece, int thread) { experts.gate_work(piece, thread); }};
 }
-Phase down_phase(const Experts &experts, const float *x, float *out) {
+Phase down_phase(const Experts &experts) {
     return {[&experts] { return experts.down_pieces(); },
-            [&experts, x, out](int64_t piece, int thread) { experts.down_work(piece, thread, x, out); }};
+            [&experts](int64_t piece, int thread) { experts.down_work(piece, thread); }};
 }
 Phase add_phase(const Experts &experts, const float *x, float *out) {
     return {[&experts] { return experts.add_pieces(); },
@@ -137,9 +137,9 @@ void linear(Pool &pool, const dbrx_matrix &m, const float *norm, float eps, cons
             {[&] { return strips(m); },
              [&](int64_t strip, int) {
                  for (int64_t r = 0; r < n; ++r) {
-                     const float *row = x + r * m.inputs, one = 1;
+                     const float *row = x + r * m.inputs;
                      float *to = of(r, strip);
-                     multiply_strip(m, strip, &row, &one, 1, &to);
+                     multiply_strip(m, strip, &row, 1, &to);
                  }
              }},
             {[&] { return n; },
@@ -252,7 +252,7 @@ DBRX_API int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n
                                                job.choose(ids, weights, top_k, first, last);
                                                for (int64_t r = 0; r < n; ++r) job.prepare(r, normed + r * job.d_model());
                                            }),
-                                down_phase(job, x, out), add_phase(job, x, out)};
+                                down_phase(job), add_phase(job, x, out)};
         pool->run(phases);
     });
 }
@@ -293,7 +293,7 @@ DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n
                                                for (int64_t r = 0; r < n; ++r)
                                                    both.experts.prepare(r, both.half.normed + r * b.d_model);
                                            }),
-                                down_phase(both.experts, x, x), add_phase(both.experts, x, x)};
+                                down_phase(both.experts), add_phase(both.experts, x, x)};
         pool->run(phases);
     });
 }

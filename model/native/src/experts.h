@@ -20,10 +20,11 @@ class Experts {
         : pool_(pool), experts_(experts), like_(like), activation_(activation), n_(n), hidden_(like.w1.outputs),
           d_(like.w2.outputs), room_(n * top_k), slots_(arena.take<Slot>(room_)), starts_(arena.take<int64_t>(room_ + 1)),
           gate_(arena.take<float>(room_ * hidden_)), up_(arena.take<float>(room_ * hidden_)),
+          strips_(like.w2.transposed ? strips(like.w2) : 1), sums_(arena.take<float>(room_ * strips_ * d_)),
           inner_(Prepared::take(arena, like.w1, n)),
-          gate_each_(piece_outputs(hidden_, 2 * row_bytes(like.w1), pool.threads())) {
-        if (like.w2.transposed) sums_ = arena.take<float>(room_ * strips(like.w2) * d_);
-        else outer_ = Prepared::take(arena, like.w2, room_);
+          gate_places_(Places::shared(hidden_, 2 * row_bytes(like.w1), pool.threads())),
+          down_places_(Places::shared(d_, row_bytes(like.w2), pool.threads())) {
+        if (!like.w2.transposed) outer_ = Prepared::take(arena, like.w2, room_);
     }
 
     // Which experts first <= i < last compute what.
@@ -43,62 +44,53 @@ class Experts {
 
     // gate = activation(w1 x) * (v1 x): a piece is some hidden rows of one expert.
     int64_t d_model() const { return d_; }
-    int64_t gate_pieces() const { return n_active_ * per_expert(hidden_, gate_each_); }
+    int64_t gate_pieces() const { return n_active_ * gate_places_.pieces(); }
     void gate_work(int64_t piece, int thread) const {
-        const int64_t per = per_expert(hidden_, gate_each_), active = piece / per;
-        const int64_t first = piece % per * gate_each_, last = std::min(hidden_, first + gate_each_);
+        const int64_t active = piece / gate_places_.pieces(), at = piece % gate_places_.pieces();
         const dbrx_expert &expert = expert_of(active);
         for (int64_t slot = starts_[active]; slot < starts_[active + 1]; slot += MAX_ROWS) {
             const int64_t count = std::min<int64_t>(MAX_ROWS, starts_[active + 1] - slot);
             const std::byte *x[MAX_ROWS];
             for (int64_t r = 0; r < count; ++r) x[r] = inner_.row(slots_[slot + r].row);
-            for (const auto &[matrix, to] : {std::pair{&expert.w1, gate_}, std::pair{&expert.v1, up_}}) {
-                multiply(*matrix, first, last, x, count, to + slot * hidden_ + first, hidden_);
-            }
+            multiply(expert.w1, gate_places_, at, x, count, gate_ + slot * hidden_, hidden_);
+            multiply(expert.v1, gate_places_, at, x, count, up_ + slot * hidden_, hidden_);
             for (int64_t r = slot; r < slot + count; ++r)
-                gate_times_up(activation_, gate_ + r * hidden_ + first, up_ + r * hidden_ + first, last - first);
+                gate_places_.ranges(at, [&](int64_t first, int64_t last) {
+                    gate_times_up(activation_, gate_ + r * hidden_ + first, up_ + r * hidden_ + first, last - first);
+                });
         }
-        const int64_t rows = starts_[active + 1] - starts_[active];
-        pool_.count(thread, 2 * (last - first) * row_bytes(like_.w1), 4 * (last - first) * like_.w1.inputs * rows);
+        count(active, thread, 2 * gate_places_.count(at), like_.w1);
     }
 
-    // Down. Of a matrix row by row a piece is some outputs of all experts; of a transposed one, a strip of one expert.
+    // Down: a piece is some outputs of one expert, or, of a transposed matrix, a strip of it.
     int64_t down_pieces() const {
-        if (like_.w2.transposed) return n_active_ * strips(like_.w2);
+        if (like_.w2.transposed) return n_active_ * strips_;
         for (int64_t i = 0; i < n_slots_; ++i) outer_.set(like_.w2, i, gate_ + i * hidden_);
-        return per_expert(d_, down_each());
+        return n_active_ * down_places_.pieces();
     }
-    // out [n, d] = x + the sum over a row's slots; transposed: later, in `add_up`.
-    void down_work(int64_t piece, int thread, const float *x, float *out) const {
+    void down_work(int64_t piece, int thread) const {
         if (like_.w2.transposed) return strip_work(piece, thread);
-        const int64_t first = piece * down_each(), last = std::min(d_, first + down_each());
-        begin_sums(x, out, first, last);
-        for (int64_t active = 0; active < n_active_; ++active)
-            for (int64_t slot = starts_[active]; slot < starts_[active + 1]; slot += MAX_ROWS) {
-                const int64_t count = std::min<int64_t>(MAX_ROWS, starts_[active + 1] - slot);
-                const std::byte *rows[MAX_ROWS];
-                for (int64_t r = 0; r < count; ++r) rows[r] = outer_.row(slot + r);
-                float found[MAX_ROWS * MAX_OUTPUTS];
-                multiply(expert_of(active).w2, first, last, rows, count, found, MAX_OUTPUTS);
-                for (int64_t r = 0; r < count; ++r) {
-                    const Slot &of = slots_[slot + r];
-                    float *to = out + of.row * d_ + first;
-                    for (int64_t i = 0; i < last - first; ++i) to[i] += of.weight * found[r * MAX_OUTPUTS + i];
-                }
-            }
-        pool_.count(thread, n_active_ * (last - first) * row_bytes(like_.w2), 2 * (last - first) * hidden_ * n_slots_);
+        const int64_t active = piece / down_places_.pieces(), at = piece % down_places_.pieces();
+        for (int64_t slot = starts_[active]; slot < starts_[active + 1]; slot += MAX_ROWS) {
+            const int64_t count = std::min<int64_t>(MAX_ROWS, starts_[active + 1] - slot);
+            const std::byte *x[MAX_ROWS];
+            for (int64_t r = 0; r < count; ++r) x[r] = outer_.row(slot + r);
+            multiply(expert_of(active).w2, down_places_, at, x, count, sums_ + slot * d_, d_);
+        }
+        count(active, thread, down_places_.count(at), like_.w2);
     }
 
-    // The strips' sums, in order; a piece is some numbers of all rows.
-    int64_t add_pieces() const { return like_.w2.transposed ? per_expert(d_, ADD_EACH) : 0; }
+    // out [n, d] = x, NULL for zeros, plus the weighted sum over a row's slots: a piece is some numbers of all rows.
+    int64_t add_pieces() const { return (d_ + ADD_EACH - 1) / ADD_EACH; }
     void add_work(int64_t piece, const float *x, float *out) const {
         const int64_t first = piece * ADD_EACH, last = std::min(d_, first + ADD_EACH);
-        begin_sums(x, out, first, last);
+        for (int64_t row = 0; row < n_; ++row)
+            for (int64_t o = row * d_ + first; o < row * d_ + last; ++o) out[o] = x ? x[o] : 0;
         for (int64_t i = 0; i < n_slots_; ++i) {
             float *to = out + slots_[i].row * d_;
-            for (int64_t strip = 0; strip < strips(like_.w2); ++strip) {
-                const float *sums = sums_ + (i * strips(like_.w2) + strip) * d_;
-                for (int64_t o = first; o < last; ++o) to[o] += sums[o];
+            for (int64_t strip = 0; strip < strips_; ++strip) {
+                const float *sums = sums_ + (i * strips_ + strip) * d_;
+                for (int64_t o = first; o < last; ++o) to[o] += slots_[i].weight * sums[o];
             }
         }
     }
@@ -106,33 +98,27 @@ class Experts {
   private:
     static constexpr int64_t ADD_EACH = 256;
 
-    static int64_t per_expert(int64_t outputs, int64_t each) { return (outputs + each - 1) / each; }
-    int64_t down_each() const {
-        return piece_outputs(d_, row_bytes(like_.w2) * std::max<int64_t>(1, n_active_), pool_.threads());
-    }
     const dbrx_expert &expert_of(int64_t active) const { return experts_[slots_[starts_[active]].expert]; }
 
-    void begin_sums(const float *x, float *out, int64_t first, int64_t last) const {
-        for (int64_t row = 0; row < n_; ++row)
-            for (int64_t o = row * d_ + first; o < row * d_ + last; ++o) out[o] = x ? x[o] : 0;
-    }
-
     void strip_work(int64_t piece, int thread) const {
-        const int64_t active = piece / strips(like_.w2), strip = piece % strips(like_.w2);
+        const int64_t active = piece / strips_, strip = piece % strips_;
         const dbrx_matrix &w2 = expert_of(active).w2;
         for (int64_t slot = starts_[active]; slot < starts_[active + 1]; slot += MAX_ROWS) {
             const int64_t count = std::min<int64_t>(MAX_ROWS, starts_[active + 1] - slot);
             const float *x[MAX_ROWS];
-            float factors[MAX_ROWS], *sums[MAX_ROWS];
+            float *sums[MAX_ROWS];
             for (int64_t r = 0; r < count; ++r) {
                 x[r] = gate_ + (slot + r) * hidden_;
-                factors[r] = slots_[slot + r].weight;
-                sums[r] = sums_ + ((slot + r) * strips(w2) + strip) * d_;
+                sums[r] = sums_ + ((slot + r) * strips_ + strip) * d_;
             }
-            multiply_strip(w2, strip, x, factors, count, sums);
+            multiply_strip(w2, strip, x, count, sums);
         }
         const int64_t rows = std::min(STRIP, hidden_ - strip * STRIP);
         pool_.count(thread, rows * row_bytes(w2) / w2.inputs * d_, 2 * rows * d_ * (starts_[active + 1] - starts_[active]));
+    }
+
+    void count(int64_t active, int thread, int64_t outputs, const dbrx_matrix &m) const {
+        pool_.count(thread, outputs * row_bytes(m), 2 * outputs * m.inputs * (starts_[active + 1] - starts_[active]));
     }
 
     Pool &pool_;
@@ -142,9 +128,11 @@ class Experts {
     int64_t n_, hidden_, d_, room_;
     Slot *slots_;
     int64_t *starts_, n_slots_ = 0, n_active_ = 0;
-    float *gate_, *up_, *sums_ = nullptr;
+    float *gate_, *up_;
+    int64_t strips_;  // sums of a slot
+    float *sums_;
     Prepared inner_, outer_;
-    int64_t gate_each_;
+    Places gate_places_, down_places_;
 };
 
 }  // namespace dbrx

@@ -10,8 +10,8 @@
 namespace dbrx {
 
 constexpr int MAX_ROWS = DBRX_GEMV_MAX_ROWS;
-constexpr int64_t PIECE_BYTES = 128 * 1024;  // of weights, that a thread takes at once
-constexpr int64_t MAX_OUTPUTS = 256;         // of a piece
+constexpr int64_t PIECE_BYTES = 256 * 1024;  // of weights, that a thread takes at once
+constexpr int PLACES = 4;                   // of a matrix that a core reads side by side: of one it has too few bytes under way
 
 // f(format) with the struct of formats/ that reads such a matrix.
 template <class F>
@@ -50,47 +50,78 @@ struct Prepared {
     }
 };
 
-// out[r * stride + o - first] for outputs first <= o < last and n rows. A core that reads four weight rows far apart has more
-// bytes under way than with one; of several activation rows, four at a time meet two weight rows in registers. What is
-// left over is computed in a whole tile that names its last output more than once.
+// The outputs of a matrix in pieces: `each` behind each other at each of four places, which lie a quarter of the matrix
+// apart. A thread takes pieces behind each other, so at each place it reads on where it was, as processors expect it:
+// that is a quarter faster than places that begin anew with each piece.
+//     10 outputs, each 2: quarters begin at 0, 3, 6 and 9; pieces {0 1, 3 4, 6 7, 9} and {2, 5, 8}
+struct Places {
+    int64_t outputs, apart, each;
+
+    static Places whole(int64_t outputs) { return {outputs, quarter(outputs), quarter(outputs)}; }
+    // Pieces of some 256 KiB of weights, less where there would be too few of them to share evenly.
+    static Places shared(int64_t outputs, int64_t bytes_each, int threads) {
+        const int64_t of_size = PIECE_BYTES / (PLACES * bytes_each), fair = quarter(outputs) / (2 * threads);
+        const int64_t each = std::max<int64_t>(1, std::min(of_size, fair));
+        return {outputs, quarter(outputs), each < LANES ? each : each / LANES * LANES};
+    }
+    int64_t pieces() const { return (apart + each - 1) / each; }
+    // f(first, last) for the outputs of a piece at each place.
+    template <class F>
+    void ranges(int64_t piece, F f) const {
+        for (int64_t place = 0; place < PLACES; ++place) {
+            const int64_t first = place * apart + piece * each;
+            f(first, std::min({first + each, (place + 1) * apart, outputs}));
+        }
+    }
+    int64_t count(int64_t piece) const {  // of its outputs
+        int64_t total = 0;
+        ranges(piece, [&](int64_t first, int64_t last) { total += std::max<int64_t>(0, last - first); });
+        return total;
+    }
+
+  private:
+    static int64_t quarter(int64_t outputs) { return (outputs + PLACES - 1) / PLACES; }
+};
+
+// out[r * stride + o] = the product, or what it was and the product, for the outputs of a piece and n rows. Up to two
+// activation rows meet an output of all four places in registers, of more rows four those of two places.
 template <class Format>
-void multiply_range(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, float *out,
-                    int64_t stride) {
-    const auto tile = [&]<int W, int R>(const int64_t(&outputs)[W], int64_t row) {
+void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const std::byte *const *x, int64_t n, float *out,
+              int64_t stride, bool add) {
+    const auto tile = [&]<int W, int R>(const int64_t(&outputs)[W], int64_t there, int64_t row) {
         float y[W][R];
         Format::template dot<W, R>(m, outputs, x + row, y);
-        for (int w = 0; w < W; ++w)
-            for (int r = 0; r < R; ++r) out[(row + r) * stride + outputs[w] - first] = y[w][r];
+        for (int64_t w = 0; w < there; ++w)
+            for (int r = 0; r < R; ++r) {
+                float &to = out[(row + r) * stride + outputs[w]];
+                to = add ? to + y[w][r] : y[w][r];
+            }
     };
-    const int64_t wide = n <= 2 ? 4 : 2, apart = (last - first) / wide, rest = first + wide * apart;
-    for (int64_t o = first; o < first + apart || (o == first + apart && rest < last); ++o) {
-        const bool over = o == first + apart;
-        const auto at = [&](int64_t w) { return over ? std::min(rest + w, last - 1) : o + w * apart; };
-        if (wide == 4) {
+    const int64_t first = piece * places.each, last = std::min(first + places.each, places.apart);
+    for (int64_t o = first; o < last; ++o) {
+        // Behind the last output it is computed again, and not stored.
+        const auto at = [&](int64_t place) { return std::min(o + place * places.apart, m.outputs - 1); };
+        const int64_t there = (m.outputs - 1 - o) / places.apart + 1;
+        if (n <= 2) {
             const int64_t outputs[4] = {at(0), at(1), at(2), at(3)};
-            if (n == 1) tile.template operator()<4, 1>(outputs, 0);
-            else tile.template operator()<4, 2>(outputs, 0);
+            if (n == 1) tile.template operator()<4, 1>(outputs, std::min<int64_t>(4, there), 0);
+            else tile.template operator()<4, 2>(outputs, std::min<int64_t>(4, there), 0);
             continue;
         }
-        const int64_t outputs[2] = {at(0), at(1)};
-        int64_t row = 0;
-        for (; row + 4 <= n; row += 4) tile.template operator()<2, 4>(outputs, row);
-        if (n - row == 3) tile.template operator()<2, 3>(outputs, row);
-        if (n - row == 2) tile.template operator()<2, 2>(outputs, row);
-        if (n - row == 1) tile.template operator()<2, 1>(outputs, row);
+        for (int64_t place = 0; place < std::min<int64_t>(4, there); place += 2) {
+            const int64_t outputs[2] = {at(place), at(place + 1)}, two = std::min<int64_t>(2, there - place);
+            int64_t row = 0;
+            for (; row + 4 <= n; row += 4) tile.template operator()<2, 4>(outputs, two, row);
+            if (n - row == 3) tile.template operator()<2, 3>(outputs, two, row);
+            if (n - row == 2) tile.template operator()<2, 2>(outputs, two, row);
+            if (n - row == 1) tile.template operator()<2, 1>(outputs, two, row);
+        }
     }
 }
 
-inline void multiply(const dbrx_matrix &m, int64_t first, int64_t last, const std::byte *const *x, int64_t n, float *out,
-                     int64_t stride) {
-    with_format(m, [&](auto format) { multiply_range<decltype(format)>(m, first, last, x, n, out, stride); });
-}
-
-// How many outputs make a piece: some 128 KiB of weights, less where there would be too few pieces to share evenly.
-inline int64_t piece_outputs(int64_t outputs, int64_t bytes_each, int threads) {
-    const int64_t of_size = std::clamp<int64_t>(PIECE_BYTES / bytes_each, 1, MAX_OUTPUTS);
-    const int64_t shared = std::max<int64_t>(1, outputs / (8 * threads));
-    return (std::min(of_size, shared) + 3) / 4 * 4;
+inline void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const std::byte *const *x, int64_t n,
+                     float *out, int64_t stride, bool add = false) {
+    with_format(m, [&](auto format) { multiply<decltype(format)>(m, places, piece, x, n, out, stride, add); });
 }
 
 // Floats that are stored [inputs, outputs]: rows are scaled and added up. A strip is so many stored rows; each has a sum of
@@ -99,53 +130,59 @@ constexpr int64_t STRIP = 128;
 
 inline int64_t strips(const dbrx_matrix &m) { return (m.inputs + STRIP - 1) / STRIP; }
 
-// sums[r] [outputs] of one strip, for R rows x[r] of all inputs, times factors[r].
+// sums[r] [outputs] of one strip, for R rows x[r] of all inputs. Eight stored rows are added at once, from eight places of the strip:
+//     of rows 0 to 127 first 0, 16, 32 ... 112, then 1, 17, 33 ... 113
 template <class T, int R>
-void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, float *const *sums) {
-    constexpr int AT_ONCE = 8;  // stored rows
+void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, float *const *sums) {
+    constexpr int AT_ONCE = 8, STEP = 2 * LANES;
     const T *values = static_cast<const T *>(m.values);
-    const int64_t end = std::min(m.inputs, (strip + 1) * STRIP);
+    const int64_t begin = strip * STRIP, end = std::min(m.inputs, begin + STRIP), apart = (end - begin + AT_ONCE - 1) / AT_ONCE;
+    const int64_t whole = m.outputs / STEP * STEP;
     for (int r = 0; r < R; ++r) std::fill(sums[r], sums[r] + m.outputs, 0.0f);
-    for (int64_t i = strip * STRIP; i < end; i += AT_ONCE) {
+    for (int64_t i = begin; i < begin + apart; ++i) {
         Floats scale[R][AT_ONCE];
         const T *rows[AT_ONCE];
         for (int k = 0; k < AT_ONCE; ++k) {
-            const bool there = i + k < end;  // else a row that is, times zero
-            rows[k] = values + (there ? i + k : i) * m.outputs;
-            for (int r = 0; r < R; ++r) scale[r][k] = Floats::all(there ? x[r][i + k] * factors[r] : 0);
+            const int64_t at = i + k * apart;
+            rows[k] = values + std::min(at, end - 1) * m.outputs;  // behind the last: times zero
+            for (int r = 0; r < R; ++r) scale[r][k] = Floats::all(at < end ? x[r][at] : 0);
         }
-        const auto add = [&](int64_t o, auto load, auto store) {
-            Floats weights[AT_ONCE];
-            for (int k = 0; k < AT_ONCE; ++k) weights[k] = load(rows[k] + o);
-            for (int r = 0; r < R; ++r) {
-                Floats total = load(sums[r] + o);
-                for (int k = 0; k < AT_ONCE; ++k) total = fma(weights[k], scale[r][k], total);
-                store(total, sums[r] + o);
+        for (int64_t o = 0; o < whole; o += STEP) {
+            Floats totals[R][2];
+            for (int r = 0; r < R; ++r) totals[r][0] = Floats::load(sums[r] + o), totals[r][1] = Floats::load(sums[r] + o + LANES);
+            for (int k = 0; k < AT_ONCE; ++k) {
+                Floats weights[2];
+                read_ahead(rows[k] + o);
+                load_weights(rows[k] + o, weights);
+                for (int r = 0; r < R; ++r)
+                    for (int half = 0; half < 2; ++half) totals[r][half] = fma(weights[half], scale[r][k], totals[r][half]);
             }
-        };
-        const int64_t whole = m.outputs / LANES * LANES, rest = m.outputs - whole;
-        for (int64_t o = 0; o < whole; o += LANES)
-            add(o, [](auto *at) { return Floats::load(at); }, [](Floats v, float *to) { v.store(to); });
-        if (rest)
-            add(whole, [=](auto *at) { return load_part(at, rest); },
-                [=](Floats v, float *to) { store_up_to(v, to, rest); });
+            for (int r = 0; r < R; ++r) totals[r][0].store(sums[r] + o), totals[r][1].store(sums[r] + o + LANES);
+        }
+        for (int64_t o = whole; o < m.outputs; o += LANES)
+            for (int r = 0; r < R; ++r) {
+                Floats total = load_up_to(sums[r] + o, m.outputs - o);
+                for (int k = 0; k < AT_ONCE; ++k) total = fma(load_up_to(rows[k] + o, m.outputs - o), scale[r][k], total);
+                store_up_to(total, sums[r] + o, m.outputs - o);
+            }
     }
+    if (EVEN_FIRST && sizeof(T) == 2)
+        for (int r = 0; r < R; ++r) even_last(sums[r], whole, STEP);
 }
 
 template <class T>
-void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, int64_t n, float *const *sums) {
-    for (; n >= 4; n -= 4, x += 4, factors += 4, sums += 4) add_strip<T, 4>(m, strip, x, factors, sums);
+void add_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, int64_t n, float *const *sums) {
+    for (; n >= 4; n -= 4, x += 4, sums += 4) add_strip<T, 4>(m, strip, x, sums);
     if (n >= 2) {
-        add_strip<T, 2>(m, strip, x, factors, sums);
-        n -= 2, x += 2, factors += 2, sums += 2;
+        add_strip<T, 2>(m, strip, x, sums);
+        n -= 2, x += 2, sums += 2;
     }
-    if (n == 1) add_strip<T, 1>(m, strip, x, factors, sums);
+    if (n == 1) add_strip<T, 1>(m, strip, x, sums);
 }
 
-inline void multiply_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, const float *factors, int64_t n,
-                           float *const *sums) {
-    if (m.format == DBRX_F32) add_strip<float>(m, strip, x, factors, n, sums);
-    else add_strip<uint16_t>(m, strip, x, factors, n, sums);
+inline void multiply_strip(const dbrx_matrix &m, int64_t strip, const float *const *x, int64_t n, float *const *sums) {
+    if (m.format == DBRX_F32) add_strip<float>(m, strip, x, n, sums);
+    else add_strip<uint16_t>(m, strip, x, n, sums);
 }
 
 // One product as a phase of a job.
@@ -153,29 +190,18 @@ class Linear {
   public:
     Linear(Pool &pool, const dbrx_matrix &m, int64_t n, Arena &arena)
         : pool_(pool), m_(m), n_(n), prepared_(Prepared::take(arena, m, n)),
-          each_(piece_outputs(m.outputs, row_bytes(m), pool.threads())) {}
+          places_(Places::shared(m.outputs, row_bytes(m), pool.threads())) {}
 
     void prepare(int64_t row, const float *x) const { prepared_.set(m_, row, x); }
-    int64_t pieces() const { return (m_.outputs + each_ - 1) / each_; }
+    int64_t pieces() const { return places_.pieces(); }
 
-    // y [n, outputs] = the product, or what y was and the product.
+    // y [n, outputs] = the product, or what y was and the product; n <= MAX_ROWS.
     void work(int64_t piece, int thread, float *y, bool add) const {
-        const int64_t first = piece * each_, last = std::min(m_.outputs, first + each_);
-        for (int64_t row = 0; row < n_; row += MAX_ROWS) {
-            const int64_t count = std::min<int64_t>(MAX_ROWS, n_ - row);
-            const std::byte *x[MAX_ROWS];
-            for (int64_t r = 0; r < count; ++r) x[r] = prepared_.row(row + r);
-            float *to = y + row * m_.outputs + first;
-            if (!add) {
-                multiply(m_, first, last, x, count, to, m_.outputs);
-                continue;
-            }
-            float found[MAX_ROWS * MAX_OUTPUTS];
-            multiply(m_, first, last, x, count, found, MAX_OUTPUTS);
-            for (int64_t r = 0; r < count; ++r)
-                for (int64_t i = 0; i < last - first; ++i) to[r * m_.outputs + i] += found[r * MAX_OUTPUTS + i];
-        }
-        pool_.count(thread, (last - first) * row_bytes(m_), 2 * (last - first) * m_.inputs * n_);
+        const std::byte *x[MAX_ROWS];
+        for (int64_t r = 0; r < n_; ++r) x[r] = prepared_.row(r);
+        multiply(m_, places_, piece, x, n_, y, m_.outputs, add);
+        const int64_t count = places_.count(piece);
+        pool_.count(thread, count * row_bytes(m_), 2 * count * m_.inputs * n_);
     }
 
   private:
@@ -183,7 +209,7 @@ class Linear {
     const dbrx_matrix &m_;
     int64_t n_;
     Prepared prepared_;
-    int64_t each_;
+    Places places_;
 };
 
 }  // namespace dbrx

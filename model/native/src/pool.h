@@ -1,11 +1,12 @@
 // Threads, and how they share work.
 //
-// A job is a list of phases; a phase is a number of pieces, which threads take one by one. Whoever finishes the last
-// piece of a phase opens the next: it alone prepares what the pieces share (norms, rounded activations, the router's
-// choice), then hands out tickets. So nobody waits for a thread that has no piece in hand: one that the machine gave to
-// another program is missed, not waited for.
+// A job is a list of phases; a phase is a number of pieces. Each thread has a share of them, pieces behind each other, so
+// that it reads on in memory where it was; whoever has done his takes from the others'. Who finishes the last piece of a
+// phase opens the next: it alone prepares what the pieces need (norms, rounded activations, the router's choice), then
+// hands out tickets. So nobody waits for a thread that has no piece in hand: one that the machine gave to another program
+// is missed, not waited for.
 //
-//     ticket = phase's number << 32 | pieces left       phase 7 of 3 pieces: 7|3, 7|2 (piece 0 taken), 7|1, 7|0, 8|...
+//     ticket = phase's number << 32 | pieces left of a share      phase 7, pieces 3 to 5: 7|3 (3 is next), 7|2, 7|1, 7|0, 8|...
 //
 // A thread that looks late finds another number, or none left, and its exchange fails: it can neither take a piece
 // twice nor touch what a phase that is over has used.
@@ -41,7 +42,7 @@ inline void relax() {
 
 class Pool {
   public:
-    explicit Pool(int threads) : counters_(threads) {
+    explicit Pool(int threads) : counters_(threads), shares_(threads) {
         try {
             for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { serve(i); });
         } catch (...) {  // the system gives no more of them
@@ -73,8 +74,10 @@ class Pool {
         at_ = -1;
         running_.store(true);
         open_next();
-        while (running_.load()) {
-            if (!take_piece(0)) wait(0, [this] { return !running_.load(); });
+        for (;;) {
+            const uint32_t seen = epoch_.load();
+            if (!running_.load()) return;
+            if (!take_piece(0)) wait(0, seen);
         }
     }
 
@@ -93,7 +96,7 @@ class Pool {
 
   private:
     static constexpr auto SPIN = std::chrono::microseconds(100);  // longer than what lies between two layers
-    static constexpr int LOOKS = 32;                              // at the ticket, between two looks at the clock
+    static constexpr int LOOKS = 32;                              // at what was announced, between two looks at the clock
 
     static constexpr int MANY = 4;                                // long waits, more than short ones
 
@@ -114,32 +117,48 @@ class Pool {
         for (std::thread &worker : workers_) worker.join();
     }
 
-    static bool left(uint64_t ticket) { return uint32_t(ticket) != 0; }
+    struct alignas(64) Share {
+        std::atomic<uint64_t> ticket{0};
+        int64_t end = 0;  // the piece behind the last; it stays until all pieces are done
+    };
 
     void serve(int thread) {
-        while (!stop_.load()) {
-            if (!take_piece(thread)) wait(thread, [this] { return stop_.load(); });
+        for (;;) {
+            const uint32_t seen = epoch_.load();
+            if (stop_.load()) return;
+            if (!take_piece(thread)) wait(thread, seen);
         }
     }
 
     bool take_piece(int thread) {
-        uint64_t ticket = ticket_.load(std::memory_order_acquire);
-        do {
-            if (!left(ticket)) return false;
-        } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel));
-        const int64_t pieces = pieces_;  // they stay until this piece is done
-        phases_[at_].work(pieces - int64_t(uint32_t(ticket)), thread);
-        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces) open_next();
-        return true;
+        for (int i = 0; i < threads(); ++i) {
+            Share &share = shares_[size_t((thread + i) % threads())];
+            uint64_t ticket = share.ticket.load(std::memory_order_acquire);
+            while (uint32_t(ticket) != 0) {
+                if (!share.ticket.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+                phases_[at_].work(share.end - int64_t(uint32_t(ticket)), thread);
+                if (is_last()) open_next();
+                return true;
+            }
+        }
+        return false;
     }
+
+    bool is_last() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
 
     void open_next() {
         while (++at_ < n_phases_) {
-            pieces_ = phases_[at_].open ? phases_[at_].open() : 1;
-            if (pieces_ == 0) continue;
-            done_.store(0, std::memory_order_relaxed);
-            ticket_.store(++number_ << 32 | uint64_t(pieces_), std::memory_order_release);
-            return announce();
+            const int64_t pieces = phases_[at_].open ? phases_[at_].open() : 1;
+            if (pieces == 0) continue;
+            left_.store(pieces + 1, std::memory_order_relaxed);  // one more, so that nobody opens the next phase before this is done:
+            ++number_;
+            for (int64_t t = 0; t < threads(); ++t) {
+                const int64_t begin = pieces * t / threads(), end = pieces * (t + 1) / threads();
+                shares_[size_t(t)].end = end;
+                shares_[size_t(t)].ticket.store(number_ << 32 | uint64_t(end - begin), std::memory_order_release);
+            }
+            announce();
+            if (!is_last()) return;
         }
         running_.store(false);
         announce();
@@ -150,45 +169,40 @@ class Pool {
         if (sleepers_.load()) epoch_.notify_all();
     }
 
-    // Until there is a piece to take, or `over`: spin for a while, then sleep. A thread whose waits are long again and again
+    // Until something was announced since `seen`: spin for a while, then sleep. A thread whose waits are long again and again
     // shares its core with other programs: then it sleeps at once, so that they, or its own partners, can run meanwhile.
-    template <class Over>
-    void wait(int thread, Over over) {
+    void wait(int thread, uint32_t seen) {
         using clock = std::chrono::steady_clock;
-        Counters &counters = counters_[thread];
+        Counters &counters = counters_[size_t(thread)];
         const auto begin = clock::now();
         const auto spin = counters.long_waits < MANY ? SPIN : std::chrono::microseconds(0);
         auto waited = begin - begin;
         add(counters.barriers, 1);
-        for (;;) {
-            const uint32_t epoch = epoch_.load();
-            for (int i = 0; i < LOOKS; ++i) {
-                if (left(ticket_.load(std::memory_order_relaxed)) || over()) {
-                    waited = clock::now() - begin;
-                    add(counters.waited_ns, std::chrono::nanoseconds(waited).count());
-                    counters.long_waits = std::clamp(counters.long_waits + (waited < SPIN ? -1 : 1), 0, 2 * MANY);
-                    return;
-                }
-                relax();
-            }
-            if (clock::now() - begin < spin) continue;
+        do {
+            for (int i = 0; i < LOOKS && epoch_.load(std::memory_order_relaxed) == seen; ++i) relax();
+            waited = clock::now() - begin;
+        } while (epoch_.load() == seen && waited < spin);
+        if (epoch_.load() == seen) {
             add(counters.sleeps, 1);
             sleepers_.fetch_add(1);
-            epoch_.wait(epoch);
+            epoch_.wait(seen);
             sleepers_.fetch_sub(1);
+            waited = clock::now() - begin;
         }
+        add(counters.waited_ns, std::chrono::nanoseconds(waited).count());
+        counters.long_waits = std::clamp(counters.long_waits + (waited < SPIN ? -1 : 1), 0, 2 * MANY);
     }
 
-    alignas(64) std::atomic<uint64_t> ticket_{0};
-    alignas(64) std::atomic<int64_t> done_{0};
-    alignas(64) std::atomic<uint32_t> epoch_{0};
+    alignas(64) std::atomic<int64_t> left_{0};    // pieces of the phase that are not done
+    alignas(64) std::atomic<uint32_t> epoch_{0};  // counts what was announced: pieces to take, the end of a job or of the pool
     std::atomic<int> sleepers_{0};
     std::atomic<bool> running_{false}, stop_{false};
     const Phase *phases_ = nullptr;  // these are written while no piece is out
-    int64_t n_phases_ = 0, at_ = 0, pieces_ = 0;
+    int64_t n_phases_ = 0, at_ = 0;
     uint64_t number_ = 0;
     std::mutex turn_;
     std::vector<Counters> counters_;
+    std::vector<Share> shares_;
     std::unique_ptr<std::byte, Free> scratch_;
     size_t scratch_bytes_ = 0;
     std::vector<std::thread> workers_;

@@ -34,6 +34,7 @@ struct FloatRows {
             for (Floats &one : row) one = Floats::all(0);
         const auto add = [&](int w, int64_t i, const T *at) {
             Floats weight[2];
+            read_ahead(at);
             load_weights(at, weight);
             for (int half = 0; half < 2; ++half)
                 for (int r = 0; r < R; ++r)

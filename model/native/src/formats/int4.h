@@ -3,7 +3,7 @@
 //     sum of (level - zero) * scale * x  =  sum over groups of scale * (sum of level * x - zero * sum of x)
 //
 // A row is read in blocks of 256 inputs (128 bytes), whose eight sums of 32 products are exact: of 32 levels up to 15
-// times activations up to 127, each at most 60,960; 16 products at most 30,480, which 16 bits hold, and 4 of them 7,620.
+// times activations up to 127, each at most 60,960; 16 products at most 30,480, which 16 bits hold, and so do 8 and 4.
 #pragma once
 #include <cstddef>
 
@@ -14,44 +14,31 @@ namespace dbrx {
 constexpr int BLOCK = 256, PARTS = 8;  // inputs a block; parts of 32 inputs in it
 
 #if defined(__AVX2__)
-// Lanes as horizontal additions leave them: of four vectors, each of two parts, first the lower ones.
+// Lanes as packing leaves them: of four vectors, each of two parts, first the lower ones.
 constexpr int PART_OF_LANE[PARTS] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 // sums[r] = the block's sums of levels times activations x[r], a part each.
 template <int R>
 DBRX_INLINE void part_sums(const uint8_t *levels, const int8_t *const (&x)[R], Floats (&sums)[R]) {
-    const __m256i low = _mm256_set1_epi8(15);
-    __m256i halves[2][R];  // of 128 inputs each
-    for (int half = 0; half < 2; ++half) {
-        __m256i even[2], odd[2];
-        for (int j = 0; j < 2; ++j) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(levels + 64 * half + 32 * j));
-            even[j] = _mm256_and_si256(bytes, low);
-            odd[j] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-        }
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i found[R][4];  // of 64 inputs each: two parts, four sums of eight products each
+    for (int j = 0; j < 4; ++j) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(levels + 32 * j));
+        const __m256i even = _mm256_and_si256(bytes, low), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
         for (int r = 0; r < R; ++r) {
-            const __m256i *at = reinterpret_cast<const __m256i *>(x[r] + 128 * half);
-            __m256i both[2];  // of 64 inputs each
-            for (int j = 0; j < 2; ++j) {
-                const __m256i of_even = _mm256_load_si256(at + 2 * j), of_odd = _mm256_load_si256(at + 2 * j + 1);
+            const __m256i *at = reinterpret_cast<const __m256i *>(x[r] + 64 * j);
+            const __m256i of_even = _mm256_load_si256(at), of_odd = _mm256_load_si256(at + 1);
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-                both[j] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), even[j], of_even), odd[j], of_odd);
-            }
-            halves[half][r] = _mm256_hadd_epi32(both[0], both[1]);
-        }
-    }
-    for (int r = 0; r < R; ++r) sums[r].v = _mm256_cvtepi32_ps(_mm256_hadd_epi32(halves[0][r], halves[1][r]));
+            found[r][j] = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), even, of_even), odd, of_odd);
 #else
-                both[j] = _mm256_add_epi16(_mm256_maddubs_epi16(even[j], of_even), _mm256_maddubs_epi16(odd[j], of_odd));
-            }
-            halves[half][r] = _mm256_hadd_epi16(both[0], both[1]);
+            const __m256i fours = _mm256_add_epi16(_mm256_maddubs_epi16(even, of_even), _mm256_maddubs_epi16(odd, of_odd));
+            found[r][j] = _mm256_madd_epi16(fours, ones);
+#endif
         }
     }
-    for (int r = 0; r < R; ++r) {
-        const __m256i pairs = _mm256_hadd_epi16(halves[0][r], halves[1][r]);
-        sums[r].v = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-#endif
+    const auto pairs = [=](__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_packs_epi32(a, b), ones); };
+    for (int r = 0; r < R; ++r)
+        sums[r].v = _mm256_cvtepi32_ps(pairs(pairs(found[r][0], found[r][1]), pairs(found[r][2], found[r][3])));
 }
 #else
 constexpr int PART_OF_LANE[PARTS] = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -95,26 +82,24 @@ DBRX_INLINE void part_sums(const uint8_t *levels, const int8_t *const (&x)[R], F
 #endif
 #endif
 
-// Scales or zero points of a block's parts, of which a group holds one or more, as lanes.
+// Scales or zero points of a block's parts, of which a group holds one or more, as lanes. AVX2: within 128 bits.
 template <int GROUP>
 DBRX_INLINE Floats load_of_parts(const uint16_t *at) {
     constexpr int BYTES = BLOCK / GROUP * 2;
 #if defined(__AVX2__)
-    __m128i stored;
-    if constexpr (BYTES == 16) stored = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
+    __m256i stored;
+    if constexpr (BYTES == 16) stored = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
     else {
         int64_t bits = 0;
         std::memcpy(&bits, at, BYTES);
-        stored = _mm_cvtsi64_si128(bits);
+        stored = _mm256_set1_epi64x(bits);
     }
-    alignas(16) constexpr auto bytes = [] {
-        struct { int8_t v[16]; } out{};
-        for (int i = 0; i < 16; ++i) out.v[i] = int8_t(PART_OF_LANE[i / 2] * 32 / GROUP * 2 + i % 2);
+    alignas(32) static constexpr auto bytes = [] {  // -1 gives a zero: the lower half of a float
+        struct { int8_t v[32]; } out{};
+        for (int i = 0; i < 32; ++i) out.v[i] = i % 4 < 2 ? int8_t(-1) : int8_t(PART_OF_LANE[i / 4] * 32 / GROUP * 2 + i % 2);
         return out;
     }();
-    const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i *>(bytes.v));
-    const __m256i words = _mm256_cvtepu16_epi32(_mm_shuffle_epi8(stored, order));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+    return {_mm256_castsi256_ps(_mm256_shuffle_epi8(stored, _mm256_load_si256(reinterpret_cast<const __m256i *>(bytes.v))))};
 #else
     if constexpr (BYTES == 16) return Floats::load(at);
     uint16_t each[PARTS];
@@ -131,7 +116,7 @@ struct Int4 {
 
     struct Activations {  // of one block, zeros behind the last input
         alignas(32) int8_t x[BLOCK];  // of each 64 the even ones first, as a byte's halves come apart
-        float scale[PARTS], sums[PARTS];  // in the order of lanes; sums: of the rounded numbers, times scale
+        float scale[PARTS], less[PARTS];  // in the order of lanes; less: what a zero point takes away, minus the sum of x
     };
     static int64_t prepared_bytes(int64_t inputs) { return (inputs + BLOCK - 1) / BLOCK * int64_t(sizeof(Activations)); }
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
@@ -153,7 +138,7 @@ struct Int4 {
                 for (int v = 0; v < 4; ++v) store_rounded(part[v] * inverse, rounded + first + v * LANES);
                 for (int64_t i = first; i < first + 32; ++i) total += rounded[i];
                 block.scale[lane] = bound / 127;
-                block.sums[lane] = float(total) * block.scale[lane];
+                block.less[lane] = float(-total);
             }
             even_first(rounded, BLOCK, 64);
             for (int i = 0; i < BLOCK; ++i) block.x[i] = int8_t(rounded[i]);
@@ -179,11 +164,13 @@ struct Int4 {
                 of[r] = reinterpret_cast<const Activations *>(x[r]) + block;
                 numbers[r] = of[r]->x;
             }
+            read_ahead(values);
+            read_ahead(values + BLOCK / 4);
             part_sums(values, numbers, found);
             const Floats s = load_of_parts<GROUP>(scales), z = load_of_parts<GROUP>(zeros);
             for (int r = 0; r < R; ++r) {
-                const Floats of_zeros = Floats::all(0) - z * Floats::load(of[r]->sums);
-                sums[w][r] = fma(fma(found[r], Floats::load(of[r]->scale), of_zeros), s, sums[w][r]);
+                const Floats product = fma(z, Floats::load(of[r]->less), found[r]) * s;
+                sums[w][r] = fma(product, Floats::load(of[r]->scale), sums[w][r]);
             }
         };
         const int64_t whole = m.inputs / BLOCK, rest = m.inputs % BLOCK;

@@ -53,6 +53,7 @@ struct Int8 {
             for (Ints &one : row) one = Ints::zero();
         const auto add = [&](int w, int64_t i, const int8_t *at) {
             Shorts weight[2];
+            read_ahead(at);
             load_weights(at, weight);
             for (int half = 0; half < 2; ++half)
                 for (int r = 0; r < R; ++r)
