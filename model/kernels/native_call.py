@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from collections.abc import Callable
 from itertools import accumulate
 from math import prod
@@ -22,6 +24,7 @@ ACTIVATIONS = {activation.name.lower(): int(activation) for activation in Activa
 FLOATS = (torch.float32, torch.bfloat16)
 TYPES = {"I8": torch.int8, "U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
 LINE = 64  # bytes of a cache line
+PIECE = 2**26  # bytes of memory that are asked of the system at once
 CALL = 2**34  # multiplications and additions of a call: some tenths of a second at most, for Ctrl-C
 
 _lock = Lock()  # a pool serves one call at a time
@@ -75,18 +78,50 @@ def quantized_matrix(scheme: str, group: int, stored: QuantizedMatrix) -> Matrix
     return matrix(*parts, group=group if SCHEMES[scheme].groups else 0)  # type: ignore[arg-type]  # the first is there
 
 
-def room(scheme: str, group: int, *shapes: tuple[int, ...]) -> list[QuantizedMatrix]:
-    """Matrices [outputs, inputs] in few bits that are not written yet, all in one piece of memory.
+class _Memory:
+    """Parts of large pieces of memory, in the order in which they are asked for; a piece goes with its last tensor.
 
-    Linux gives huge pages to large pieces only: the experts of a layer of `mini` take 1.14 instead of 1.58 ms.
+    Linux gives huge pages to large pieces only: the experts of a layer of `mini` in int8 take 0.70 instead of 0.88 ms.
     """
+
+    def __init__(self) -> None:
+        self._piece: Callable[[], mmap.mmap | None] = lambda: None
+        self._used = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """Bytes [nbytes] that nobody has written to, at the beginning of a cache line."""
+        with _lock:
+            piece = self._piece()
+            if piece is None or self._used + nbytes > len(piece):
+                piece = self._ask(max(nbytes, PIECE))
+                self._piece, self._used = weakref.ref(piece), 0
+            start = self._used
+            self._used += -(-nbytes // LINE) * LINE
+            return torch.frombuffer(piece, dtype=torch.uint8, offset=start, count=nbytes)
+
+    @staticmethod
+    def _ask(nbytes: int) -> mmap.mmap:
+        try:
+            piece = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared has no huge pages
+        except OSError as error:
+            raise MemoryError(f"no memory for {nbytes / 1e9:.2f} GB of weights") from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            piece.madvise(mmap.MADV_HUGEPAGE)
+        return piece
+
+
+_memory = _Memory()
+
+
+def room(scheme: str, group: int, *shapes: tuple[int, ...]) -> list[QuantizedMatrix]:
+    """Matrices [outputs, inputs] in few bits that are not written yet."""
     form = SCHEMES[scheme]
     tensors = [
         (form.shapes(group, *shape)[part], TYPES[dtype]) for shape in shapes for part, dtype in form.parts.items()
     ]
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in tensors]
     starts = [0, *accumulate(-(-size // LINE) * LINE for size in sizes)]
-    piece = torch.empty(starts[-1], dtype=torch.uint8)
+    piece = _memory.take(starts[-1])
     cut = [
         piece[start : start + size].view(dtype).view(shape)
         for start, size, (shape, dtype) in zip(starts, sizes, tensors, strict=False)

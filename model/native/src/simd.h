@@ -305,7 +305,9 @@ inline void even_last(T *x, int64_t count, int size) {
 }
 
 // Weights that a thread comes to soon: where it computes much for each byte, it has too few of them under way otherwise.
-DBRX_INLINE void read_ahead(const void *at) { __builtin_prefetch(static_cast<const char *>(at) + 512); }
+DBRX_INLINE void read_ahead(const void *at) {  // it may be behind a matrix, where nothing is read
+    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(at) + 512));
+}
 
 // The first `count` numbers at a place behind which nothing may be read, and zeros.
 template <class T>
