@@ -25,7 +25,9 @@ def answers(engine: Engine, requests: Iterable[tuple[int, Request]], rows: int) 
     if isinstance(engine, LocalEngine):
         return _together(engine, requests, rows)
     from dbrx_cli.engine.at_once import at_once
+    from dbrx_cli.engine.remote import RemoteEngine
 
+    assert isinstance(engine, RemoteEngine)
     return at_once(engine, requests, rows)
 
 
