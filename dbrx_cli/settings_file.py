@@ -168,7 +168,7 @@ def _rewrite(edit: Callable[[Any], None]) -> Path:
 
 
 def _require_own(path: Path) -> None:
-    """`InputError` for settings that others can write, as they say where prompts go. The user's own link is followed."""
+    """`InputError` for settings that others can write: they say where prompts go. One's own link is followed."""
     if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
         raise InputError(f"{path} is a link of somebody else's", f"move it away, or set {CONFIG} to another file")
     path = path.resolve()
