@@ -55,7 +55,8 @@ def refuse_foreign(path: Path) -> None:
     """
     with faults(path):
         refuse_link(path)
-        if path.parent.is_dir() and (reason := untrusted(path.parent.resolve() / path.name)):
+        no_file = path.is_dir() or not path.parent.is_dir()  # told below
+        if not no_file and (reason := untrusted(path.parent.resolve() / path.name)):
             raise InputError(f"saved keys and values are not kept in {path}: {reason}", "name a file in another folder")
         if not path.exists() and path.parent.is_dir():
             return
