@@ -26,6 +26,7 @@ class LinearKernel(Protocol):
     quantization: str  # a key of `SCHEMES`, or "none"
     group: int  # inputs that share a scale, where the scheme has groups
     dtype: torch.dtype  # of the activations that go in and come out
+    keeps_nan: bool  # whether numbers that are not finite come out as such
 
     def pack(self, *weights: Tensor) -> Packed:
         """From floats [outputs, inputs], stacked one below the other; where it reads them as they lie, no copy."""
@@ -92,6 +93,8 @@ class GluExpertKernel(Protocol):
 
 class QuantizedFirst:
     """`pack` of kernels that hold few bits a weight."""
+
+    keeps_nan = False  # products of bytes are bytes
 
     def pack(self: LinearKernel, *weights: Tensor) -> Packed:
         return self.load(*map(self.quantize, weights))

@@ -18,6 +18,7 @@ class NativeLinear:
     """A matrix of float32 or bfloat16, or in one of `SCHEMES`; packed, it is a `Matrix` for each that was given."""
 
     dtype = torch.float32
+    keeps_nan = True
 
     def __init__(self, form: str, group: int = 0) -> None:
         self.form = form

@@ -21,6 +21,7 @@ class Floats:
     """What kernels of floats share: nothing is quantized, neither weights nor activations."""
 
     quantization = "none"
+    keeps_nan = True
     group = 0
     order: str  # in which they are held, in a word
 
