@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ class Step:
     want_attentions: bool
     keeps_hidden: bool  # the residual stream between blocks is looked at: none may write into it
     last_only: bool  # the last block's output is wanted of the last position alone
+
+
+class AllBlocks(Protocol):
+    """Computes a step of all blocks at once."""
+
+    def takes(self, step: Step) -> bool:
+        """Whether it can."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+        """Write the new residual stream to x [batch, seq, d_model]; router probabilities [blocks, rows, experts]."""
 
 
 class DbrxAttention(nn.Module):
@@ -117,6 +127,7 @@ class DbrxModel(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.d_model, _weight=empty)
         self.blocks = nn.ModuleList(DbrxBlock(config, i) for i in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, EPS, bias=False)
+        self.at_once: AllBlocks | None = None  # all blocks, for the steps that it takes
         initialize(self, config.initializer_range)
         self.set_attention(attn_implementation)
 
@@ -176,8 +187,12 @@ class DbrxModel(nn.Module):
         keeps_hidden = output_hidden_states or inputs_embeds is not None
         step = Step(plan, self._attend, cache, output_attentions, keeps_hidden, last_only)
 
-        hidden, routers, attentions = [], [], []
-        for block in self.blocks:
+        hidden, attentions = [], []
+        routers: list[Tensor] = []
+        at_once = self.at_once if self.at_once is not None and self.at_once.takes(step) else None
+        if at_once is not None:
+            routers = list(at_once(x, cos, sin, step))
+        for block in self.blocks if at_once is None else ():
             if output_hidden_states:
                 hidden.append(x)
             x, probabilities, weights = block(x, cos, sin, step)

@@ -1,9 +1,9 @@
-"""Decoding through the native library: a step of a token a row is one call a layer."""
+"""Decoding through the native library: a step of a token a row is one call for all layers, where they are in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, byref, c_void_p, cast, sizeof
 from typing import TYPE_CHECKING, Any
 from typing import cast as typed
@@ -15,19 +15,21 @@ from ..native.abi import GEMV_MAX_ROWS, KV, Block, Format
 from ..native.tensors import Experts, address
 from ..transformer import EPS, DbrxBlock, Step
 from .linear import PackedLinear
-from .native_call import ACTIVATIONS, float_matrix, function
+from .native_call import ACTIVATIONS, CALL, float_matrix, function
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
     from ..causal_lm import DbrxForCausalLM
     from ..config import DbrxConfig
+    from ..kv_cache import KVCache
 
 KV_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
 
 class NativeBlock(DbrxBlock):
-    """Takes the parts of a packed block over. A step of a token a row goes through one call, all else as it did.
+    """Takes the parts of a packed block over. A step of a token a row goes through the library, all else as it did.
 
+    Where experts are streamed it is the half before them, else mostly `NativeBlocks` does it for all blocks at once.
     The residual stream is written in place, so a step that shows its hidden states has it copied first.
     """
 
@@ -42,57 +44,95 @@ class NativeBlock(DbrxBlock):
         held = getattr(self.ffn.experts, "held", None)
         self.held = held if isinstance(held, Experts) else None  # None: they come one by one, or by another kernel
         self.block = _describe(self, config, self.held)
-        self.attend, self.step = function("dbrx_attend"), function("dbrx_block_step")
+        self.attend = function("dbrx_attend")
         self.n_experts, self.top_k = config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k
         self.weights = torch.empty(GEMV_MAX_ROWS, self.top_k)
         self.ids = torch.empty(GEMV_MAX_ROWS, self.top_k, dtype=torch.int32)
         self.table = _Table(self.key)
+        self.alone = NativeBlocks([self]) if self.held is not None else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
-        plan, cache = step.plan, step.cache
-        n = len(plan.starts)
-        if cache is None or not plan.one_each or step.want_attentions or n > GEMV_MAX_ROWS:
+        if not _is_decoding(step):
             return super().forward(x, cos, sin, step)
-        keys, values = cache.room(self.layer, self.key, plan.kv_len)
-        self.table.point(keys, values, plan.starts, cos, sin)
         x = x.clone(memory_format=torch.contiguous_format) if step.keeps_hidden else x
-        probabilities = torch.empty(n, self.n_experts)
-        inputs = self.block, n, self.table.rows, x.data_ptr()
-        outputs = probabilities.data_ptr(), self.weights.data_ptr(), self.ids.data_ptr()
-        if self.held is not None:
-            self.step(*inputs, *outputs)
-            return x, probabilities, None
-        normed = torch.empty(n, x.shape[-1])
-        self.attend(*inputs, normed.data_ptr(), *outputs)
+        if self.alone is not None:
+            return x, self.alone(x, cos, sin, step)[0], None
+        n = len(step.plan.starts)
+        self.table.point([_room(self, step)], step.plan.starts, cos, sin)
+        probabilities, normed = torch.empty(n, self.n_experts), torch.empty(n, x.shape[-1])
+        outputs = normed, probabilities, self.weights, self.ids
+        self.attend(self.block, n, self.table.rows, x.data_ptr(), *(each.data_ptr() for each in outputs))
         return x + self.ffn.experts(normed, self.ids[:n], self.weights[:n]).view_as(x), probabilities, None
 
 
-class _Table:
-    """Where the keys and values of a layer's rows lie: a `native.KV` a row, each with a table of one block."""
+class NativeBlocks:
+    """A decode step through blocks whose experts are held: in calls of some tenths of a second at most, for Ctrl-C.
 
-    def __init__(self, key: Tensor) -> None:
-        self.rows = (KV * GEMV_MAX_ROWS)()
+    With a call a layer Python took 1 of 14 ms for a token of `mini`: the weights had driven its memory from the caches.
+    """
+
+    def __init__(self, blocks: Sequence[NativeBlock]) -> None:
+        self.blocks = blocks
+        self.described = (Block * len(blocks))(*(block.block for block in blocks))
+        self.step = function("dbrx_step")
+        self.table = _Table(blocks[0].key, len(blocks))
+        (w1, *_), top_k = typed("Experts", blocks[0].held).matrices[0], blocks[0].top_k
+        self.at_once = max(1, CALL // (6 * top_k * w1.outputs * w1.inputs * GEMV_MAX_ROWS))
+
+    def takes(self, step: Step) -> bool:
+        """Whether it can compute a step."""
+        return _is_decoding(step) and not step.keeps_hidden
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
+        """Write the new residual stream to x [n, 1, d_model]; gives router probabilities [blocks, n, experts]."""
+        first, starts, count = self.blocks[0], step.plan.starts, len(self.blocks)
+        n, rows = len(starts), self.table.rows
+        self.table.point([_room(block, step) for block in self.blocks], starts, cos, sin)
+        probabilities = torch.empty(count, n, first.n_experts)
+        for i in range(0, count, self.at_once):
+            inputs = byref(self.described[i]), min(self.at_once, count - i), n, byref(rows[i * n]), x.data_ptr()
+            self.step(*inputs, probabilities[i].data_ptr(), first.weights.data_ptr(), first.ids.data_ptr())
+        return probabilities
+
+
+def _is_decoding(step: Step) -> bool:
+    plan = step.plan
+    cached = step.cache is not None and not step.want_attentions
+    return cached and plan.one_each and len(plan.starts) <= GEMV_MAX_ROWS
+
+
+def _room(block: NativeBlock, step: Step) -> tuple[Tensor, Tensor]:
+    return typed("KVCache", step.cache).room(block.layer, block.key, step.plan.kv_len)
+
+
+class _Table:
+    """Where keys and values lie: a `native.KV` for each row of each layer, with a table of one block."""
+
+    def __init__(self, key: Tensor, layers: int = 1) -> None:
+        self.rows = (KV * (layers * GEMV_MAX_ROWS))()
         self._each = list(self.rows)
-        self._pointers = (c_void_p * (2 * GEMV_MAX_ROWS))()  # of keys and values, row by row
+        self._pointers = (c_void_p * (2 * len(self.rows)))()  # of keys and values, row by row
         for i, row in enumerate(self._each):
             row.keys, row.values = (self._pointer(2 * i + part) for part in range(2))
             row.format = KV_FORMATS[key.dtype]
         self._angles = key.shape[-1] * torch.float32.itemsize
-        self._of: tuple[int, ...] = ()  # the buffers that it points to
+        self._of: list[int] = []  # what it points to
 
-    def point(self, keys: Tensor, values: Tensor, starts: list[int], cos: Tensor, sin: Tensor) -> None:
-        """keys, values [rows, capacity, kv_heads, head_dim] of a cache; cos, sin [rows, 1, 1, head_dim]."""
-        buffers = keys.data_ptr(), values.data_ptr(), keys.shape[1], len(starts)
-        if buffers != self._of:
-            self._of = buffers
-            for i, row in enumerate(self._each[: len(starts)]):
-                self._pointers[2 * i] = buffers[0] + i * keys.stride(0) * keys.element_size()
-                self._pointers[2 * i + 1] = buffers[1] + i * values.stride(0) * values.element_size()
-                row.block_tokens, row.token_stride, row.head_stride = keys.shape[1], keys.stride(1), keys.stride(2)
+    def point(self, layers: Sequence[tuple[Tensor, Tensor]], starts: list[int], cos: Tensor, sin: Tensor) -> None:
+        """layers: keys, values [rows, capacity, kv_heads, head_dim] of a cache; cos, sin [rows, 1, 1, head_dim]."""
+        n = len(starts)
+        of = [n, layers[0][0].shape[1], *(part.data_ptr() for parts in layers for part in parts)]
+        if of != self._of:
+            self._of = of
+            for i, (row, (keys, values)) in enumerate((row, parts) for parts in layers for row in range(n)):
+                self._pointers[2 * i] = keys.data_ptr() + row * keys.stride(0) * keys.element_size()
+                self._pointers[2 * i + 1] = values.data_ptr() + row * values.stride(0) * values.element_size()
+                kv = self._each[i]
+                kv.block_tokens, kv.token_stride, kv.head_stride = keys.shape[1], keys.stride(1), keys.stride(2)
         at_cos, at_sin = cos.data_ptr(), sin.data_ptr()
-        for row, start in zip(self._each, starts):  # noqa: B905  # there are more places than rows
-            row.position, row.cos, row.sin = start, at_cos, at_sin
-            at_cos, at_sin = at_cos + self._angles, at_sin + self._angles
+        for i, start in enumerate(starts):
+            for kv in self._each[i : n * len(layers) : n]:
+                kv.position, kv.cos, kv.sin = start, at_cos + i * self._angles, at_sin + i * self._angles
 
     def _pointer(self, i: int) -> Any:
         at = c_void_p.from_buffer(self._pointers, i * sizeof(c_void_p))
@@ -107,6 +147,9 @@ def decode_natively(network: DbrxForCausalLM) -> None:
         linears: list[nn.Module] = [attn.Wqkv, attn.out_proj]
         if all(isinstance(each, PackedLinear) and isinstance(each.kernel, NativeLinear) for each in linears):
             blocks[i] = NativeBlock(block, network.config)
+    native = [block for block in blocks if isinstance(block, NativeBlock) and block.held is not None]
+    if len(native) == len(blocks):
+        network.transformer.at_once = NativeBlocks(native)
 
 
 def _describe(block: NativeBlock, config: DbrxConfig, held: Experts | None) -> Block:

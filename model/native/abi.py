@@ -16,7 +16,7 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any
 
-ABI = 1
+ABI = 2
 GEMV_MAX_ROWS = 16
 
 
@@ -129,7 +129,7 @@ CALLS: dict[str, tuple[Any, ...]] = {  # what is taken; all return whether it fa
         *(c_void_p, c_void_p, c_int32, c_void_p, c_void_p),
     ),
     "dbrx_attend": (c_void_p, _block, c_int64, _kv, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-    "dbrx_block_step": (c_void_p, _block, c_int64, _kv, c_void_p, c_void_p, c_void_p, c_void_p),
+    "dbrx_step": (c_void_p, _block, c_int32, c_int64, _kv, c_void_p, c_void_p, c_void_p, c_void_p),
     "dbrx_head": (c_void_p, c_void_p, c_float, _matrix, c_void_p, c_int64, c_void_p),
     "dbrx_quantize": (c_void_p, _matrix, c_void_p, c_void_p, _matrix),
 }

@@ -118,6 +118,13 @@ inline void check_step(const dbrx_pool *pool, const dbrx_block *block, int64_t n
     for (int64_t row = 0; row < n; ++row) check(kv[row]);
 }
 
+// The experts of a block that computes with all of them.
+inline void check_held(const dbrx_block &b) {
+    require(b.experts, "the experts are not in memory");
+    for (int32_t i = 0; i < b.n_experts; ++i) check(b.experts[i], b.experts[0]);
+    require(b.experts[0].w1.inputs == b.d_model, "the experts do not fit the block");
+}
+
 inline void check_quantize(const dbrx_pool *pool, const dbrx_matrix *from, const dbrx_matrix *to) {
     require(pool && from && to, "a pool and two matrices are needed");
     check(*from);

@@ -166,6 +166,25 @@ void linear(Pool &pool, const dbrx_matrix &m, const float *norm, float eps, cons
     pool.run(phases);
 }
 
+// A whole block.
+void step(Pool &pool, const dbrx_block &b, int64_t n, const dbrx_kv *kv, float *x, float *probabilities, float *weights,
+          int32_t *ids) {
+    struct Both {
+        AttendHalf half;
+        Experts experts;
+    } both = in_scratch(pool, [&](Arena &arena) {
+        return Both{AttendHalf(pool, b, n, kv, arena), Experts(pool, b.experts, b.experts[0], b.activation, n, b.top_k, arena)};
+    });
+    const auto prepare = [&] {
+        both.half.choose_experts(b, n, x, both.half.normed, probabilities, weights, ids);
+        both.experts.choose(ids, weights, b.top_k, 0, b.n_experts);
+        for (int64_t r = 0; r < n; ++r) both.experts.prepare(r, both.half.normed + r * b.d_model);
+    };
+    const Phase phases[] = {both.half.qkv_phase(b, n, x), both.half.attention_phase(n),    both.half.out_phase(n, x),
+                            gate_phase(both.experts, prepare), down_phase(both.experts), add_phase(both.experts, x, x)};
+    pool.run(phases);
+}
+
 }  // namespace
 
 #define DBRX_API extern "C" __attribute__((visibility("default")))
@@ -270,31 +289,19 @@ DBRX_API int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, co
     });
 }
 
-DBRX_API int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x,
-                             float *probabilities, float *weights, int32_t *ids) {
+DBRX_API int dbrx_step(dbrx_pool *pool, const dbrx_block *blocks, int32_t count, int64_t n, const dbrx_kv *kv, float *x,
+                       float *probabilities, float *weights, int32_t *ids) {
     return in_turn(pool, [&] {
-        check_step(pool, block, n, kv, x, probabilities, weights, ids);
-        const dbrx_block &b = *block;
-        require(b.experts, "the experts are not in memory");
-        for (int32_t i = 0; i < b.n_experts; ++i) check(b.experts[i], b.experts[0]);
-        require(b.experts[0].w1.inputs == b.d_model, "the experts do not fit the block");
-        struct Both {
-            AttendHalf half;
-            Experts experts;
-        } both = in_scratch(*pool, [&](Arena &arena) {
-            return Both{AttendHalf(*pool, b, n, kv, arena),
-                        Experts(*pool, b.experts, b.experts[0], b.activation, n, b.top_k, arena)};
-        });
-        const Phase phases[] = {both.half.qkv_phase(b, n, x), both.half.attention_phase(n), both.half.out_phase(n, x),
-                                gate_phase(both.experts,
-                                           [&] {
-                                               both.half.choose_experts(b, n, x, both.half.normed, probabilities, weights, ids);
-                                               both.experts.choose(ids, weights, b.top_k, 0, b.n_experts);
-                                               for (int64_t r = 0; r < n; ++r)
-                                                   both.experts.prepare(r, both.half.normed + r * b.d_model);
-                                           }),
-                                down_phase(both.experts), add_phase(both.experts, x, x)};
-        pool->run(phases);
+        require(count > 0 && blocks && kv, "there are no blocks");
+        for (int32_t i = 0; i < count; ++i) {
+            check_step(pool, blocks + i, n, kv + i * n, x, probabilities, weights, ids);
+            check_held(blocks[i]);
+            require(blocks[i].d_model == blocks[0].d_model && blocks[i].n_experts == blocks[0].n_experts &&
+                        blocks[i].top_k == blocks[0].top_k,
+                    "the blocks do not fit together");
+        }
+        for (int32_t i = 0; i < count; ++i)
+            step(*pool, blocks[i], n, kv + i * n, x, probabilities + i * n * blocks[i].n_experts, weights, ids);
     });
 }
 

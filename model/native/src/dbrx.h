@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define DBRX_ABI 1           // what `dbrx_abi()` gives; raised with every change of this file
+#define DBRX_ABI 2           // what `dbrx_abi()` gives; raised with every change of this file
 #define DBRX_GEMV_MAX_ROWS 16  // up to so many rows each weight is read once and multiplied where it stands
 
 enum dbrx_format {
@@ -100,9 +100,10 @@ int dbrx_experts(dbrx_pool *pool, const dbrx_expert *experts, int32_t n_experts,
 int dbrx_attend(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x, float *normed,
                 float *probabilities, float *weights, int32_t *ids);
 
-// A whole block: `dbrx_attend`, then `dbrx_experts`, in one call and at most 6 barriers.
-int dbrx_block_step(dbrx_pool *pool, const dbrx_block *block, int64_t n, const dbrx_kv *kv, float *x,
-                    float *probabilities, float *weights, int32_t *ids);
+// `count` whole blocks one after the other, each `dbrx_attend`, then `dbrx_experts`, with at most 6 barriers: kv [count, n],
+// probabilities [count, n, e]; weights and ids [n, k] are the last block's.
+int dbrx_step(dbrx_pool *pool, const dbrx_block *blocks, int32_t count, int64_t n, const dbrx_kv *kv, float *x,
+              float *probabilities, float *weights, int32_t *ids);
 
 // logits [n, outputs] = head times the norm of x [n, d]; norm NULL: of x itself.
 int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *head, const float *x, int64_t n,

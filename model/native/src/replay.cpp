@@ -339,7 +339,7 @@ void step(Reader &from, dbrx_pool *pool, double tolerance) {
         Floats probabilities(n * block.n_experts), weights(n * block.top_k);
         Buffer<int32_t> ids(n * block.top_k);
         if (whole)
-            succeeded(dbrx_block_step(pool, &block, n, kv.data(), x.data(), probabilities.data(), weights.data(),
+            succeeded(dbrx_step(pool, &block, 1, n, kv.data(), x.data(), probabilities.data(), weights.data(),
                                       ids.data()));
         else
             succeeded(dbrx_attend(pool, &block, n, kv.data(), x.data(), normed.data(), probabilities.data(),

@@ -100,7 +100,7 @@ int main(int argc, char **argv) {
     FUNCTION(dbrx_pool_destroy);
     FUNCTION(dbrx_pool_counters);
     FUNCTION(dbrx_experts);
-    FUNCTION(dbrx_block_step);
+    FUNCTION(dbrx_step);
     FUNCTION(dbrx_error);
     FUNCTION(dbrx_variant);
     dbrx_pool *pool = dbrx_pool_create(threads);
@@ -167,7 +167,7 @@ int main(int argc, char **argv) {
                 const int64_t at = turn++ % COPIES * blocks;
                 const dbrx_kv kv = {&keys[at], &values[at], BLOCK, KV_HEADS * HEAD, HEAD, DBRX_BF16, 0, tokens, cos.data(), sin.data()};
                 block.experts = experts.data() + turn % 3 * 16;
-                must(dbrx_block_step(pool, &block, 1, &kv, state.data(), probabilities.data(), weights.data(), ids.data()));
+                must(dbrx_step(pool, &block, 1, 1, &kv, state.data(), probabilities.data(), weights.data(), ids.data()));
             });
         }
     }

@@ -42,7 +42,7 @@ struct Library {
     FUNCTION(linear);
     FUNCTION(experts);
     FUNCTION(attend);
-    FUNCTION(block_step);
+    FUNCTION(step);
     FUNCTION(head);
     FUNCTION(quantize);
     FUNCTION(replay);
@@ -256,7 +256,7 @@ struct Wrong {
                                   n.weights.data(), n.ids.data());
             }, may);
             refused(what, change, [&](Network &n) {
-                return lib.block_step(pool, &n.block, 1, n.kv.data(), n.x.data(), n.probabilities.data(),
+                return lib.step(pool, &n.block, 1, 1, n.kv.data(), n.x.data(), n.probabilities.data(),
                                       n.weights.data(), n.ids.data());
             }, may);
         };
@@ -298,7 +298,7 @@ struct Wrong {
                 refused("a null pointer of a step", none, [&](Network &n) {
                     const auto given = [&](int i, auto *p) { return i == missing ? nullptr : p; };
                     if (whole)
-                        return lib.block_step(given(0, pool), given(1, &n.block), 1, given(2, n.kv.data()),
+                        return lib.step(given(0, pool), given(1, &n.block), 1, 1, given(2, n.kv.data()),
                                               given(3, n.x.data()), given(5, n.probabilities.data()),
                                               given(6, n.weights.data()), given(7, n.ids.data()));
                     return lib.attend(given(0, pool), given(1, &n.block), 1, given(2, n.kv.data()), given(3, n.x.data()),
@@ -310,8 +310,13 @@ struct Wrong {
                 return lib.attend(pool, &n.block, rows, n.kv.data(), n.x.data(), n.normed.data(),
                                   n.probabilities.data(), n.weights.data(), n.ids.data());
             }, rows == 0);
+        for (const int32_t count : {-1, 0})
+            refused("a number of blocks", none, [&](Network &n) {
+                return lib.step(pool, &n.block, count, 1, n.kv.data(), n.x.data(), n.probabilities.data(),
+                                n.weights.data(), n.ids.data());
+            });
         refused("a step without experts", [](Network &n) { n.block.experts = nullptr; }, [&](Network &n) {
-            return lib.block_step(pool, &n.block, 1, n.kv.data(), n.x.data(), n.probabilities.data(), n.weights.data(),
+            return lib.step(pool, &n.block, 1, 1, n.kv.data(), n.x.data(), n.probabilities.data(), n.weights.data(),
                                   n.ids.data());
         });
     }
