@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
 VLLM   ?= .venv-vllm
 LLM    ?= .venv-llm
 NATIVE := model/native/lib/.ready
@@ -15,45 +16,45 @@ demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
 	@echo "Go on with: $(BIN)/dbrx chat -m demo" >&2
 
-test: $(READY)  ## all tests
+test: $(DEV)  ## all tests
 	$(BIN)/python -m pytest -n 2
 
-quick: $(READY)  ## the tests that need neither the demo model nor many seconds
+quick: $(DEV)  ## the tests that need neither the demo model nor many seconds
 	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm)"
 
-lint: $(READY)  ## what CI checks beside the tests
+lint: $(DEV)  ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY)  ## write docs/cli.md and the tables of machines and of adapter options from the program
+docs: $(DEV)  ## write docs/cli.md and the tables of machines and of adapter options from the program
 	$(BIN)/python -m tests.make_cli_docs
 	$(BIN)/python -m tests.make_plan_table
 	$(BIN)/python -m tests.make_adapter_table
 
-fidelity: $(READY)  ## compare with the reference implementation and print every figure
+fidelity: $(DEV)  ## compare with the reference implementation and print every figure
 	$(BIN)/python -m tests.fidelity
 
-record: $(READY)  ## record docs/session.svg, a chat with the demo model
+record: $(DEV)  ## record docs/session.svg, a chat with the demo model
 	$(BIN)/python -m tests.record_session
 
-soak: $(READY)  ## the promises at full counts (long)
+soak: $(DEV)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
 
-test-vllm: $(READY) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
+test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm
 
-test-llm: $(READY) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
+test-llm: $(DEV) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
 	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm
 
-wheel: $(READY)  ## dist/dbrx_cli-*.whl, with the native kernels for every processor of this architecture
+wheel: $(DEV)  ## dist/dbrx_cli-*.whl, with the native kernels for every processor of this architecture
 	DBRX_NATIVE_BUILD=all $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-test-install: $(READY)  ## install that wheel with pip and with uv into empty environments, and answer a question
+test-install: $(DEV)  ## install that wheel with pip and with uv into empty environments, and answer a question
 	$(BIN)/python -m pytest -n 0 -m install
 
 SANITIZERS := address undefined thread
@@ -80,11 +81,18 @@ $(NATIVE): $(shell find model/native/src -type f) model/native/build.py
 	-@$(PYTHON) model/native/build.py
 	@touch $@
 
-# pip reads [dependency-groups] from 25.1 on. The stamp makes a second run install nothing.
+# What runs the program. The stamps make a second run install nothing, so that it needs no network.
 $(READY): pyproject.toml | $(NATIVE)
+	@echo "Setting up $(VENV): about 0.3 GB to download and 1.1 GB of disk with PyTorch for CPUs; several GB with CUDA."
+	@echo "The demo model comes with its first use: 0.1 GB to download, 0.9 GB of disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+# What checks and tests it. pip reads [dependency-groups] from 25.1 on.
+$(DEV): pyproject.toml | $(READY)
+	$(BIN)/python -m pip install --group dev
 	@touch $@
 
 # The CPU wheel wants torch's CPU build, and dies of the packages that came for another. The plugin goes in without its

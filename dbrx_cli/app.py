@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
 import sys
 import traceback
@@ -12,6 +14,8 @@ from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
+from typer._completion_shared import _completion_scripts
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from . import __version__, check_model_package, early
@@ -46,6 +50,12 @@ DEBUG = "DBRX_DEBUG"
 NARROW = 60  # columns
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ended
 
+REWORDED = (
+    ("Input should be a valid integer, .*", "it must be a whole number"),
+    ("Input should be a valid number, .*", "it must be a number"),
+    ("Value error, ('.*' is not one of)", r"\1"),
+)
+
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="dbrx",
@@ -69,6 +79,21 @@ app.add_typer(models.app, name="models")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(config.app, name="config")
 
+
+def _without_types(command: type[Any]) -> None:
+    """In help, a flag without a value has no `<bool>` behind it: not those that the library adds, either."""
+    inherited = command.get_params
+
+    def get_params(self: Any, context: typer.Context) -> list[Any]:
+        found: list[Any] = inherited(self, context)
+        for parameter in found:
+            if getattr(parameter, "is_bool_flag", False) or "help" in parameter.name:
+                parameter.metavar = ""
+        return found
+
+    command.get_params = get_params
+
+
 PANELS = {
     "Talk": ("chat", "generate", "serve"),
     "Models": ("download", "models", "plan", "convert", "export", "quantize", "bench"),
@@ -76,6 +101,8 @@ PANELS = {
     "Your own": ("sessions", "config"),
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+for kind in (TyperCommand, TyperGroup):
+    _without_types(kind)
 for command in app.registered_commands:
     command.rich_help_panel = PANEL_OF.get(command.name or "")
     # In the list of commands, the first sentence is enough.
@@ -83,6 +110,10 @@ for command in app.registered_commands:
 for group in app.registered_groups:
     group.rich_help_panel = PANEL_OF.get(group.name or "")
     group.short_help = group.typer_instance.info.help if group.typer_instance else None
+
+
+# zsh reads the file of a completion at the first Tab, and expects it to complete then, not only to say how.
+_completion_scripts["zsh"] += '[[ $zsh_eval_context[-1] == loadautofunc ]] && %(complete_func)s "$@"\n'
 
 
 def _show_version(wanted: bool) -> None:
@@ -164,7 +195,7 @@ def _run() -> int:
         message = with_origin(context, error.format_message().rstrip("."))
         if not message:  # no command was typed, and the help was shown
             return error.exit_code
-        return _fault(f"{message}; see {context.command_path if context else 'dbrx'} --help", error.exit_code)
+        return _fault(_reworded(message, context), error.exit_code)
     except MemoryError:
         return _fault("out of memory; close other programs, or choose a smaller --dtype or --context", 5)
     except Exception as error:
@@ -183,6 +214,24 @@ def _fit_help() -> None:
     if columns < NARROW:
         formatter: Any = typer.Context.formatter_class
         formatter.write_dl = partialmethod(formatter.write_dl, col_max=columns // 4)  # long flags get their own line
+
+
+def _reworded(message: str, context: typer.Context | None) -> str:
+    """What the library that parses says, in one line of this program's words, with what to type."""
+    words = sys.argv[1:]
+    if message.startswith("Missing option"):
+        missing, _, choices = message.partition("Choose from:")
+        message = missing.rstrip(". ") + (f" ({', '.join(choices.replace(',', ' ').split())})" if choices else "")
+    for pattern, ours in REWORDED:
+        message = re.sub(pattern, ours, message)
+    if context is not None and context.parent is None and words and message.startswith("No such"):
+        if words[0] in ("help", "version"):
+            return f"{message}; type dbrx --{words[0]}"
+        if words[0] in ("-m", "--model"):
+            return f"{words[0]} stands behind a command; type dbrx chat {shlex.join(words)}"
+        if " " in words[0]:
+            return f"{message}; to ask the model: dbrx generate {shlex.join(words)}"
+    return f"{message}; see {context.command_path if context else 'dbrx'} --help"
 
 
 def _fault(line: str, code: int) -> int:

@@ -199,7 +199,8 @@ def plot(results: Sequence[Result], machine: Machine) -> str:
     width, height, left, top, right, bottom = 720, 400, 70, 30, 170, 50
     contexts = [result.prompt_tokens for result in results]
     limits = [machine.stream_gb_s * 1e9 / result.bytes_per_token for result in results]
-    low, high = min(contexts), max(max(contexts), min(contexts) + 1)
+    low, high = (0, 2 * contexts[0]) if len(set(contexts)) == 1 else (min(contexts), max(contexts))
+    step = _step(max(*limits, *(result.decode_tokens_per_s for result in results)) / 4)
     most = 1.1 * max(*limits, *(result.decode_tokens_per_s for result in results))
 
     def x(context: float) -> float:
@@ -213,9 +214,12 @@ def plot(results: Sequence[Result], machine: Machine) -> str:
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
         dots = "".join(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="#0b62a4"/>' for px, py in points)
         end = points[-1]
+        if len(points) == 1:  # a level, since one length is no curve
+            path = f"{left:.1f},{end[1]:.1f} {width - right:.1f},{end[1]:.1f}"
+            end = (width - right, end[1])
         return f'<polyline points="{path}" fill="none" {style}/>{dots}' + _text(end[0] + 8, end[1] + 4, label)
 
-    marks = [_text(left - 8, y(most * i / 4) + 4, f"{most * i / 4:.0f}", "end") for i in range(5)]
+    marks = [_text(left - 8, y(step * i) + 4, f"{step * i:g}", "end") for i in range(int(most / step) + 1)]
     marks += [_text(x(c), height - bottom + 18, str(c), "middle") for c in sorted(set(contexts))]
     first = results[0]
     title = f"Decoding: {first.quantize if first.quantize != 'none' else first.dtype}, {machine.threads} threads"
@@ -233,6 +237,12 @@ def plot(results: Sequence[Result], machine: Machine) -> str:
             "</svg>\n",
         ]
     )
+
+
+def _step(least: float) -> float:
+    """The next of 1, 2, 5, 10, 20, ...: between marks of an axis."""
+    power = 10.0 ** math.floor(math.log10(max(least, 1e-9)))
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= least)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:

@@ -7,9 +7,17 @@ import re
 import stat
 from collections.abc import Sequence
 
-from dbrx_cli.stdin import InputErrors, decode
+from dbrx_cli.stdin import REPLACE, InputErrors, decode
 from model.bpe import MAX_TEXT, check_size
 from model.errors import InputError
+
+KINDS = (  # how files begin that hold no text
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", "an image"),
+    (rb"%PDF-", "a PDF file"),
+    (rb"PK\x03\x04", "an archive or an office document"),
+    (rb"ID3|OggS|fLaC|RIFF....WAVE", "a recording"),
+    (rb"....ftyp|\x1aE\xdf\xa3", "a film"),
+)
 
 
 def read_file(path: str, limit: int = MAX_TEXT) -> bytes:
@@ -28,14 +36,17 @@ def read_file(path: str, limit: int = MAX_TEXT) -> bytes:
     return data
 
 
-def attached(paths: Sequence[str], errors: InputErrors) -> str:
+def attached(paths: Sequence[str], errors: InputErrors, hint: str = REPLACE) -> str:
     """The files as a prompt shows them: each under its name, between fences that nothing in it can close.
 
     Raises `InputError` as `read_file`, for bytes that are not UTF-8, and if all of them are too long for any model.
     """
     parts = []
     for path in paths:
-        text = decode(read_file(path), path, errors)
+        data = read_file(path)
+        if kind := next((kind for mark, kind in KINDS if re.match(mark, data, re.DOTALL)), None):
+            raise InputError(f"{path} is {kind}, and this model reads text only", "give its text instead")
+        text = decode(data, path, errors, hint)
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
         end = "" if text.endswith("\n") else "\n"

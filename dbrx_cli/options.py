@@ -21,6 +21,7 @@ from model.sampling import SamplingParams
 
 from . import precedence, settings
 from .complete import model_names, profile_names
+from .output import PLAIN
 from .stdin import check_argument
 
 DEFAULT_MODEL = "databricks/dbrx-instruct"
@@ -356,6 +357,15 @@ def leave_out_colour(wanted: bool) -> bool:
     return wanted
 
 
+def keep_cursor(wanted: bool) -> bool:
+    """Tell whoever would move the cursor (see `output.moves_cursor`)."""
+    if wanted:
+        os.environ[PLAIN] = "1"
+    else:  # the variable may say no
+        os.environ.pop(PLAIN, None)
+    return wanted
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """What goes to stderr."""
@@ -365,6 +375,16 @@ class OutputOptions:
     no_color: Annotated[
         bool,
         switch("--no-color", panel=OUTPUT, setting=True, callback=leave_out_colour, help="No colours (NO_COLOR=1)."),
+    ] = False
+    plain: Annotated[
+        bool,
+        switch(
+            "--plain",
+            panel=OUTPUT,
+            setting=True,
+            callback=keep_cursor,
+            help="Lines only: no Markdown, no movement.",
+        ),
     ] = False
 
 

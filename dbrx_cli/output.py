@@ -6,14 +6,33 @@ tests/test_foreign_text.py holds that nothing else prints.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TextIO
 
 from model.foreign_text import escaped, on_one_line
 
 # JSON has another spelling for each of these: DEL, C1, ends of lines and directions of Unicode, halves of characters.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+PLAIN = "DBRX_PLAIN"  # set where nothing may move the cursor
+above: list[Callable[[], AbstractContextManager[None]]] = []  # makes room for a line above what stays (see `status`)
+
+
+def moves_cursor(stream: TextIO | None) -> bool:
+    """Whether it is a terminal that can do more than show lines, and may."""
+    able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown") and not os.environ.get(PLAIN)
+    return able and stream is not None and stream.isatty()
+
+
+def place(text: str) -> None:
+    """A line on stderr in the place of the one before, with the cursor behind it; nothing wipes it."""
+    dimmed = f"\x1b[2m{escaped(text)}\x1b[0m" if text else ""
+    print(f"\r\x1b[K{dimmed}", end="", file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:
@@ -24,19 +43,26 @@ def tell(text: str) -> None:
 def tell_lines(text: str, end: str = "\n", *, dim: bool = False) -> None:
     """Text on stderr that may have several lines."""
     text = escaped(text)
-    print(f"\x1b[2m{text}\x1b[0m" if dim else text, end=end, file=sys.stderr, flush=True)
+    with _room():
+        print(f"\x1b[2m{text}\x1b[0m" if dim else text, end=end, file=sys.stderr, flush=True)
 
 
 def say(text: str, end: str = "\n") -> None:
     """Text on stdout: on a terminal escaped, into a pipe as it is."""
     if sys.stdout.isatty():
         text = escaped(text)
-    print(text, end=end, flush=True)
+    with _room():
+        print(text, end=end, flush=True)
+
+
+def _room() -> AbstractContextManager[None]:
+    return above[-1]() if above else nullcontext()
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
     """A value as JSON on stdout."""
-    print(to_json(value, indent), flush=True)
+    with _room():
+        print(to_json(value, indent), flush=True)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from dbrx_cli.options import OutputOptions
-from dbrx_cli.output import tell, tell_lines
+from dbrx_cli.output import above, moves_cursor, tell, tell_lines
+from dbrx_cli.status import Status
 from model.errors import DbrxError
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ class Report:
     @property
     def bars(self) -> bool:
         """Whether progress bars are shown."""
-        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
+        return not self.quiet and moves_cursor(sys.stderr)
+
+    def status(self, doing: str, speed: float = 0.0) -> Status:
+        """A line that says what is waited for, on a terminal (see `Status`)."""
+        return Status(doing, shown=not self.quiet and sys.stderr is not None and sys.stderr.isatty(), speed=speed)
 
     @contextmanager
     def bar(self, text: str, *, unit: str = "bytes", at_once: bool = True) -> Iterator[Advance]:
@@ -70,7 +75,7 @@ class Report:
         if not self.bars:
             yield lambda done, total: None
             return
-        with progress(stderr_console(), unit, transient=True) as bars:
+        with above[-1]() if above else nullcontext(), progress(stderr_console(), unit, transient=True) as bars:
             task = bars.add_task(text, total=None, visible=at_once)
             yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
 

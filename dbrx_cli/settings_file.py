@@ -18,7 +18,6 @@ from dbrx_cli.private import FULL, at_home, make_folder
 from dbrx_cli.settings import SETTINGS, Found, Setting, suggestion
 from dbrx_cli.stdin import check_argument
 from model.errors import DbrxError, InputError, ResourceError
-from model.trust import untrusted
 
 CONFIG = "DBRX_CONFIG"
 PROFILES = "profiles"
@@ -48,7 +47,6 @@ class SettingsFile:
     def read(cls) -> SettingsFile:
         """Read and check the user's file. `InputError` says which line is wrong."""
         path = config_path()
-        _require_own(path)
         try:
             text = read_file(str(path), LARGEST).decode("utf-8-sig") if path.exists() else ""
         except UnicodeDecodeError as error:
@@ -79,7 +77,10 @@ class SettingsFile:
         found = self._found(None, self.top)
         if profile is not None:
             if profile not in self.profiles:
-                hint = suggestion(profile, list(self.profiles), f"begin one with [profiles.{profile}]")
+                has = (
+                    f"there are {', '.join(self.profiles)}" if self.profiles else f"begin one with [profiles.{profile}]"
+                )
+                hint = suggestion(profile, list(self.profiles), has)
                 raise InputError(f"there is no profile {profile!r} in {self.path}", hint)
             found |= self._found(profile, self.profiles[profile])
         return found
@@ -124,8 +125,8 @@ def change(setting: Setting, value: Any, profile: str | None) -> Path:
     """
     import tomlkit
 
-    def edit(document: Any) -> None:
-        table = document
+    def edit() -> str:
+        table = document = tomlkit.parse(SettingsFile.read().text)
         for name in (PROFILES, profile) if profile else ():
             if name not in table:
                 table[name] = tomlkit.table(is_super_table=name == PROFILES)
@@ -136,8 +137,18 @@ def change(setting: Setting, value: Any, profile: str | None) -> Path:
             del table[setting.key]
         else:
             table[setting.key] = value
+        return tomlkit.dumps(document)
 
     return _rewrite(edit)
+
+
+def edited() -> Path:
+    """The file as the user's editor leaves it. Raises `InputError` as `change`, also if it was a wrong file before."""
+    from dbrx_cli.repl.editor import edit_text
+
+    path = config_path()
+    new = edit_text(path.read_text("utf-8").removesuffix("\n") if path.exists() else "", suffix=".toml")
+    return _rewrite(lambda: new)
 
 
 def read_value(setting: Setting, words: list[str]) -> Any:
@@ -148,32 +159,23 @@ def read_value(setting: Setting, words: list[str]) -> Any:
         raise InputError(f"{setting.key} {error}") from None
 
 
-def _rewrite(edit: Callable[[Any], None]) -> Path:
-    import tomlkit
-
-    _require_own(config_path())
-    path = config_path().resolve()  # people keep such files in one place, under version control
+def _rewrite(edit: Callable[[], str]) -> Path:
+    """Put a text in the place of the file's, once it is checked; `edit` makes it while nobody else writes."""
+    path = config_path()
+    if path.is_symlink():  # people keep such files in one place, under version control
+        if path.lstat().st_uid != os.geteuid():
+            raise DbrxError(f"{path} is a link of somebody else's", "move it away")
+        path = path.resolve()
     try:
         make_folder(path.parent)
         with _alone(path.parent):
-            document = tomlkit.parse(SettingsFile.read().text)
-            edit(document)
-            text = tomlkit.dumps(document)
+            text = edit()
             SettingsFile.parse(path, text)
             _replace(path, text)
     except OSError as error:
         kind = ResourceError if error.errno in FULL else DbrxError
         raise kind(f"{path} cannot be written: {error.strerror}", f"set {CONFIG} to another file") from None
     return path
-
-
-def _require_own(path: Path) -> None:
-    """`InputError` for settings that others can write: they say where prompts go. One's own link is followed."""
-    if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
-        raise InputError(f"{path} is a link of somebody else's", f"move it away, or set {CONFIG} to another file")
-    path = path.resolve()
-    if path.is_file() and (reason := untrusted(path)):
-        raise InputError(f"settings are not taken from {path}: {reason}", f"mend that, or set {CONFIG} to another file")
 
 
 @contextmanager

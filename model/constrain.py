@@ -1,4 +1,4 @@
-"""Constrained decoding: which tokens may come next so that a reply is JSON that fits a JSON Schema.
+"""Constrained decoding: which tokens may come next so that a reply fits a JSON Schema, a grammar or an expression.
 
 The grammar's work is llguidance's (docs/decisions/0009-constrained-decoding.md). Nothing is let through that it cannot
 keep: a keyword it does not know how to enforce makes the schema an error instead of an approximation.
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from torch import Tensor
 
+    from .decode import Drafter
     from .tokenizer import Tokenizer
 
 MAX_SCHEMA = 4 * 1024 * 1024  # bytes
-STUCK = "the schema leaves nothing that could come next: the reply cannot be completed"
+STUCK = "{} leaves nothing that could come next: the reply cannot be completed"
 # Between two parts of the JSON: one space, or a new line with its indentation. Without a bound a model that likes
 # white space would write nothing else, and a greedy one for ever.
+GRAMMAR_FORM = "give rules in Lark's form (start: ...) or in GBNF (root ::= ...)"
 ESCAPES = 'nrbtf"\\'  # in strings
 WHITE_SPACE = r"(\x20|\n\x20{0,32})"
 
@@ -45,15 +47,40 @@ def check_schema(schema: Mapping[str, Any], name: str = "the schema") -> None:
     _grammar(schema, name)
 
 
-class SchemaMask:
-    """A `LogitsMask` that keeps each row's text a beginning of JSON that fits the schema; `complete` is its `Stopper`.
+def read_grammar(text: str, name: str) -> str:
+    """A grammar as `GrammarMask` takes it, from Lark's form as llguidance has it, or llama.cpp's GBNF; `InputError`."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
 
-    An id that ends a reply is let through only where the JSON is whole. `InputError` as `check_schema`.
+    try:
+        lark: str = any_to_lark(text)
+    except Exception as error:  # it has no class of its own for all of them
+        raise InputError(f"{name}: {' '.join(str(error).split())}", GRAMMAR_FORM) from None
+    grammar: str = LLMatcher.grammar_from_lark(lark)
+    _fault(LLMatcher.validate_grammar(grammar), name, GRAMMAR_FORM)
+    return grammar
+
+
+def read_regex(expression: str, name: str) -> str:
+    """A regular expression that must match the whole text, as `GrammarMask` takes it; `InputError`."""
+    from llguidance import LLMatcher
+
+    grammar: str = LLMatcher.grammar_from_regex(expression)
+    _fault(LLMatcher.validate_grammar(grammar), name, "Rust's form of expressions is meant, without looking around")
+    return grammar
+
+
+class GrammarMask:
+    """A `LogitsMask` that keeps each row's text a beginning of one that fits; `complete` is its `Stopper`.
+
+    An id that ends a reply is let through only where the text is whole.
     """
 
-    def __init__(self, schema: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> None:
+    name = "the grammar"
+
+    def __init__(self, grammar: str, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: the network's, which may have more ids than the tokenizer has tokens."""
-        self._grammar = _grammar(schema, "the schema")
+        self._grammar = grammar
         self._vocabulary = _vocabulary(tokenizer, vocab_size)
         self._vocab_size = vocab_size
         self._rows: dict[int, _Row] = {}
@@ -63,7 +90,7 @@ class SchemaMask:
         """See `LogitsMask`. `InputError` if nothing could come next."""
         allowed = self._row(row).read(ids).allowed()
         if not allowed.any():
-            raise InputError(STUCK, "change it, or try another --seed")
+            raise InputError(STUCK.format(self.name), "change it, or try another --seed")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def leads_on(self, row: int, ids: Sequence[int]) -> bool:
@@ -81,23 +108,61 @@ class SchemaMask:
         return not state.failed
 
     def complete(self, row: int, ids: Sequence[int]) -> bool:
-        """Whether the JSON is whole and nothing can follow it (see `Stopper`)."""
+        """Whether the text is whole and nothing can follow it (see `Stopper`)."""
         state = self._row(row).read(ids)
         return state.stopped and not state.failed
 
+    def forced(self, row: int, ids: Sequence[int]) -> list[int]:
+        """What the tokenizer makes of the text that must come next, as far as there is no choice."""
+        return self._row(row).read(ids).forced()
+
     def _row(self, row: int) -> _Row:
         if row not in self._rows:
-            self._rows[row] = _Row(self._vocabulary, self._grammar, self._vocab_size)
+            self._rows[row] = _Row(self._vocabulary, self._grammar, self._vocab_size, self.name)
         return self._rows[row]
+
+
+class SchemaMask(GrammarMask):
+    """The same for JSON that fits a JSON Schema. `InputError` as `check_schema`."""
+
+    name = "the schema"
+
+    def __init__(self, schema: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> None:
+        super().__init__(_grammar(schema, self.name), tokenizer, vocab_size)
+
+
+class ForcedDrafter:
+    """A `Drafter` of what a mask leaves no choice about, and elsewhere of what another one drafts.
+
+    The network reads such tokens in one step instead of one by one. It is still asked for each: the text is the same.
+    """
+
+    def __init__(self, mask: GrammarMask, prompt: int, otherwise: Drafter | None) -> None:
+        """prompt: how many ids stand before the reply."""
+        self._mask, self._prompt, self._otherwise = mask, prompt, otherwise
+        self._forced = False
+
+    def draft(self, ids: Sequence[int], most: int) -> list[int]:
+        """See `decode.Drafter`."""
+        forced = self._mask.forced(0, ids[self._prompt :])[: max(0, most)]
+        self._forced = bool(forced)
+        if forced or self._otherwise is None:
+            return forced
+        return self._otherwise.draft(ids, most)
+
+    def learn(self, drafted: int, accepted: int, seconds: float) -> None:
+        """See `decode.Drafter`."""
+        if not self._forced and self._otherwise is not None:
+            self._otherwise.learn(drafted, accepted, seconds)
 
 
 class _Row:
     """The parser of one reply, and what it has read."""
 
-    def __init__(self, vocabulary: _Vocabulary, grammar: str, vocab_size: int) -> None:
+    def __init__(self, vocabulary: _Vocabulary, grammar: str, vocab_size: int, name: str) -> None:
         self._vocabulary, self._grammar, self._vocab_size = vocabulary.tokens, grammar, vocab_size
         self._begin()
-        _fault(self._matcher.get_error(), "the schema")
+        _fault(self._matcher.get_error(), name)
 
     def _begin(self) -> None:
         from llguidance import LLMatcher
@@ -133,9 +198,13 @@ class _Row:
             self._allowed = torch.from_numpy(mask).bool()
         return self._allowed
 
+    def forced(self) -> list[int]:
+        """See `GrammarMask.forced`."""
+        return [] if self.stopped else list(self._matcher.compute_ff_tokens())
+
     @property
     def stopped(self) -> bool:
-        """Whether nothing more is read: the JSON is whole, or the parser has failed."""
+        """Whether nothing more is read: the text is whole, or the parser has failed."""
         return bool(self._matcher.is_stopped())
 
     @property
@@ -228,8 +297,8 @@ def _escapes(schema: Mapping[str, Any], name: str) -> str:
     return ESCAPES + "u"
 
 
-def _fault(message: str, name: str) -> None:
+def _fault(message: str, name: str, hint: str = "change the schema: what cannot be enforced is not ignored") -> None:
     if message:
         message = " ".join(message.split()).replace(f"json-schema:///#/$defs/{ROOT}", "#")
         short = message if len(message) <= 200 else message[:200] + " ..."
-        raise InputError(f"{name}: {short}", "change the schema: what cannot be enforced is not ignored")
+        raise InputError(f"{name}: {short}", hint)

@@ -78,7 +78,7 @@ class Terminal:
         """What has scrolled off, and the screen."""
         return "\n".join([*self.screen.scrolled, self.text])
 
-    def until(self, shows: str | Callable[[str], object], seconds: float = 8) -> str:
+    def until(self, shows: str | Callable[[str], object], seconds: float = 30) -> str:
         """Feed the screen until it shows what is waited for; fail with the screen otherwise."""
         found = (lambda text: shows in text) if isinstance(shows, str) else shows
         end = time.monotonic() + seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +14,16 @@ import torch
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from model.bpe import BYTE_OF_CHARACTER, GPT2_PATTERN, AddedToken, Vocabulary, cl100k_vocabulary
-from model.constrain import MAX_SCHEMA, SchemaMask, check_schema, read_schema
+from model.constrain import (
+    MAX_SCHEMA,
+    ForcedDrafter,
+    GrammarMask,
+    SchemaMask,
+    check_schema,
+    read_grammar,
+    read_regex,
+    read_schema,
+)
 from model.errors import InputError
 from model.tokenizer import Tokenizer
 
@@ -241,6 +251,55 @@ def test_a_tokenizer_without_an_end() -> None:
     ids = tokenizer.encode("true")
     assert mask(0, ids[:-1], torch.zeros(256)).isfinite().sum() == 1
     assert mask.complete(0, ids)
+
+
+GRAMMARS = {
+    "lark": (
+        'start: "{" KEY ": " /[0-9]{1,3}/ "}"\nKEY: "\\"the number of people\\""',
+        r'\{"the number of people": \d{1,3}\}',
+    ),
+    "gbnf": ('root ::= "It is " ("hot" | "cold") "."', r"It is (hot|cold)\."),
+}
+
+
+@pytest.mark.parametrize("name", [*GRAMMARS, "regex"])
+def test_a_grammar_or_an_expression_is_kept_and_what_it_forces_is_drafted(name: str) -> None:
+    """A model that takes any token that is allowed; Python's `re` judges the whole text."""
+    expression = "(yes|no), it is certainly so in [A-Z][a-z]{1,5}\\."
+    text, judge = GRAMMARS.get(name, ("", expression))
+    grammar = read_regex(expression, "--regex") if name == "regex" else read_grammar(text, "g")
+    tokenizer, steps, tokens = dbrx(), 0, 0
+    for seed in range(5):
+        mask, ids = GrammarMask(grammar, tokenizer, 100352), list[int]()
+        drafter = ForcedDrafter(mask, 1, None)
+        chance = random.Random(seed)
+        while not mask.complete(0, ids):
+            drafted = drafter.draft([7, *ids], 50)
+            steps += 1
+            for token in drafted:  # each is allowed where it stands
+                assert mask(0, ids, torch.zeros(100352))[token].isfinite()
+                ids.append(token)
+            if mask.complete(0, ids):
+                break
+            allowed = mask(0, ids, torch.zeros(100352)).isfinite().nonzero().flatten().tolist()
+            ids.append(chance.choice(allowed))
+        tokens += len(ids)
+        assert re.fullmatch(judge, tokenizer.decode(ids, skip_special_tokens=True))
+    assert steps < tokens * 0.9
+
+
+@pytest.mark.parametrize("text", ["start: nothing", "root ::= (", "start: /(/", "", "hello there"])
+def test_a_wrong_grammar_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(InputError, match=r"^g\.lark: ") as caught:
+        read_grammar(text, "g.lark")
+    assert "\n" not in caught.value.one_line and "Lark" in caught.value.one_line
+
+
+def test_a_wrong_expression_is_refused_in_one_line() -> None:
+    for expression in ("(a", "a(?=b)", r"\1"):
+        with pytest.raises(InputError, match=r"^--regex: ") as caught:
+            read_regex(expression, "--regex")
+        assert "\n" not in caught.value.one_line
 
 
 def _bytes() -> tuple[list[bytes], dict[bytes, int]]:

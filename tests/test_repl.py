@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dbrx_cli.repl.commands import COMMANDS
+from dbrx_cli.repl.prompt import PLACEHOLDER
 from dbrx_cli.store import Store
 from tests.terminal import Terminal
 
@@ -38,7 +39,7 @@ def opened(home: Path, *flags: str, columns: int = 100, rows: int = 40, **variab
         rows=rows,
         variables={"DBRX_DATA": str(home / "data"), "DISPLAY": "", "WAYLAND_DISPLAY": "", **variables},
     )
-    terminal.until(">>>")
+    terminal.until(">>>", seconds=60)
     return terminal
 
 
@@ -112,11 +113,11 @@ def ready(chat: Terminal) -> bool:
     """The cursor waits behind an empty prompt, and the bottom bar is drawn."""
     row = chat.screen.display[chat.screen.cursor.y].rstrip()
     row = row.removeprefix("^C")  # echoed by the terminal where Ctrl-C came just before the prompt took it over
-    return row == ">>>" and " tokens" in chat.text.splitlines()[-1]
+    return row.removesuffix(PLACEHOLDER).rstrip() == ">>>" and " tokens" in chat.text.splitlines()[-1]
 
 
 def test_help_lists_every_command(chat: Terminal) -> None:
-    text = say(chat, "/help", "leave")
+    text = say(chat, "/help", "Talk", "Keys", "leaves")
     for name in COMMANDS:
         assert re.search(rf"{re.escape(name)}\b" if name != "/?" else r"/\?", text), name
     assert "Ctrl-R" in text
@@ -144,11 +145,16 @@ def test_set_show_and_its_faults(chat: Terminal) -> None:
     say(chat, "/set seed 12", "seed is now 12")
     say(chat, "/set seed none", "seed is now none")
     say(chat, "/set stop END", 'stop is now "END"')
+    say(chat, '/set stop "a b" c', 'stop is now "a b" "c"')
     say(chat, "/set stop none", "stop is now none")
+    say(chat, "/set temperature=0.25", "temperature is now 0.25")
+    say(chat, "/set temp 1", "there is no setting temp; did you mean temperature?")
+    say(chat, "/set max_tokens 99999", "is more than the context, 300 tokens")
+    say(chat, "/set", "max_tokens", "longest reply in tokens", "texts that end the reply")
     say(chat, "/set temprature 1", "there is no setting temprature; did you mean temperature?")
     say(chat, "/set temperature -1", "temperature must be 0, or 0.001-100, not -1.0")
     say(chat, "/set max_tokens many", "max_tokens must be a whole number, not many")
-    say(chat, "/set top_p", "top_p is 0.95")
+    say(chat, "/set top_p", "top_p is 0.95 (likeliest tokens of this total mass; 0 to 1)")
     clean(chat)
     say(chat, "/show", "temperature         0.25", "system message", "context             300 tokens")
     say(chat, "/set temperature default", "temperature is now 0.7")
@@ -160,6 +166,7 @@ def test_set_max_tokens_ends_a_reply_and_continue_goes_on(chat: Terminal) -> Non
     say(chat, "/set max_tokens default", "max_tokens is now 1024")
     say(chat, "/continue", "going on; reads", "one two and more")
     say(chat, "prompt", "'one two and more'")
+    say(chat, "/continue", "the model ended its reply, and adds nothing")
 
 
 def test_continue_needs_a_reply(chat: Terminal) -> None:
@@ -192,6 +199,29 @@ def test_edit_in_the_editor(chat: Terminal, home: Path) -> None:
     assert (home / "data" / "mode").read_text().strip() == "600"
     say(chat, "/edit", "the message stays as it was")
     say(chat, "/tokens", "tokens are used by 2 messages")
+
+
+def test_an_earlier_message_is_edited_as_a_branch(chat: Terminal, home: Path) -> None:
+    say(chat, "/branches", "there is one branch only")
+    say(chat, "say the first", "the first")
+    say(chat, "say second", "second")
+    say(chat, "/edit 3", "there is no message 3 of yours; /edit takes 1 to 2")
+    say(chat, "/edit 1", ">>> say the edited", "this is branch 2; /branches 1 goes back")
+    text = say(chat, "/branches", "*  2  2 messages")
+    assert '   1  4 messages, message 1: "say the first"' in text
+    clean(chat)
+    say(chat, "/branches 1", "branch 1, 4 messages", ">>> say second\n\nsecond\n")
+    say(chat, "/branches 3", "there is no other branch 3; there are 2; this is 1")
+    with Store.open(home / "data" / "sessions.db") as store:
+        session = store.latest()
+        assert session is not None
+        (kept,) = store.branches(session.id).values()
+    assert [turn.content for turn in kept] == ["say the edited", "the edited"]
+    assert [turn.content for turn in session.turns] == ["say the first", "the first", "say second", "second"]
+    say(chat, "/clear", "new conversation")
+    say(chat, f"/load {session.id}", "4 messages")
+    say(chat, "/branches 2", "branch 2, 2 messages")
+    say(chat, "prompt", "[('user', 'say the edited'), ('assistant', 'the edited'), ('user', 'prompt')]")
 
 
 def test_system(chat: Terminal) -> None:
@@ -253,17 +283,25 @@ def test_copy(chat: Terminal) -> None:
 def test_save_load_sessions_and_export(chat: Terminal, home: Path) -> None:
     say(chat, "say kept words", "kept words")
     say(chat, "/save my talk", 'is saved as "my talk"')
+    say(chat, "/save 'our talk'", '"my talk" is now called "our talk"')
+    say(chat, "/save my talk", '"our talk" is now called "my talk"')
     say(chat, "/clear", "new conversation")
     say(chat, "say other", "other")
     text = say(chat, "/sessions", "my talk: say kept words")
     assert re.search(r"^\* +\d+ +\d{4}-\d\d-\d\d \d\d:\d\d +say other$", text, re.MULTILINE)
     say(chat, "/load my tlk", "there is no session 'my tlk'; did you mean my talk?")
-    say(chat, "/load my talk", "session my talk, 2 messages; the next message reads", 'user: "say kept words"')
+    say(
+        chat,
+        "/load my talk",
+        "session my talk, 2 messages; the next message reads",
+        ">>> say kept words\n\nkept words\n",
+    )
     clean(chat)
     say(chat, "prompt", "[('user', 'say kept words'), ('assistant', 'kept words'), ('user', 'prompt')]")
     for name in ("talk.md", "talk.json"):
         say(chat, f"/export {home}/{name}", f"4 messages written to {home}/{name}")
-        say(chat, f"/export {home}/{name}", "is there already")
+        say(chat, f"/export {home}/{name}", "is there already", wrapped("to write over it: /export !"))
+        say(chat, f"/export !{home}/{name}", "4 messages written")
         clean(chat)
     assert "# my talk" in (home / "talk.md").read_text() and "kept words" in (home / "talk.md").read_text()
     assert [m["role"] for m in json.loads((home / "talk.json").read_text())["messages"]] == ["user", "assistant"] * 2
@@ -274,7 +312,13 @@ def test_tokens_and_stats(chat: Terminal) -> None:
     say(chat, "say one two", "one two")
     say(chat, "/tokens", "11 of 300 tokens are used by 2 messages", "not in the cache, and read with the next message")
     say(chat, "say three", "three")
-    say(chat, "/stats", "last reply: prompt", "replies: read", "the model was loaded in 1.5 s")
+    say(
+        chat,
+        "/stats",
+        lambda text: re.search(r"last reply +prompt", text),
+        lambda text: re.search(r"replies +read", text),
+        "was loaded in 1.5 s",
+    )
 
 
 def test_a_full_context_says_which_messages_go(chat: Terminal) -> None:
@@ -292,7 +336,7 @@ def test_a_full_context_says_which_messages_go(chat: Terminal) -> None:
 def test_multiline_switches_what_enter_does(chat: Terminal) -> None:
     say(chat, "/multiline", "Enter makes a new line, Alt-Enter sends")
     chat.type("say a\rb\x1b\r")
-    chat.until("... b\na\nb")
+    chat.until("... b\n\na\nb")
     chat.until(lambda text: ready(chat) and "Alt-Enter sends" in text.splitlines()[-1])
     say(chat, "/multiline", "Enter sends")
 
@@ -300,7 +344,7 @@ def test_multiline_switches_what_enter_does(chat: Terminal) -> None:
 def test_more_lines_by_alt_enter_backslash_and_block(chat: Terminal) -> None:
     for typed in ("say a\x1b\rb\r", "say a\\\rb\r", '"""say a\rb"""\r'):
         chat.type(typed)
-        chat.until(lambda text: "b\na\nb\n" in text.replace('"""', "") and ready(chat))
+        chat.until(lambda text: "b\n\na\nb\n" in text.replace('"""', "") and ready(chat))
         clean(chat)
 
 
@@ -314,6 +358,7 @@ def test_completion(chat: Terminal, home: Path) -> None:
         ("/und", "/undo"),
         ("/set temp", "/set temperature"),
         (f"/read {home}/finished", f"/read {home}/finished story.txt"),
+        ("/set markdown of", "/set markdown off"),
     ):
         chat.type(typed)
         chat.until(re.split("[ /]", whole)[-1])  # in the menu
@@ -362,7 +407,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_came(chat: Terminal) -> None:
 
 def test_ctrl_c_while_the_prompt_is_read(chat: Terminal) -> None:
     chat.type("read 30\r")
-    time.sleep(0.3)
+    chat.until("\n\nreading, 1 s; Ctrl-C stops\n")
     asked = time.monotonic()
     chat.type("\x03")
     chat.until("stopped before the reply began")
@@ -466,11 +511,23 @@ def test_a_paste_during_a_reply_waits_unsent(chat: Terminal, home: Path) -> None
     chat.type("slowly one two three four five six seven eight\r")
     chat.until("one two")
     chat.type(paste(text))
-    chat.until("the end")
-    chat.until(lambda shown: chat.screen.display[chat.screen.cursor.y].rstrip().endswith("... the end"))
+    chat.until(lambda shown: re.search(r">>> \[52 lines, \d+ tokens\]$", shown, re.MULTILINE))
     assert asked(chat, home) == ["slowly one two three four five six seven eight"]
-    say(chat, "", "\nthe end\n\n>>>")
+    chat.type("\x1b[H\x1b[F, and?")
+    say(chat, "", "\nthe end, and?\n\n>>>")
+    text += ", and?"
     assert asked(chat, home)[1:] == [text]
+
+
+def test_a_file_that_is_dropped_on_the_window_is_read(chat: Terminal, home: Path) -> None:
+    (home / "a note.txt").write_text("noted\n")
+    (home / "sea.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for pasted in (f"'{home}/a note.txt' ", f"{home}/a\\ note.txt", f"file://{home}/a%20note.txt"):
+        chat.type(f"\x1b[200~{pasted}\x1b[201~")
+        say(chat, "", wrapped('a note.txt" goes before your next message'))
+        say(chat, "/undo", "took back")
+        clean(chat)
+    say(chat, f"/read '{home}/sea.png'", wrapped("sea.png is an image, and this model reads text only"))
 
 
 def test_a_slow_paste_across_the_end_of_a_reply_holds_no_report(chat: Terminal, home: Path) -> None:
@@ -725,6 +782,7 @@ def test_the_session_goes_on_later(start: Open, tmp_path: Path) -> None:
     say(chat, "say remembered", "remembered")
     chat.type("/bye\r")
     assert chat.leave() == 0
+    assert "kept as session 1; to go on: dbrx chat -m fake -c" in chat.text
     for flags in (["-c"], ["--session", "1"]):
         chat = start(*flags)
         chat.until("session mine")
@@ -765,6 +823,7 @@ def test_forty_columns(start: Open) -> None:
     say(chat, "/help", "leave")
     assert all(re.search(r"\S", line) is None or len(line) <= 40 for line in chat.transcript.splitlines())
     assert "    go on with the last reply" in chat.transcript
+    assert "Ctrl-D leaves" in " ".join(chat.transcript.split()) and "/help" in chat.transcript
 
 
 def test_the_window_changes_its_size(start: Open) -> None:

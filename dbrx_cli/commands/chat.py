@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dbrx_cli.complete import session_names
 from dbrx_cli.engine.choose import open_engine
-from dbrx_cli.options import OUTPUT, EngineOptions, LogOptions, OutputOptions, SamplingOptions, switch, takes
+from dbrx_cli.options import (
+    DEFAULT_MODEL,
+    DEMOS,
+    OUTPUT,
+    EngineOptions,
+    LogOptions,
+    OutputOptions,
+    SamplingOptions,
+    switch,
+    takes,
+)
 from dbrx_cli.stdin import check_argument
 from model.errors import InputError
 
@@ -19,6 +33,10 @@ SESSION = "Session"
 
 @takes(model=EngineOptions, sampling=SamplingOptions, output=OutputOptions, keep=LogOptions)
 def chat(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILES", help="Text files to put before the first message.", show_default=False),
+    ] = None,
     *,
     system: Annotated[
         str | None, typer.Option("-s", "--system", metavar="TEXT", help="System message.", show_default=False)
@@ -32,6 +50,7 @@ def chat(
             metavar="NAME",
             help="Take up a session by name or number, or begin one of that name.",
             show_default=False,
+            autocompletion=session_names,
         ),
     ] = None,
     model: EngineOptions,
@@ -46,6 +65,8 @@ def chat(
 
     dbrx chat -m demo
 
+    dbrx chat -m demo notes.txt
+
     dbrx chat -m demo < script.txt
     """
     from dbrx_cli.conversation import Conversation
@@ -53,9 +74,12 @@ def chat(
     from dbrx_cli.repl.loop import Repl
     from dbrx_cli.repl.notices import ChatReport
     from dbrx_cli.repl.signals import Signals
+    from dbrx_cli.repl.talking import put
     from dbrx_cli.repl.typeahead import Typeahead
+    from dbrx_cli.repl.words import quote
     from dbrx_cli.store import Recorder
 
+    texts = {name: _attached(name) for name in files or ()}
     if go_on and session is not None:
         raise InputError("--continue and --session exclude each other", "choose one")
     conversation = Conversation(None if system is None else check_argument(system, "--system"))
@@ -81,6 +105,7 @@ def chat(
             typed,
             name=engine.name,
             asked=model.model,
+            again=_again(model),
             markdown=not no_markdown,
         )
         if found:
@@ -89,7 +114,28 @@ def chat(
                 repl.conversation = Conversation(conversation.system, found.turns)
         elif session is not None:
             repl.name_session(session)
+            near = get_close_matches(session, recorder.store().names(), 1) if recorder.enabled else []
+            report.notice(f"a new session, {quote(session)}{f'; there is also {quote(near[0])}' if near else ''}")
+        for name, text in texts.items():
+            put(repl, name, text)
         repl.run()
+
+
+def _attached(name: str) -> str:
+    from dbrx_cli.repl.talking import attach
+
+    try:
+        return attach(name)
+    except InputError as fault:
+        if name in DEMOS or (name.count("/") == 1 and not os.path.exists(name)):
+            raise InputError(f"{name!r} is no text file", f"a model is named by -m: dbrx chat -m {name}") from None
+        raise fault
+
+
+def _again(model: EngineOptions) -> str:
+    """The command that talks with the same model."""
+    where = {"--url": model.url, "-m": model.model if model.model != DEFAULT_MODEL else None}
+    return shlex.join(["dbrx", "chat", *(word for flag, value in where.items() if value for word in (flag, value))])
 
 
 def _session(recorder: Recorder, latest: bool, name: str | None) -> Session | None:

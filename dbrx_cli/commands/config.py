@@ -14,7 +14,7 @@ from dbrx_cli.output import say, say_json, to_json
 from dbrx_cli.report import Report
 from model.foreign_text import on_one_line
 
-app = typer.Typer(help="Settings: show them and where each comes from, set and unset them.", no_args_is_help=True)
+app = typer.Typer(help="Settings: show them and where each comes from, set and unset them.")
 
 Key = Annotated[
     str,
@@ -28,6 +28,13 @@ Profile = Annotated[
 ]
 
 Quiet = Annotated[bool, switch("-q", "--quiet", help="Errors only on stderr.")]
+
+
+@app.callback(invoke_without_command=True)
+def config(context: typer.Context) -> None:
+    """Settings: show them and where each comes from, set and unset them."""
+    if context.invoked_subcommand is None:
+        show()
 
 
 @app.command("path")
@@ -76,6 +83,30 @@ def show(
         _print_table(rows)
     else:
         say("".join(f"{key}\t{_spelled(value)}\t{origin}\n" for key, value, origin in rows), end="")
+
+
+@app.command("get")
+def get(key: Key, *, profile: Profile = None) -> None:
+    """Print a setting's value; nothing if it is left open.
+
+    dbrx config get model
+    """
+    from dbrx_cli.precedence import in_force
+    from dbrx_cli.settings import setting
+
+    known, found = setting(key), in_force(profile)
+    say(_spelled(found[key].value if key in found else known.default))
+
+
+@app.command("edit")
+def edit() -> None:
+    """Open the settings file in $VISUAL or $EDITOR. What is wrong with it afterwards is told, and nothing changed.
+
+    dbrx config edit
+    """
+    from dbrx_cli.settings_file import edited
+
+    _tell(edited(), quiet=False)
 
 
 @app.command("set", context_settings={"ignore_unknown_options": True})  # numbers below zero

@@ -32,6 +32,8 @@ def doctor(
 
     dbrx doctor -m org/name
     """
+    from rich.text import Text
+
     from dbrx_cli.doctor import examine
     from dbrx_cli.render.console import PlainConsole
 
@@ -45,8 +47,19 @@ def doctor(
     if json_output:
         values = {"usable": code == 0, "exit_code": code, "checks": [asdict(check) for check in checks]}
         say_json(values, indent=2)
+    elif not output.quiet:
+        console.print(Text(verdict(checks), "bold"))
     if code:
         raise typer.Exit(code)
+
+
+def verdict(checks: list[Check]) -> str:
+    """All of it in one sentence."""
+    problems = [check.name for check in checks if check.state == "problem"]
+    warnings = [check.name for check in checks if check.state == "warning"]
+    if problems:
+        return f"not usable as it is: {', '.join(problems)}; what to type stands above"
+    return "usable" + (f"; worth a look: {', '.join(warnings)}" if warnings else ", and nothing is wrong")
 
 
 def _print(console: Console, check: Check) -> None:

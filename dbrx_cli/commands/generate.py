@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,6 +102,26 @@ class FormOptions:
             show_default=False,
         ),
     ] = None
+    grammar: Annotated[
+        str | None,
+        typer.Option(
+            "--grammar",
+            metavar="FILE",
+            help="The reply fits this grammar, in Lark's form or GBNF.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            "--regex",
+            metavar="EXPR",
+            help="This regular expression matches the whole reply.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None
     no_stream: Annotated[bool, switch("--no-stream", panel=OUTPUT, help="Print the reply when it is complete.")] = False
     json_output: Annotated[bool, switch("--json", panel=OUTPUT, help="Print one JSON object.")] = False
     jsonl: Annotated[bool, switch("--jsonl", panel=OUTPUT, help="Print a JSON line an event.")] = False
@@ -121,24 +141,42 @@ class FormOptions:
     def __post_init__(self) -> None:
         if self.json_output and self.jsonl:
             raise InputError("--json and --jsonl exclude each other", "choose one")
-        if self.extract and self.schema is not None:
-            raise InputError("--extract and --schema exclude each other", "choose one")
+        if len(chosen := self._forms) > 1:
+            raise InputError(f"{chosen[0]} and {chosen[1]} exclude each other", "choose one")
+
+    @property
+    def _forms(self) -> list[str]:
+        """Which flags say what the reply is to be."""
+        forms = {"extract": self.extract or None, "schema": self.schema, "grammar": self.grammar, "regex": self.regex}
+        return [f"--{name}" for name, value in forms.items() if value is not None]
 
     def constraint(self) -> Constraint | None:
-        """What --schema demands."""
-        if self.schema is None:
+        """What --schema, --grammar or --regex demands."""
+        if self.schema is self.grammar is self.regex is None:
             return None
-        from model.constrain import read_schema
+        from model.constrain import read_grammar, read_regex, read_schema
 
+        if self.regex is not None:
+            return Constraint(grammar=read_regex(check_argument(self.regex, "--regex"), "--regex"))
+        if self.grammar is not None:
+            return Constraint(grammar=read_grammar(decode(read_file(self.grammar), self.grammar), self.grammar))
+        assert self.schema is not None
         return Constraint(read_schema(decode(read_file(self.schema), self.schema), self.schema))
 
-    def renderer(self, model: str) -> Renderer:
-        from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
+    def renderer(self, model: str, *, raw: bool) -> Renderer:
+        """raw: the text goes on from another one, and is not read as Markdown."""
+        if self.json_output or self.jsonl:
+            from dbrx_cli.render.jsonl import JsonLinesRenderer, JsonRenderer
+
+            return JsonRenderer() if self.json_output else JsonLinesRenderer(model)
+        if not (raw or self.no_stream or self._forms):
+            from dbrx_cli.render.markdown import MarkdownRenderer, suits
+
+            if suits(sys.stdout):
+                return MarkdownRenderer()
         from dbrx_cli.render.plain import PlainRenderer
 
-        if self.json_output:
-            return JsonRenderer()
-        return JsonLinesRenderer(model) if self.jsonl else PlainRenderer(stream=not self.no_stream)
+        return PlainRenderer(stream=not self.no_stream)
 
 
 @dataclass(frozen=True)
@@ -183,7 +221,7 @@ class KeepOptions(LogOptions):
         typer.Option(
             "--prompt-cache",
             metavar="FILE",
-            help="Keep what was read of the text here.",
+            help="Keep the prompt's KV cache here: the next prompt that begins like it starts at once.",
             rich_help_panel=KEEPING,
             show_default=False,
         ),
@@ -193,7 +231,7 @@ class KeepOptions(LogOptions):
         typer.Option(
             "--resume",
             metavar="FILE",
-            help="Keep the reply here as it comes.",
+            help="Keep the reply here as it comes: after a crash the same command goes on with it.",
             rich_help_panel=KEEPING,
             show_default=False,
         ),
@@ -273,18 +311,20 @@ def generate(
 
 def _show(engine: Engine, request: Request, form: FormOptions, report: Report) -> tuple[Done, DbrxError | None]:
     """Show the reply; the record of all of it, whatever part was shown, and what was missing in it."""
-    stream, renderer = engine.stream(request), form.renderer(engine.name)
-    if not form.extract:
-        done = show(stream, renderer)
-        _tell_if_empty("the reply", done, report)
-        return done, done.error
-    code = CodeOnly()
-    try:
-        done = show(code.of(stream), renderer)
-    except DbrxError as fault:
-        if code.reply is None:
-            raise
-        return code.reply, code.reply.error or fault
+    renderer = form.renderer(engine.name, raw=isinstance(request.prompt, str))
+    with report.status("reading the prompt") as status:
+        stream = engine.stream(replace(request, on_read=status.read))
+        if not form.extract:
+            done = show(stream, renderer, status)
+            _tell_if_empty("the reply", done, report)
+            return done, done.error
+        code = CodeOnly()
+        try:
+            done = show(code.of(stream), renderer, status)
+        except DbrxError as fault:
+            if code.reply is None:
+                raise
+            return code.reply, code.reply.error or fault
     _tell_if_empty("the code block", done, report)
     return code.reply or done, done.error
 
@@ -380,7 +420,8 @@ def _asked(
         "--system": digest(given.system) if given.system is not None else None,
         "--no-system": given.no_system,
         "--raw": given.raw,
-        "--schema": digest(constraint.json_schema) if constraint else None,
+        "--schema": digest(constraint.json_schema) if constraint and constraint.json_schema is not None else None,
+        "--grammar": digest(constraint.grammar) if constraint and constraint.grammar is not None else None,
         "--logprobs": form.logprobs,
         "--context": model.context,
         "--url": True if model.url is not None else None,  # where it stands may change

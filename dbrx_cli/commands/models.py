@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from model.foreign_text import on_one_line
 if TYPE_CHECKING:
     from model.hub.inventory import CachedModel
 
+BECOMES = {"float32": 4, "bfloat16": 2, "float16": 2}  # times smaller, as int8
+MOST = 0.9  # of the memory, for weights
+WIDE = 90  # columns of a terminal that show where a model lies
 SHORTEST = 7  # characters of a commit that stand for it, as git shows it
 
 app = typer.Typer(help="Models on this machine: list them, print a folder, remove one.", rich_markup_mode="markdown")
@@ -34,16 +38,23 @@ Revision = Annotated[
 def models(context: typer.Context) -> None:
     """Models on this machine: list them, print a folder, remove one."""
     if context.invoked_subcommand is None:
-        _list(json_output=False)
+        _list()
 
 
 @app.command("list")
-def list_models(json_output: Annotated[bool, switch("--json", help="Print a JSON array.")] = False) -> None:
+def list_models(
+    json_output: Annotated[bool, switch("--json", help="Print a JSON array.")] = False,
+    speed: Annotated[
+        bool, switch("--speed", help="Measure this machine's kernels, and predict tokens a second.")
+    ] = False,
+) -> None:
     """List the DBRX checkpoints in the Hub's cache, and the demo models. Folders of your own are not searched for.
 
     dbrx models list
+
+    dbrx models list --speed
     """
-    _list(json_output)
+    _list(json_output, speed)
 
 
 @app.command("path")
@@ -78,11 +89,16 @@ def remove(
     Report(output).notice(f"removed {what}, {size} freed")
 
 
-def _list(json_output: bool) -> None:
+def _list(json_output: bool = False, speed: bool = False) -> None:
     from model.hub.inventory import inventory
 
     rows = [_row(model) for model in inventory()]
     rows += [demo for name in DEMOS if (demo := _demo(name))]
+    for row in rows:
+        row["form"] = _form(row)
+        row["fits"] = _fits(row) if row["complete"] else None
+        if speed:
+            row["tokens_per_s"] = _predicted(row)
     if json_output:
         say_json(rows, indent=2)
     elif sys.stdout.isatty():
@@ -106,6 +122,43 @@ def _row(model: CachedModel) -> dict[str, Any]:
         "last_used": _iso(model.last_used),
         "path": str(model.folder),
     }
+
+
+def _form(row: dict[str, Any]) -> str:
+    """In what numbers the files hold the weights."""
+    from model.safetensors_file import read_json
+
+    if row["format"] == "gguf":
+        return "GGUF"
+    try:
+        config = read_json(Path(row["path"]) / "config.json")
+    except (DbrxError, OSError):
+        return "?"
+    quantized = config.get("quantization_config") or config.get("quantization") or {}
+    named = quantized.get("kind") or quantized.get("quant_method") if isinstance(quantized, dict) else None
+    return str(named or config.get("torch_dtype") or config.get("dtype") or "?")
+
+
+def _fits(row: dict[str, Any]) -> bool:
+    """Whether the weights find room in this machine's memory, floats as the int8 that they become there."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return bool(row["bytes"] / BECOMES.get(row["form"], 1) < MOST * memory)
+
+
+def _predicted(row: dict[str, Any]) -> float | None:
+    """Tokens a second, as `dbrx plan` has it; None where it knows none."""
+    from dbrx_cli.planning import Question
+
+    if not row["complete"]:
+        return None
+    name = row["name"] if row["name"] in DEMOS else row["path"]
+    with Report(OutputOptions()).status(f"measuring for {row['name']}"):
+        try:
+            question = Question.of(name, ModelOptions(model=name), None)
+            plan = question.plan()
+        except DbrxError:
+            return None
+        return question.predict(plan) or plan.tokens_per_s()
 
 
 def _demo(name: str) -> dict[str, Any] | None:
@@ -190,22 +243,34 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("No models yet. To fetch one: dbrx download org/name; to try the demo: dbrx chat -m demo")
         return
+    wide, speed = console.width >= WIDE, "tokens_per_s" in rows[0]
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "revision", "size", "state", "last used"):
-        table.add_column(title, justify="right" if title == "size" else "left", overflow="fold")
+    titles = ["model", "size", "form", "here", *(["tokens/s"] if speed else [])]
+    for title in (*titles, *(("revision", "place") if wide else ())):
+        right = title in ("size", "tokens/s")
+        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title == "size")
     for row in rows:
         refs = f" ({', '.join(row['refs'])})" if row["refs"] else ""
-        state = Text("complete", "green") if row["complete"] else Text(_lacks(row), "yellow")
-        if row["format"] == "gguf":
-            state.append(", GGUF")
-        table.add_row(
+        state = Text("in memory" if row["fits"] else "from disk", "green" if row["fits"] else "yellow")
+        cells = [
             Text(on_one_line(row["name"]), "bold"),
-            Text(f"{(row['revision'] or '')[:12]}{on_one_line(refs)}"),
-            _size(row["bytes"]),
-            state,
-            (row["last_used"] or "")[:10],
-        )
+            Text(_size(row["bytes"])),
+            Text(on_one_line(row["form"])),
+            state if row["complete"] else Text(_lacks(row), "red"),
+        ]
+        if speed:
+            cells.append(Text(f"{row['tokens_per_s']:.2g}" if row["tokens_per_s"] else "?"))
+        if wide:
+            cells += [Text(f"{(row['revision'] or '')[:7]}{on_one_line(refs)}"), Text(_place(row["path"]))]
+        table.add_row(*cells)
     console.print(table)
+
+
+def _place(path: str) -> str:
+    """The folder, or the Hub's cache, whose own folders are long; `dbrx models path` tells them."""
+    home = str(Path.home())
+    shown = path.partition("/models--")[0]
+    return on_one_line(f"~{shown.removeprefix(home)}" if shown.startswith(f"{home}/") else shown)
 
 
 def _lacks(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dbrx_cli.complete import session_names
+from dbrx_cli.engine import Delta
 from dbrx_cli.options import OutputOptions, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.private import write_private
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Conversations that were kept: list, show, search, export, rename, remove.")
 
-Kind = Literal["chat", "generate"]
+Kind = Literal["chat", "generate", "all"]
 Name = Annotated[
     str,
     typer.Argument(
@@ -37,15 +38,17 @@ Json = Annotated[bool, switch("--json", help="Print JSON.")]
 Limit = Annotated[
     int | None, typer.Option("-n", "--limit", min=1, metavar="N", help="The newest N only.", show_default=False)
 ]
-OnlyKind = Annotated[Kind | None, typer.Option("--kind", help="Of one command only.", show_default=False)]
+OnlyKind = Annotated[
+    Kind | None,
+    typer.Option("--kind", help="Of one command, or all; default: on a terminal chats, else all.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
 def sessions(context: typer.Context) -> None:
     """Conversations that were kept: list, show, search, export, rename, remove."""
     if context.invoked_subcommand is None:
-        with _store(Report(OutputOptions())) as store:
-            _print_entries([(entry, None) for entry in store.list()], False)
+        _list(None, None, False, Report(OutputOptions()))
 
 
 @app.command("list")
@@ -59,8 +62,16 @@ def list_sessions(
 
     dbrx sessions list --json
     """
-    with _store(Report(output)) as store:
-        _print_entries([(entry, None) for entry in store.list(kind, limit)], json_output)
+    _list(kind, limit, json_output, Report(output))
+
+
+def _list(kind: Kind | None, limit: int | None, json_output: bool, report: Report) -> None:
+    kind = kind or ("chat" if sys.stdout.isatty() and not json_output else "all")
+    with _store(report) as store:
+        _print_entries([(entry, None) for entry in store.list(None if kind == "all" else kind, limit)], json_output)
+        others = len(store.list("generate")) if kind == "chat" and limit is None else 0
+    if others:
+        report.notice(f"and {others} of dbrx generate: --kind all")
 
 
 @app.command("search")
@@ -85,12 +96,20 @@ def search(
 @app.command("show")
 @takes(output=OutputOptions)
 def show(name: Name, *, json_output: Json = False, output: OutputOptions) -> None:
-    """Print a session as Markdown.
+    """Print a session as Markdown; on a terminal as it was seen.
 
     dbrx sessions show 12
     """
     with _store(Report(output)) as store:
         text = _exported(store.find(name), "json" if json_output else "markdown")
+    if not json_output:
+        from dbrx_cli.render.markdown import MarkdownRenderer, suits
+
+        if suits(sys.stdout):
+            renderer = MarkdownRenderer()
+            renderer.delta(Delta(text, None))
+            renderer.broken()
+            return
     say(text, end="")
 
 
@@ -225,10 +244,10 @@ def _print_table(found: list[tuple[Entry, str | None]]) -> None:
         return
     narrow = console.width < 70
     ids, models = max(len(str(entry.id)) for entry, _ in found), 0 if narrow else 24
-    room = console.width - ids - models - (14 if narrow else 25)  # the other columns, and two cells between all
+    room = console.width - ids - models - (14 if narrow else 28)  # the other columns, and two cells between all
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for title in ("", "session", "last used") if narrow else ("", "session", "model", "turns", "last used"):
-        table.add_column(title, justify="right" if title in ("", "turns") else "left", no_wrap=True)
+    for title in ("", "session", "last used") if narrow else ("", "session", "model", "messages", "last used"):
+        table.add_column(title, justify="right" if title in ("", "messages") else "left", no_wrap=True)
     for entry, excerpt in found:
         text = Text(on_one_line(entry.name or ""), "bold")
         if shown := excerpt or entry.title:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -20,9 +20,10 @@ FinishReason = Literal["stop", "length", "stop_string", "interrupted"]
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the whole text of a reply must be: JSON that fits this JSON Schema."""
+    """What the whole text of a reply must be: JSON that fits this JSON Schema, or what this grammar describes."""
 
-    json_schema: dict[str, Any]
+    json_schema: dict[str, Any] | None = None
+    grammar: str | None = None  # as `model.constrain` reads grammars and regular expressions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Request:
     constraint: Constraint | None = None
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token; None tells nothing
     resume: Path | None = None  # where the reply is kept as it comes, and taken up when the process was killed
+    # Hears how many of the tokens that must be read are: (0, total) before the first, then behind each piece.
+    on_read: Callable[[int, int], None] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ def open_engine(options: EngineOptions, report: Report) -> Engine:
     if options.url is not None:
         from dbrx_cli.engine.remote import RemoteEngine
 
-        return RemoteEngine.open(options, report)
-    from dbrx_cli.engine.local import LocalEngine
+        with report.status("asking the server for its models"):
+            return RemoteEngine.open(options, report)
+    with report.status(f"starting {options.model}"):
+        from dbrx_cli.engine.local import LocalEngine
 
-    return LocalEngine.load(options, report)
+        return LocalEngine.load(options, report)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from threading import Event
 from typing import Any
 
 from dbrx_cli.engine.chunks import whole
-from dbrx_cli.engine.wire import LARGEST_COUNT, Forbidden, NoPath, OneReply, Passing, Refused, Server, persist
+from dbrx_cli.engine.wire import LARGEST_COUNT, Busy, Forbidden, NoPath, OneReply, Refused, Server
 from model.errors import DbrxError
-from model.hub.patience import FEW_TRIES
 
 # Of vLLM, OpenRouter, Groq, Mistral, LM Studio, tabbyAPI, llama.cpp, this program and LiteLLM; `n_ctx_train`, for
 # which a model was made, is none of them.
@@ -30,7 +27,7 @@ class Listing:
     entries: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, server: Server, named: bool, notice: Callable[[str], None]) -> tuple[Listing, Server]:
+    def of(cls, server: Server, named: bool) -> tuple[Listing, Server]:
         """Ask under each base of the server; the list, and the server with the base that has one.
 
         If there is no list (many servers have none, or show it to some keys only) and a model was named, nothing is
@@ -40,12 +37,10 @@ class Listing:
         garbled = 0
         for one in server.each():
             try:
-                tries = FEW_TRIES if named else None
-                entries = _entries(persist(partial(one.get, "models"), notice, Event(), tries=tries))
+                entries = _entries(one.get("models"))
+            except Busy:
+                raise
             except (NoPath, Forbidden, Refused, OneReply) as fault:
-                if isinstance(fault, Passing) and not named:  # which has cost time enough
-                    missing.insert(0, fault)
-                    break
                 missing.append(fault)
                 continue
             if entries is not None:

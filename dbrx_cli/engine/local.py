@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dbrx_cli.engine import Delta, Done, FinishReason, Request
-from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.load import check_source, find_model, load_network
 from dbrx_cli.engine.memory import memory_fault
@@ -18,7 +17,7 @@ from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import ModelOptions
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
-from model.errors import ContextError, InputError
+from model.errors import ContextError, InputError, ModelError, NotFiniteError
 from model.messages import Message
 
 if TYPE_CHECKING:
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
 
     from dbrx_cli.engine.resume import Journal
     from model.causal_lm import DbrxForCausalLM
-    from model.constrain import SchemaMask
+    from model.constrain import GrammarMask
     from model.tokenizer import Tokenizer
+
+SEARCH_S = 10.0  # for a tensor to blame
 
 
 class LocalEngine:
@@ -116,8 +117,7 @@ class LocalEngine:
             fault = broken = None
             try:
                 if journal is None or not journal.finished:
-                    with damage_named(self.source):
-                        reason = yield from self._answer(request, reply, journal)
+                    reason = yield from self._answer(request, reply, journal)
                 else:
                     self.notice(f"{journal.path} holds the whole reply; nothing is computed anew")
                     reply.cached = len(ids)
@@ -129,6 +129,8 @@ class LocalEngine:
                 if not reply.ids:
                     raise
                 broken = error
+            except NotFiniteError as error:
+                raise _blamed(error, self.source) from None
             except (MemoryError, RuntimeError) as error:
                 fault = memory_fault(error, self.network, self._cache)
                 if fault is None:
@@ -217,6 +219,7 @@ class LocalEngine:
         """Read what the cache does not hold, then decode; returns why the reply ended."""
         import torch
 
+        from model.constrain import ForcedDrafter
         from model.decode import decode
         from model.lookup import lookup
 
@@ -237,7 +240,7 @@ class LocalEngine:
             if len(journal.cache):
                 self._forget()
                 self._cache, self._cached = journal.cache, reply.known[: len(journal.cache)]
-        logits = self._read(reply, journal)
+        logits = self._read(reply, journal, request.on_read)
         reply.drafter = lookup(request.params.lookup)
         ends = self.tokenizer.eos_token_ids
         steps = decode(
@@ -251,7 +254,7 @@ class LocalEngine:
             stopper=mask.complete if mask else None,
             mask=mask,
             watcher=reply.watch if reply.top is not None else None,
-            drafter=reply.drafter,
+            drafter=ForcedDrafter(mask, len(reply.prompt), reply.drafter) if mask else reply.drafter,
             generator=generator,
             max_context=self.context,
         )
@@ -275,14 +278,17 @@ class LocalEngine:
             journal.finish(reason)
         return reason
 
-    def _mask(self, request: Request) -> SchemaMask | None:
-        if request.constraint is None:
+    def _mask(self, request: Request) -> GrammarMask | None:
+        constraint, size = request.constraint, self.network.config.vocab_size
+        if constraint is None:
             return None
-        from model.constrain import SchemaMask
+        from model.constrain import GrammarMask, SchemaMask
 
-        return SchemaMask(request.constraint.json_schema, self.tokenizer, self.network.config.vocab_size)
+        if constraint.grammar is not None:
+            return GrammarMask(constraint.grammar, self.tokenizer, size)
+        return SchemaMask(constraint.json_schema or {}, self.tokenizer, size)
 
-    def _read(self, reply: Reply, journal: Journal | None) -> Tensor:
+    def _read(self, reply: Reply, journal: Journal | None, on_read: Callable[[int, int], None] | None) -> Tensor:
         """Read what the cache does not hold of the prompt, and of a reply that is taken up; logits [1, vocab]."""
         import torch
 
@@ -303,9 +309,13 @@ class LocalEngine:
             return last.logits
 
         def on_chunk(columns: int) -> None:
+            if on_read is not None:
+                on_read(len(self._cache) - kept, len(known) - kept)
             if journal is not None and len(self._cache) < len(known):
                 journal.note(reply, self._cache, None)
 
+        if on_read is not None:
+            on_read(0, len(known) - kept)
         unread = torch.tensor([known[kept:]], device=self.network.device)
         logits = prefill(self.network, unread, self._cache, on_chunk=on_chunk)
         self._last = _LastLogits(len(known), logits)
@@ -362,3 +372,17 @@ class _LastLogits(NamedTuple):
 
     tokens: int
     logits: Tensor
+
+
+def _blamed(fault: ModelError, source: Path | None) -> ModelError:
+    """Which tensor of which file holds what is not finite; the fault itself where none is found soon."""
+    if source is None or not source.is_dir():
+        return fault
+    from model.checkpoint import Checkpoint
+    from model.safetensors_file import damaged, shown
+
+    with Checkpoint.open(source) as checkpoint:
+        info = checkpoint.first_not_finite(SEARCH_S)
+    if info is None:
+        return fault
+    return damaged(info.file, f"{shown(info.name)} holds numbers that are not finite")

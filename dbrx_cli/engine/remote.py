@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import re
-import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLo
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.listing import Listing, context_of
-from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server, persist
+from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, DbrxError, InputError, ModelError
@@ -88,14 +86,12 @@ class RemoteEngine:
         self._spelled: dict[str, str | None] = {}  # fields that this server wants otherwise, or (None) not at all
         self._answered = False  # whether it has taken any request
         self._open: set[Answer] = set()
-        self._stop = threading.Event()
-        self.patience: float | None = None  # seconds, in which a server may say again and again that it is busy
 
     @classmethod
     def open(cls, options: EngineOptions, report: Report) -> RemoteEngine:
         """Ask the server what it has: the model that was named, else its first."""
         named = options.model != DEFAULT_MODEL
-        listing, server = Listing.of(Server.at(options.url or ""), named, report.notice)
+        listing, server = Listing.of(Server.at(options.url or ""), named)
         names, name = [n for n in listing.names if "*" not in n], options.model
         if not named and name not in names:
             if not names:
@@ -143,7 +139,6 @@ class RemoteEngine:
 
     def close(self) -> None:
         """See `Engine.close`: replies that other threads wait for are broken off."""
-        self._stop.set()
         for answer in list(self._open):
             self._hang_up(answer)
 
@@ -179,6 +174,10 @@ class RemoteEngine:
             content |= {"logprobs": request.logprobs} if raw else {"logprobs": True, "top_logprobs": request.logprobs}
         if self.owner == "vllm":
             content["return_token_ids"] = True
+        if request.constraint is not None and request.constraint.json_schema is None:
+            raise InputError(
+                "--grammar and --regex are not possible with --url", "load the model here, or use --schema"
+            )
         if request.constraint is not None:
             schema = request.constraint.json_schema
             form = {"name": "reply", "schema": schema, "strict": True}
@@ -213,8 +212,7 @@ class RemoteEngine:
         while True:
             sent = {key: value for name, value in content.items() if (key := spelled.get(name, name))}
             try:
-                post = functools.partial(self._post, path, sent)
-                answer = persist(post, self._report.notice, self._stop, self.patience)
+                answer = self._post(path, sent)
             except Refused as fault:
                 otherwise = self._otherwise(fault.message, sent)
                 if not otherwise:
@@ -309,7 +307,7 @@ class RemoteEngine:
             raise DbrxError(f"{host} gave an empty reply ({reason}){thought}", "ask otherwise, or raise --max-tokens")
         if request.logprobs is not None and reply.text and not reply.logprobs:
             raise DbrxError(f"{host} tells no log-probabilities", "leave out --logprobs, or load the model here")
-        if request.constraint is not None:
+        if request.constraint is not None and request.constraint.json_schema is not None:
             ended = reason == "stop" and not request.stop
             try:
                 wrong = misfit(request.constraint.json_schema, reply.text, ended)

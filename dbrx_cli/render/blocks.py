@@ -12,21 +12,48 @@ from functools import cache
 
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
+from pygments.token import (  # type: ignore[import-untyped]
+    Comment,
+    Generic,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    String,
+)
 from rich import box
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
-from rich.syntax import Syntax
+from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.table import Table
 from rich.text import Text
 
+from dbrx_cli.render.latex import latex
 from dbrx_cli.render.plain import safe
+from dbrx_cli.render.tables import widths
 
 Row = list[Segment]
 
-THEME = "ansi_dark"  # the terminal's own colours, on its own background
+# The terminal's own colours, and of them those that can be read on a dark background and on a light one.
+THEME = ANSISyntaxTheme(
+    {
+        Comment: Style(italic=True, dim=True),
+        Keyword: Style(color="magenta"),
+        Operator.Word: Style(color="magenta"),
+        Name.Class: Style(bold=True),
+        Name.Function: Style(bold=True),
+        Name.Tag: Style(color="magenta"),
+        Number: Style(color="red"),
+        String: Style(color="green"),
+        Generic.Deleted: Style(color="red"),
+        Generic.Inserted: Style(color="green"),
+        Generic.Heading: Style(bold=True),
+    }
+)
 CONTEXT = 40  # lines of code that are read to highlight the last of them
-CODE, LINK, DIM, RULE = "bold cyan", "dim", Style(dim=True), 40
+CODE, LINK, DIM, RULE = "magenta", "dim", Style(dim=True), 40
+HEADINGS = {"h1": "bold underline", "h2": "bold", "h3": "bold italic"}
 INLINE = {"em": "italic", "strong": "bold", "s": "strike"}
 CLOSED_BY_BLANK = ("paragraph_open", "table_open", "blockquote_open")
 CLOSED_AT_ONCE = ("heading_open", "hr")
@@ -35,9 +62,9 @@ ALIGN = {"text-align:right": "right", "text-align:center": "center"}
 
 @cache
 def parser() -> MarkdownIt:
-    """CommonMark with tables and strikethrough; HTML is text, and so are link definitions, which would vanish."""
+    """CommonMark, tables, strikethrough, LaTeX; HTML is text, and so are link definitions, which would vanish."""
     rules = MarkdownIt("commonmark", {"html": False})
-    return rules.enable(["table", "strikethrough"]).disable("reference")
+    return rules.enable(["table", "strikethrough"]).disable("reference").use(latex)
 
 
 @dataclass(frozen=True)
@@ -118,7 +145,7 @@ class Painter:
             case "paragraph":
                 return self._wrapped(self._inline(node), width)
             case "heading":
-                return self._wrapped(self._inline(node, "bold underline" if node.tag == "h1" else "bold"), width)
+                return self._wrapped(self._inline(node, HEADINGS.get(node.tag, "italic")), width)
             case "fence" | "code_block":
                 return self._code_block(node, width)
             case "hr":
@@ -155,13 +182,32 @@ class Painter:
 
     def _table(self, node: SyntaxTreeNode, width: int) -> list[Row]:
         head, *bodies = node.children
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-        for cell in head.children[0].children:
+        cells = head.children[0].children
+        titles = [self._inline(cell) for cell in cells]
+        rows = [[self._inline(cell) for cell in row.children] for body in bodies for row in body.children]
+        plain = [[cell.plain for cell in row] for row in rows]
+        for padding in (1, 0):  # beside the cell of the line between two columns
+            room = width - (2 * padding + 1) * (len(cells) - 1)
+            if columns := widths([title.plain for title in titles], plain, room):
+                break
+        else:
+            return self._records(titles, rows, width)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, padding), pad_edge=False, show_edge=False, header_style="bold")
+        for cell, title, cells_wide in zip(cells, titles, columns, strict=True):
             align = ALIGN.get(str(cell.attrs.get("style", "")), "left")
-            table.add_column(self._inline(cell), justify=align, overflow="fold")  # type: ignore[arg-type]
-        for row in (row for body in bodies for row in body.children):
-            table.add_row(*map(self._inline, row.children))
+            table.add_column(title, justify=align, overflow="fold", width=cells_wide)  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*row)
         return self._console.render_lines(table, self._console.options.update(width=width), pad=False)
+
+    def _records(self, titles: list[Text], rows: list[list[Text]], width: int) -> list[Row]:
+        """A table whose words do not fit beside each other: one record below the other."""
+        made: list[Row] = []
+        for i, row in enumerate(rows):
+            made += [[]] if i else []
+            for title, cell in zip(titles, row, strict=True):
+                made += self._wrapped(Text.assemble((title.plain, "bold"), ": ", cell), width)
+        return made
 
     def _inline(self, node: SyntaxTreeNode, style: str = "") -> Text:
         """The text of a block that holds nothing but text."""

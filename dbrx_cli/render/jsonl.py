@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 
 from dbrx_cli.engine import Delta, Done
@@ -10,6 +11,8 @@ from dbrx_cli.output import say_json
 
 class JsonRenderer:
     """`--json`: one object when the reply is complete."""
+
+    streams = False
 
     def delta(self, delta: Delta) -> None:
         pass
@@ -25,6 +28,7 @@ class JsonLinesRenderer:
     """`--jsonl`: start, a line a token, done."""
 
     def __init__(self, model: str) -> None:
+        self.streams = sys.stdout.isatty()
         say_json({"event": "start", "model": model})
 
     def delta(self, delta: Delta) -> None:

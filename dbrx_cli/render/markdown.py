@@ -14,6 +14,7 @@ from typing import TextIO
 from rich.console import Console
 
 from dbrx_cli.engine import Delta, Done
+from dbrx_cli.output import moves_cursor
 from dbrx_cli.render.blocks import (
     CLOSED_AT_ONCE,
     CLOSED_BY_BLANK,
@@ -31,12 +32,13 @@ from dbrx_cli.render.region import MARGIN, Region
 
 def suits(out: TextIO) -> bool:
     """Whether Markdown can be shown there: a terminal that moves its cursor and has the characters."""
-    dumb = os.environ.get("TERM", "dumb") in ("dumb", "unknown")
-    return out.isatty() and not dumb and (out.encoding or "").lower().replace("-", "") == "utf8"
+    return moves_cursor(out) and (out.encoding or "").lower().replace("-", "") == "utf8"
 
 
 class MarkdownRenderer:
     """Shows one reply on a terminal. `before`: what the reply goes on from; its unfinished block is shown again."""
+
+    streams = True
 
     def __init__(self, out: TextIO | None = None, *, before: str = "") -> None:
         self._out = out or sys.stdout

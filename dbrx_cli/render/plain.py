@@ -26,6 +26,7 @@ class PlainRenderer:
         self.out = out or sys.stdout
         self.stream = stream
         self.terminal = self.out.isatty()
+        self.streams = stream and self.terminal
         self._amid = False  # a line
 
     def delta(self, delta: Delta) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # What fills a bar, and how it looks with and without colour.
 FILLS = (("weights", "█", "cyan"), ("experts' cache", "▓", "blue"), ("KV cache", "▒", "magenta"), ("free", "·", "dim"))
+
+DISK = ("experts on disk", "░", "yellow")
+NO_BREAK = "\N{NO-BREAK SPACE}"  # so that a name in the legend stays on its line
 
 
 def show(console: Console, question: Question, plan: Placement, advice: Iterable[str]) -> None:
@@ -34,7 +37,8 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
         speed, load = rate(plan.tokens_per_s()), seconds(plan.load_s())
         predicted = question.predict(plan)
         about = f"about {rate(predicted)} tokens/s, " if predicted else "predicted, with nothing measured: "
-        console.print(Text(f"{about}at most {speed} tokens/s; loading takes at least {load}; context {plan.context}"))
+        reach = f"at most {speed} tokens/s; loading takes at least {load}"
+        console.print(Text(f"{about}{reach}; room for a context of {plan.context} tokens"))
     for sentence in advice:
         console.print(Text(f"- {sentence}"))
 
@@ -42,16 +46,17 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
 def picture(plan: Placement, width: int) -> RenderableType:
     """A bar for each device, filled with what lies there, and the layers' names."""
     grid = Table.grid(padding=(0, 1))
-    room = max(8, min(40, width - 44))
+    room = max(8, min(40, width - 60))
     for device in _devices(plan):
         grid.add_row(device.name, _bar(plan, device, room), _sizes(plan, device), _layers(plan, device))
     if plan.on_disk:
         streamed = plan.on_disk * plan.sizes.experts
         where = _ranges(plan, lambda layer: layer.experts == "disk")
-        grid.add_row("disk", Text("░" * room, "yellow"), decimal(streamed), f"experts of layers {where}")
-    legend = Text.assemble(*(part for name, glyph, style in FILLS for part in ((glyph, style), f" {name}  ")))
-    grid.add_row("", legend, "", "")
-    return grid
+        grid.add_row("disk", Text(DISK[1] * room, DISK[2]), decimal(streamed), f"experts of layers {where}")
+    legend = Text()
+    for name, glyph, style in (*FILLS, *([DISK] if plan.on_disk else [])):
+        legend.append(glyph, style).append(f" {name}".replace(" ", NO_BREAK)).append("  ")
+    return Group(grid, legend)
 
 
 def waits(plan: Placement) -> RenderableType:

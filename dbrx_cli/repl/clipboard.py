@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from dbrx_cli.output import moves_cursor
 from dbrx_cli.repl.words import count
 from model.errors import InputError
 
@@ -29,7 +30,7 @@ def copy_text(text: str, *, terminal: bool) -> str:
     for variable, command in PROGRAMS:
         if (not variable or os.environ.get(variable)) and shutil.which(command[0]) and _run(command, text):
             return f"copied {size} with {command[0]}"
-    if not terminal or os.environ.get("TERM") == "dumb":
+    if not terminal or not moves_cursor(sys.stdout):
         raise InputError("there is no clipboard", "install wl-copy or xclip, or use a terminal that knows OSC 52")
     data = text.encode("utf-8")
     if len(data) > LARGEST:

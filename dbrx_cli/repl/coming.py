@@ -28,6 +28,7 @@ class Coming:
         """before: what the reply goes on from; often: a part may be kept before the reply ends."""
         self.came = False
         self.record: Done | None = None
+        self.streams = renderer.streams
         self._renderer, self._keep, self._signals, self._often = renderer, keep, signals, often
         self._before, self._texts, self._ids = before, [before.content], list(before.token_ids)
         self._due = time.monotonic()  # at the first text

@@ -5,19 +5,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from textwrap import fill
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl import figures, keeping, settings, talking
+from dbrx_cli.repl import branches, figures, keeping, settings, talking
+from model.errors import InputError
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
-KEYS = (
-    'Enter sends. Alt-Enter, a trailing \\ or """ opens more lines. Ctrl-C stops a reply, Ctrl-R searches what you '
-    "typed before, Ctrl-X Ctrl-E opens the editor, Ctrl-D leaves."
-)
-NARROW = 70  # columns below which a command and its explanation do not fit on one line
+KEYS = {
+    "Enter": "sends",
+    'Alt-Enter, \\, """': 'a new line; a \\ at the end and Enter, too; between two """ all lines',
+    "Ctrl-C": "stops a reply and drops what waits; clears what was typed",
+    "Ctrl-D": "leaves",
+    "Up, Ctrl-R": "what was typed before, and a search in it",
+    "Tab": "completes commands, names and files",
+    "Ctrl-X Ctrl-E": "opens the editor, and brings its text back to the prompt",
+}
+# The order of /help.
+GROUPS = {
+    "Talk": "/regen /continue /edit /branches /undo /clear /system /read /multiline",
+    "Keep": "/copy /save /load /sessions /export",
+    "Settings": "/set /show",
+    "Look inside": "/tokens /stats /trace",
+    "The program": "/help /exit",
+}
 
 
 @dataclass(frozen=True)
@@ -36,22 +48,16 @@ def run_command(repl: Repl, line: str) -> None:
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else "/help lists the commands"
-        repl.report.notice(f"there is no command {name}; {advice} (a message may begin with a space)")
-        return
+        raise InputError(f"there is no command {name}", f"{advice} (a message may begin with a space)")
     command.run(repl, rest[0].strip() if rest else "")
 
 
 def _help(repl: Repl, argument: str) -> None:
-    shown = {command.usage: command.help for command in COMMANDS.values()}
-    width = max(map(len, shown))
-    for usage, text in shown.items():
-        if repl.columns < NARROW:
-            repl.report.line(
-                f"{usage}\n{fill(text, repl.columns - 1, initial_indent='    ', subsequent_indent='    ')}"
-            )
-        else:
-            repl.report.line(f"{usage:{width}}  {text}")
-    repl.report.line(fill(KEYS, min(80, repl.columns - 1)))
+    for group, names in GROUPS.items():
+        repl.report.line(f"\n{group}")
+        repl.table({COMMANDS[name].usage: COMMANDS[name].help for name in names.split()})
+    repl.report.line("\nKeys")
+    repl.table(KEYS)
 
 
 def _leave(repl: Repl, argument: str) -> None:
@@ -62,7 +68,12 @@ COMMANDS = {
     "/help": Command(_help, "/help, /?", "this list"),
     "/regen": Command(talking.regenerate, "/regen", "another reply to your last message"),
     "/continue": Command(talking.go_on, "/continue", "go on with the last reply"),
-    "/edit": Command(talking.edit, "/edit", "change your last message in $EDITOR, and have it answered again"),
+    "/edit": Command(
+        talking.edit,
+        "/edit [N]",
+        "change your last message, or your Nth, in $EDITOR; the old one stays a branch",
+    ),
+    "/branches": Command(branches.branches, "/branches [N]", "list the branches, or go to one"),
     "/undo": Command(talking.undo, "/undo", "take back your last message and its reply, or the last /read"),
     "/clear": Command(talking.clear, "/clear", "start a new conversation"),
     "/system": Command(talking.system, "/system [TEXT]", "show or set the system message; `default`: the checkpoint's"),

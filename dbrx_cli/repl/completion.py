@@ -15,6 +15,12 @@ from model.errors import DbrxError
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
+VALUES = {
+    "markdown": ("on", "off"),
+    "lookup": ("auto", "off", "default"),
+    "seed": ("none",),
+    "stop": ("none",),
+}
 FILES = ("/read", "/export")
 
 
@@ -37,6 +43,9 @@ class ReplCompleter(Completer):
         name, space, argument = text.partition(" ")
         if not space:
             yield from _beginning(name, [(known, command.help) for known, command in COMMANDS.items()])
+        elif name == "/set" and " " in argument:
+            setting, _, value = argument.partition(" ")
+            yield from _beginning(value, [(each, "") for each in VALUES.get(setting, ("default",))])
         elif name in self._values:
             yield from _beginning(argument, self._values[name]())
         elif name in FILES:
@@ -53,4 +62,4 @@ class ReplCompleter(Completer):
 def _beginning(typed: str, offered: Iterable[tuple[str, str]]) -> Iterable[Completion]:
     for value, meaning in offered:
         if value.startswith(typed):
-            yield Completion(value, start_position=-len(typed), display_meta=meaning)
+            yield Completion(value, start_position=-len(typed), display_meta=meaning or None)

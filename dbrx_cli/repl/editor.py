@@ -17,14 +17,14 @@ from model.errors import InputError
 DEFAULT = "vi"
 
 
-def edit_text(text: str) -> str:
+def edit_text(text: str, suffix: str = ".md") -> str:
     """What the editor leaves of a text. Raises `InputError` if it cannot be run, fails, or leaves no text."""
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR") or DEFAULT
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise InputError(f"the editor {command!r} cannot be understood: {error}", "check $VISUAL and $EDITOR") from None
-    descriptor, name = tempfile.mkstemp(prefix="dbrx-", suffix=".md")  # mode 0600
+    descriptor, name = tempfile.mkstemp(prefix="dbrx-", suffix=suffix)  # mode 0600
     path = Path(name)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:

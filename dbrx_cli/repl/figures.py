@@ -36,12 +36,15 @@ def stats(repl: Repl, argument: str) -> None:
     made = sum(done.usage.completion_tokens for done in repl.replies)
     prefill = sum(done.timings.prefill_s for done in repl.replies)
     decode = sum(done.timings.decode_s for done in repl.replies)
-    repl.report.line(f"last reply: {repl.last.summary()}")
-    repl.report.line(
-        f"{count(len(repl.replies), 'reply').replace('replys', 'replies')}: read {prompt - cached} of {prompt} prompt "
-        f"tokens ({cached} were in the cache) in {prefill:.1f} s, made {count(made, 'token')} in {decode:.1f} s"
+    replies = count(len(repl.replies), "reply").replace("replys", "replies")
+    repl.table(
+        {
+            "last reply": repl.last.summary(),
+            replies: f"read {prompt - cached} of {prompt} prompt tokens ({cached} cached) in {prefill:.1f} s, "
+            f"made {count(made, 'token')} in {decode:.1f} s",
+            "the model": f"was loaded in {repl.last.timings.load_s:.1f} s",
+        }
     )
-    repl.report.line(f"the model was loaded in {repl.last.timings.load_s:.1f} s")
 
 
 def trace(repl: Repl, argument: str) -> None:
@@ -53,6 +56,9 @@ def trace(repl: Repl, argument: str) -> None:
         raise InputError("/trace needs the model in this process", "leave out --url")
     if last is None or not last.token_ids or not conversation.turns or conversation.turns[-1].role != "assistant":
         raise InputError("there is no reply yet whose experts could be shown")
+    ffn = engine.network.config.ffn_config
+    if ffn.moe_top_k >= ffn.moe_num_experts:
+        raise InputError("every token uses all experts of this model: nothing is chosen", "try -m demo-moe")
     from dbrx_cli.render.console import PlainConsole
     from dbrx_cli.render.routing import figures, heat_map
     from model.trace import record

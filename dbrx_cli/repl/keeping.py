@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.private import write_private
-from dbrx_cli.repl.words import count, quote
+from dbrx_cli.repl.words import count, quote, unquoted
 from dbrx_cli.session_cache import take_cache
 from model.errors import InputError
 
@@ -38,16 +38,26 @@ def save(repl: Repl, argument: str) -> None:
     if not repl.recorder.enabled:
         raise InputError("sessions are switched off", "/export FILE writes the conversation to a file")
     repl.save()
-    if argument:
-        repl.name_session(argument)
-    called = f" as {quote(argument)}" if argument else ""
+    name = unquoted(argument)
+    if argument and repl.recorder.id is not None:
+        was = repl.recorder.store().find(repl.recorder.id).name
+        repl.name_session(name)
+        if was is not None and was != name:
+            repl.report.notice(f"{quote(was)} is now called {quote(name)}")
+            return
+    called = f" as {quote(name)}" if name else ""
     repl.report.notice(f"session {repl.recorder.id} is saved{called}; every turn is saved as it comes")
 
 
 def load(repl: Repl, argument: str) -> None:
     if not argument:
         raise InputError("/load needs the name or number of a session", "/sessions lists them")
-    take_up(repl, repl.recorder.store().find(argument))
+    try:
+        session = repl.recorder.store().find(unquoted(argument))
+    except InputError as fault:
+        near = fault.hint if "did you mean" in (fault.hint or "") else "/sessions lists them"
+        raise InputError(fault.message, near) from None
+    take_up(repl, session)
 
 
 def take_up(repl: Repl, session: Session) -> None:
@@ -55,15 +65,17 @@ def take_up(repl: Repl, session: Session) -> None:
     repl.recorder.resume(session)
     take_cache(repl.engine, session.id)
     repl.session_name = None
+    repl.branches = repl.recorder.store().branches(session.id)
+    repl.branch = next(n for n in range(1, len(repl.branches) + 2) if n not in repl.branches)
     repl.conversation = Conversation(session.system, session.turns)
+    repl.ended = bool(session.timings) and (session.timings[-1] or {}).get("finish_reason") == "stop"
     repl.used = repl.engine.count(repl.conversation.messages) if session.turns else 0
     name = session.name or str(session.id)
     reads = repl.reading(repl.conversation, "; the next message reads {} more") if session.turns else ""
     repl.report.notice(f"session {name}, {count(len(session.turns), 'message')}{reads}")
     if session.model not in (repl.name, repl.asked):
         repl.report.notice(f"it was held with {session.model}, and goes on with {repl.name}")
-    for turn in session.turns[-2:]:
-        repl.report.notice(f"- {turn.role}: {quote(turn.content, repl.columns - 24)}")
+    repl.show_again(session.turns[-2:])
 
 
 def sessions(repl: Repl, argument: str) -> None:
@@ -82,13 +94,17 @@ def export(repl: Repl, argument: str) -> None:
     from dbrx_cli.store import export_json, export_markdown
 
     writers = {".md": export_markdown, ".json": export_json}
-    path = Path(os.path.expanduser(argument))
+    name = unquoted(argument.removeprefix("!").strip())
+    path = Path(os.path.expanduser(name))
     write = writers.get(path.suffix.lower())
     if write is None:
         raise InputError("/export needs the name of a file that ends with .md or .json", "type /export FILE")
     if not repl.conversation.turns:
         raise InputError("there is nothing to export yet")
-    write_private(path, write(_session(repl)), over=False)
+    over = argument.startswith("!")
+    if not over and os.path.lexists(path):
+        raise InputError(f"{path} is there already", f"to write over it: /export !{name}")
+    write_private(path, write(_session(repl)), over=over)
     repl.report.notice(f"{count(len(repl.conversation.turns), 'message')} written to {path}")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from textwrap import wrap
 from typing import Any, Protocol
 
 from dbrx_cli.conversation import Conversation
-from dbrx_cli.engine import NOTHING, Done, Engine, Request
+from dbrx_cli.engine import NOTHING, Delta, Done, Engine, Request
+from dbrx_cli.options import DEMOS
 from dbrx_cli.output import say
 from dbrx_cli.render import Renderer, show
 from dbrx_cli.render.plain import PlainRenderer
@@ -26,6 +29,10 @@ from dbrx_cli.store import Recorder
 from model.errors import ContextError, DbrxError
 from model.messages import Message
 from model.sampling import SamplingParams
+
+HASTE_S = 0.5
+NARROW = 70  # columns below which a name and its explanation do not fit on one line
+WELCOME = "Enter sends, Ctrl-C stops a reply, Ctrl-D leaves, Tab completes; /help lists the commands"
 
 
 class Reader(Protocol):
@@ -57,8 +64,10 @@ class Repl:
         *,
         name: str,
         asked: str,
+        again: str = "dbrx chat",
         markdown: bool = True,
     ) -> None:
+        """name: the model; asked: as it was asked for, which a server may call otherwise; again: the command line."""
         self.engine = engine
         self.conversation = conversation
         self.params = params
@@ -68,17 +77,22 @@ class Repl:
         self.signals = signals
         self.typed = typed
         self.name = name
-        self.asked = asked  # the model that was asked for; a server may call it otherwise
+        self.asked = asked
+        self.again = again
         self.session_name: str | None = None
         self.markdown = markdown
         self.multiline = False
         self.files: dict[str, str] = {}  # what /read has read for the next message, by its name
         self.replies: list[Done] = []
         self.answered: Request | None = None  # what the last reply answers; None if that was interrupted
+        self.branches: dict[int, list[Message]] = {}  # other ways in which the conversation went on, by number
+        self.branch = 1  # the number of this one
+        self.ended = False  # the model ended the last reply by itself
         self.used: int | None = None  # tokens of the context, if known
         self._running = True
         self._unsaved = False
         self.leave_at_interrupt = False  # Ctrl-C was the last thing that was typed
+        self.stopped_at = float("-inf")  # when one stopped a reply
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
     @property
@@ -91,6 +105,11 @@ class Repl:
         """False once the user or a signal has ended the chat."""
         return self._running and self.signals.ending is None
 
+    @property
+    def in_haste(self) -> bool:
+        """Ctrl-C has just stopped a reply: another one is the same wish, and no wish to leave."""
+        return time.monotonic() - self.stopped_at < HASTE_S
+
     def leave(self) -> None:
         """End the chat."""
         self._running = False
@@ -98,7 +117,9 @@ class Repl:
     def run(self) -> None:
         """Take turns until the user leaves, the script ends, or a signal ends the program."""
         if self.interactive:
-            self.report.notice(f"{self.name}, {self.engine.context} tokens of context. /help lists the commands.")
+            toy = "; a toy that answers at once, and often wrongly" if self.name in DEMOS else ""
+            self.report.notice(f"{self.name}, {self.engine.context:,} tokens of context{toy}")
+            self.report.notice(WELCOME)
         try:
             self._loop()
             if self.signals.ending is None:  # it may take a while, and a signal asks for haste
@@ -110,6 +131,8 @@ class Repl:
         finally:
             if self._unsaved:
                 self.save()
+            if self.interactive and self.signals.ending is None:
+                self._tell_kept()
             self.recorder.close()
 
     def obey(self, line: Line) -> None:
@@ -148,14 +171,17 @@ class Repl:
         with self.signals.waiting():
             try:
                 with self.signals.heard():
-                    self.recorder.prepare()
-                    fitted = conversation.fit(self.engine)
-                    self._tell_skipped(conversation, fitted)
-                    before = fitted.turns[-1] if go_on else NOTHING
-                    renderer = self._renderer(before.content)
-                    coming = Coming(renderer, before, partial(self._keep, fitted), self.signals, often=grows)
-                    request = Request(fitted.messages, self.params, self.stop, go_on)
-                    show(self.engine.stream(request), coming)
+                    if self.interactive:
+                        say("")  # a blank line, so that questions and replies stand apart
+                    with self.report.status("reading", self._reading_speed) as status:
+                        self.recorder.prepare()
+                        fitted = conversation.fit(self.engine)
+                        self._tell_skipped(conversation, fitted)
+                        before = fitted.turns[-1] if go_on else NOTHING
+                        renderer = self._renderer(before.content)
+                        coming = Coming(renderer, before, partial(self._keep, fitted), self.signals, often=grows)
+                        request = Request(fitted.messages, self.params, self.stop, go_on, on_read=status.read)
+                        show(self.engine.stream(request), coming, status)
             except (KeyboardInterrupt, Exception) as error:
                 fault = error
                 if coming and not coming.record and coming.came and (grows or isinstance(error, KeyboardInterrupt)):
@@ -173,13 +199,15 @@ class Repl:
             if interrupted:
                 self.reader.drop()
             self._tell_end(record, came)
+            if go_on and not came and not interrupted:
+                self.report.notice("nothing was added: the model ends its reply here")
             if interrupted and not self.interactive:
                 raise KeyboardInterrupt
 
     def change(self, conversation: Conversation) -> None:
         """Go on with another state of the conversation, and save it."""
         with self.signals.waiting():
-            self.conversation = conversation
+            self.conversation, self.ended = conversation, False
             self.used = self.engine.count(conversation.messages) if conversation.messages else 0
             self.save()
 
@@ -205,14 +233,20 @@ class Repl:
         tokens = self.engine.unread(conversation.messages)
         if tokens is None:
             return ""
+        speed = self._reading_speed
+        return form.format(f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
+
+    @property
+    def _reading_speed(self) -> float:
+        """Tokens a second; 0 if nothing was read yet."""
         # Few tokens are read slowly, each step costs the same: the reply that read most shows the speed.
         most = max(self.replies, key=lambda done: done.usage.prompt_tokens - done.usage.cached_tokens, default=None)
-        speed = most.timings.prefill_tokens_per_s if most else 0.0
-        return form.format(f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
+        return most.timings.prefill_tokens_per_s if most else 0.0
 
     def _keep(self, conversation: Conversation, reply: Message, record: Done | None = None) -> None:
         """Take a reply, or as much of it as came, into the conversation, and save it."""
         self.conversation = conversation.answer(reply)
+        self.ended = record is not None and record.finish_reason == "stop"
         if record is None:
             self.save({"finish_reason": "interrupted"})
             return
@@ -240,6 +274,11 @@ class Repl:
                     raise
                 self.report.error(fault)
 
+    def _tell_kept(self) -> None:
+        """Where the conversation is, and how to go on with it."""
+        if self.recorder.id is not None and self.recorder.enabled and self.conversation.turns and not self._unsaved:
+            self.report.notice(f"kept as session {self.recorder.id}; to go on: {self.again} -c")
+
     def _tell_skipped(self, before: Conversation, after: Conversation) -> None:
         skipped = before.turns[before.skipped : after.skipped]
         if skipped:
@@ -249,11 +288,11 @@ class Repl:
 
     def _tell_end(self, record: Done | None, came: bool) -> None:
         """After a reply; without a record, it was interrupted."""
-        if self.interactive:
-            say("")  # a blank line, so that replies and questions stand apart
+        if self.interactive and came:
+            say("")
         if self.interactive and self.running:
             if record is None or record.finish_reason == "interrupted":
-                self.leave_at_interrupt = True
+                self.leave_at_interrupt, self.stopped_at = True, time.monotonic()
                 advice = "/continue goes on, " if self.engine.continues else ""
                 self.report.notice(
                     f"stopped; {advice}Ctrl-C again leaves" if came else "stopped before the reply began"
@@ -263,6 +302,29 @@ class Repl:
                 self.report.notice(f"the reply has reached its limit{advice}")
         if record is not None:
             self.report.detail(record.summary())
+
+    def show_again(self, turns: Sequence[Message]) -> None:
+        """Messages of an earlier run, as they were seen then."""
+        if not self.interactive:
+            return
+        for turn in turns:
+            if turn.role == "user":
+                self.report.line(f">>> {turn.content}\n")
+            else:
+                renderer = self._renderer("")
+                renderer.delta(Delta(turn.content, None))
+                renderer.broken()
+                say("")
+
+    def table(self, rows: Mapping[str, str]) -> None:
+        """Names and what is said of each, wrapped by words; on a narrow window below each other."""
+        width = max(map(len, rows)) + 2
+        for name, text in rows.items():
+            indent = " " * (width if self.columns >= NARROW else 4)
+            start = f"{name:{width}}" if self.columns >= NARROW else f"{name}\n{indent}"
+            room = max(20, self.columns - 1 - len(indent))
+            lines = wrap(text, room, break_on_hyphens=False, break_long_words=False) or [""]
+            self.report.line(start + f"\n{indent}".join(lines))
 
     @property
     def columns(self) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from textwrap import fill
 
-from dbrx_cli.output import tell_lines
+from dbrx_cli.output import moves_cursor, tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError
 from model.foreign_text import on_one_line
@@ -32,5 +31,5 @@ class ChatReport(Report):
         if sys.stderr.isatty():
             columns = shutil.get_terminal_size().columns
             text = fill(text, max(20, columns - 1), subsequent_indent="  ", break_on_hyphens=False)
-            dim = os.environ.get("TERM", "dumb") != "dumb"
+            dim = moves_cursor(sys.stderr)
         tell_lines(text, dim=dim)

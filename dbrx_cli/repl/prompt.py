@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
@@ -24,6 +25,7 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.styles import Style
 
 from dbrx_cli.private import data_folder
 from dbrx_cli.repl.commands import COMMANDS
@@ -31,13 +33,31 @@ from dbrx_cli.repl.completion import ReplCompleter
 from dbrx_cli.repl.history import PrivateHistory
 from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
 from dbrx_cli.repl.typeahead import PASTE, PASTED
+from dbrx_cli.repl.words import count, words
 from model.errors import DbrxError
 from model.foreign_text import on_one_line
+from model.messages import Message
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
-MENU = 6  # rows that are kept free below a command for the menu of completions
+FOLDED_LINES, FOLDED_LENGTH = 20, 5000  # a longer paste is shown as how long it is
+PLACEHOLDER = "Send a message, or /help"
+# No colours but the terminal's own: it may be light or dark.
+STYLE = Style.from_dict(
+    {
+        "placeholder": "fg:ansibrightblack",
+        "bottom-toolbar": "noreverse fg:ansibrightblack",
+        "completion-menu": "bg:default fg:default",
+        "completion-menu.completion": "bg:default fg:default",
+        "completion-menu.completion.current": "reverse",
+        "completion-menu.meta.completion": "bg:default fg:ansibrightblack",
+        "completion-menu.meta.completion.current": "noreverse bold",
+        "scrollbar.background": "bg:default",
+        "scrollbar.button": "reverse",
+    }
+)
+MENU = 8  # rows that are kept free below a command for the menu of completions
 CURSOR = re.compile(r"\x1b\[(\d+);\d+R")  # where a terminal says it is
 
 
@@ -48,6 +68,7 @@ class Prompt:
         self._repl = repl
         self._pasted = ""  # what the text begins with, if that was pasted: neither a block nor a command of many lines
         self._cut = False  # a paste began before the prompt, and ends at it
+        self._folded: dict[str, str] = {}  # long pastes, by what stands for them
         self._sent: dict[str, Line] = {}  # what is in the history and cannot be typed as it was sent
         self._backslash = ""  # the text as it was when a backslash was typed
         self._input = Vt100Input(sys.stdin)
@@ -62,6 +83,8 @@ class Prompt:
             multiline=True,
             prompt_continuation=lambda width, line, wraps: "" if wraps else "... ",
             bottom_toolbar=self._toolbar,
+            placeholder=self._placeholder,
+            style=STYLE,
             enable_suspend=True,
         )
         self._session.default_buffer.on_text_changed += self._emptied
@@ -71,6 +94,7 @@ class Prompt:
         repl = self._repl
         while True:
             self._pasted = self._backslash = ""
+            self._folded.clear()
             try:
                 with repl.typed.left_to_prompt() as before, repl.signals.heard():
                     self._cut = before.rfind(PASTE) > before.rfind(PASTED)
@@ -79,6 +103,8 @@ class Prompt:
             except KeyboardInterrupt:
                 if repl.running and self._session.default_buffer.text:
                     repl.leave_at_interrupt = False
+                    continue
+                if repl.in_haste and repl.running:
                     continue
                 if repl.leave_at_interrupt or not repl.running:
                     raise EOFError from None
@@ -110,9 +136,15 @@ class Prompt:
         parser.feed_key_callback = own
         store_typeahead(self._input, keys)
 
+    def _placeholder(self) -> AnyFormattedText:
+        """In an empty prompt, before the first message."""
+        new = not self._repl.conversation.turns and not get_app().is_done
+        return [("class:placeholder", PLACEHOLDER)] if new else ""
+
     def _toolbar(self) -> AnyFormattedText:
         repl = self._repl
-        speed = f"{repl.last.timings.decode_tokens_per_s:.1f} tokens/s" if repl.last else ""
+        speeds = [each for done in repl.replies if (each := done.timings.decode_tokens_per_s)]
+        speed = f"{speeds[-1]:.1f} tokens/s" if speeds else ""
         used = f"{repl.used or 0}/{repl.engine.context} tokens"
         mode = "Alt-Enter sends" if repl.multiline else ""
         figures = "   ".join(part for part in (used, speed, mode) if part)
@@ -129,9 +161,9 @@ class Prompt:
         @keys.add("enter", filter=at_prompt)
         def _(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            text = buffer.text
+            text = self._whole(buffer)
             line = self._line(text)
-            if text and text == self._backslash and buffer.document.is_cursor_at_the_end:
+            if buffer.text and buffer.text == self._backslash and buffer.document.is_cursor_at_the_end:
                 buffer.delete_before_cursor()
                 buffer.insert_text("\n")
             elif line is None or (self._repl.multiline and (not line.command or "\n" in text)):
@@ -142,7 +174,7 @@ class Prompt:
         @keys.add("escape", "enter", filter=at_prompt)
         def _(event: KeyPressEvent) -> None:
             if self._repl.multiline:
-                self._send(self._line(event.current_buffer.text), event.current_buffer)
+                self._send(self._line(self._whole(event.current_buffer)), event.current_buffer)
             else:
                 event.current_buffer.insert_text("\n")
 
@@ -159,7 +191,10 @@ class Prompt:
                     event.app.renderer.report_absolute_cursor_row(int(row))
                 text, self._cut = CURSOR.sub("", text), False
             begins = buffer.name == DEFAULT_BUFFER and buffer.cursor_position == 0
-            buffer.insert_text(text)
+            if begins and not buffer.text and (path := dropped_file(text)):
+                buffer.insert_text(f"/read {path}")
+                return
+            buffer.insert_text(self._fold(text) if buffer.name == DEFAULT_BUFFER else text)
             if begins:
                 self._pasted = text[: len(BLOCK)]
             self._backslash = ""
@@ -178,8 +213,9 @@ class Prompt:
         return self._sent.get(text) or _whole(text)
 
     def _send(self, line: Line | None, buffer: Buffer) -> None:
-        line = line or Line(buffer.text)
-        self._remember(buffer.text, line)
+        text = self._whole(buffer)
+        line = line or Line(text)
+        self._remember(text, line)
         get_app().exit(result=line)
 
     def _edit(self, buffer: Buffer) -> None:
@@ -187,16 +223,35 @@ class Prompt:
         from dbrx_cli.repl.editor import edit_text
 
         try:
-            text = edit_text(buffer.text).removesuffix("\n")
+            text = edit_text(self._whole(buffer)).removesuffix("\n")
         except DbrxError as fault:
             self._repl.report.error(fault)
             return
         if text != buffer.text:
             buffer.document = Document(text, len(text))
 
+    def _fold(self, text: str) -> str:
+        """What stands in the prompt for a paste: itself, if it is short."""
+        lines = text.count("\n") + 1
+        if lines <= FOLDED_LINES and len(text) <= FOLDED_LENGTH:
+            return text
+        tokens = self._repl.engine.count([Message("user", text)])
+        number = f" #{len(self._folded) + 1}" if self._folded else ""
+        mark = f"[{count(lines, 'line')}, {tokens:,} tokens{number}]"
+        self._folded[mark] = text
+        return mark
+
+    def _whole(self, buffer: Buffer) -> str:
+        """The text with what was pasted in it."""
+        text = buffer.text
+        for mark, pasted in self._folded.items():
+            text = text.replace(mark, pasted)
+        return text
+
     def _emptied(self, buffer: Buffer) -> None:
         if not buffer.text:
             self._pasted = ""
+            self._folded.clear()
 
 
 class _Output(Vt100_Output):
@@ -210,6 +265,16 @@ class _Output(Vt100_Output):
 def _whole(text: str) -> Line | None:
     """What a text means that was typed; None while a block is open."""
     return None if text.startswith(BLOCK) and Block(text).open else typed(text)
+
+
+def dropped_file(text: str) -> str | None:
+    """The file that was dropped on the window: terminals paste its path quoted, escaped or as a URL."""
+    text = text.strip(" ")
+    if text.startswith("file://"):
+        path = unquote(urlsplit(text).path)
+    else:
+        path = parts[0] if len(parts := words(text)) == 1 else text
+    return path if path.startswith("/") and "\n" not in path and os.path.isfile(path) else None
 
 
 def _history(repl: Repl) -> History:

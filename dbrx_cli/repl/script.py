@@ -26,6 +26,8 @@ class ScriptReader:
         with self._repl.typed.left_to_prompt(), self._repl.signals.heard():
             text = self._next_line(">>> ")
             if text is None:
+                if self._repl.interactive:
+                    say("")  # the terminal's own line editing ends no line at Ctrl-D
                 raise EOFError
             if text.startswith(BLOCK):
                 return self._block(text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dbrx_cli.options import lookup_length
-from dbrx_cli.repl.words import quote
+from dbrx_cli.repl.words import quote, words
 from model.errors import InputError
 from model.foreign_text import on_one_line
 from model.sampling import SamplingParams
@@ -16,47 +17,64 @@ if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
 TYPES = {f.name: str(f.type) for f in fields(SamplingParams)}
-NAMES = (*TYPES, "stop", "markdown")
 SWITCH = {"on": True, "off": False}
+MEANINGS = {
+    "max_tokens": "longest reply in tokens",
+    "temperature": "0 always takes the likeliest, 1 is the model's own; up to 100",
+    "top_p": "likeliest tokens of this total mass; 0 to 1",
+    "top_k": "likeliest tokens; 0 for all",
+    "min_p": "tokens at least this likely against the likeliest; 0 to 1",
+    "repetition_penalty": "1 switches it off",
+    "frequency_penalty": "by count in the reply; 0 switches it off",
+    "presence_penalty": "once for what has occurred; 0 switches it off",
+    "lookup": "auto, off, or how many tokens are drafted from the text so far",
+    "seed": "same seed, same reply; none draws one",
+    "stop": "texts that end the reply, several in quotes; none",
+    "markdown": "on or off",
+}
+NAMES = tuple(MEANINGS)
 
 
 def assign(repl: Repl, argument: str) -> None:
     if not argument:
-        for name in NAMES:
-            repl.report.line(f"{name:20}{current(repl, name)}")
+        rows = {name: (current(repl, name), MEANINGS[name]) for name in NAMES}
+        repl.table({name: f"{value:<12} {meaning}" for name, (value, meaning) in rows.items()})
         return
-    given, _, value = argument.partition(" ")
-    name, value = given.replace("-", "_"), value.strip()
+    given, _, value = (part.strip() for part in re.sub(r"^([\w-]+)\s*=", r"\1 ", argument).partition(" "))
+    name = given.replace("-", "_")
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
+        near = [known for known in NAMES if known.startswith(name)] or difflib.get_close_matches(name, NAMES, n=1)
         raise InputError(f"there is no setting {given}", f"did you mean {near[0]}?" if near else "/set lists them")
     if not value:
-        repl.report.line(f"{name} is {current(repl, name)}")
+        repl.report.line(f"{name} is {current(repl, name)} ({MEANINGS[name]})")
         return
     if name == "stop":
-        repl.stop = () if value == "none" else (value,)
+        repl.stop = () if value == "none" else tuple(words(value))
     elif name == "markdown":
         if value not in SWITCH:
             raise InputError(f"markdown is on or off, not {value}")
         repl.markdown = SWITCH[value]
     else:
         try:
-            repl.params = replace(repl.params, **{name: _parse(repl, name, value)})
+            params = replace(repl.params, **{name: _parse(repl, name, value)})
         except ValueError as error:
             raise InputError(str(error)) from None
+        if name == "max_tokens" and value != "default" and params.max_tokens > repl.engine.context:
+            raise InputError(f"max_tokens {value} is more than the context, {repl.engine.context} tokens")
+        repl.params = params
     repl.report.notice(f"{name} is now {current(repl, name)}")
 
 
 def current(repl: Repl, name: str) -> str:
     """A setting as it would be typed."""
     if name == "stop":
-        return " ".join(quote(text) for text in repl.stop) or "none"
+        return " ".join(map(quote, repl.stop)) or "none"
     if name == "markdown":
         return "on" if repl.markdown else "off"
     value = getattr(repl.params, name)
     if value is None:
         return "none" if name == "seed" else "the server's default"
-    return str(value)
+    return "off" if name == "lookup" and value == 0 else str(value)
 
 
 def show(repl: Repl, argument: str) -> None:
@@ -68,8 +86,7 @@ def show(repl: Repl, argument: str) -> None:
     system = repl.conversation.system
     rows["system message"] = "the checkpoint's default" if system is None else quote(system, repl.columns - 24)
     rows |= {name: current(repl, name) for name in NAMES}
-    for name, value in rows.items():
-        repl.report.line(f"{name:20}{value}")
+    repl.table(rows)
 
 
 def multiline(repl: Repl, argument: str) -> None:

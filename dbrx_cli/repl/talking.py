@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
-from dbrx_cli.repl.words import count, quote
+from dbrx_cli.repl.branches import answer_as_branch
+from dbrx_cli.repl.words import count, quote, unquoted
+from dbrx_cli.stdin import CONVERT
 from model.errors import ContextError, InputError
 from model.messages import Message
 
 if TYPE_CHECKING:
     from dbrx_cli.repl.loop import Repl
 
+SHOWN = 40  # characters of a path; of a longer one, the file's own name
 ROOM = 8  # /read leaves this part of the context, one in so many, for a question and its reply
 
 
@@ -33,6 +36,8 @@ def regenerate(repl: Repl, argument: str) -> None:
 def go_on(repl: Repl, argument: str) -> None:
     if not repl.conversation.turns or repl.conversation.turns[-1].role != "assistant":
         raise InputError("there is no reply to go on with")
+    if repl.ended:
+        raise InputError("the model ended its reply, and adds nothing", "ask for more, or /regen for another one")
     repl.report.notice(f"going on{repl.reading(repl.conversation, '; reads {}')}")
     repl.answer(repl.conversation, go_on=True)
 
@@ -42,7 +47,7 @@ def edit(repl: Repl, argument: str) -> None:
 
     if not repl.interactive:
         raise InputError("/edit needs a terminal", "write the message again in its place")
-    question = _last_question(repl)
+    question = _question(repl, argument)
     old = repl.conversation.turns[question].content
     with repl.signals.waiting(), repl.typed.left_to_program(), repl.signals.heard():
         new = edit_text(old).strip("\n")
@@ -54,7 +59,7 @@ def edit(repl: Repl, argument: str) -> None:
     repl.report.line(f">>> {new}")
     if reads := repl.reading(asked, "reads {}"):
         repl.report.notice(reads)
-    repl.answer(asked)
+    answer_as_branch(repl, asked)
 
 
 def undo(repl: Repl, argument: str) -> None:
@@ -74,6 +79,7 @@ def clear(repl: Repl, argument: str) -> None:
     repl.recorder.renew()
     repl.session_name = None
     repl.files.clear()
+    repl.branches, repl.branch = {}, 1
     repl.change(Conversation(repl.conversation.system))
     repl.report.notice("new conversation")
 
@@ -100,7 +106,19 @@ def read(repl: Repl, argument: str) -> None:
     if not argument:
         _list_files(repl)
         return
-    files = repl.files | {argument: attached([os.path.expanduser(argument)], "strict") + "\n\n"}
+    name = argument if os.path.exists(os.path.expanduser(argument)) else unquoted(argument)
+    put(repl, name, attach(os.path.expanduser(name)))
+
+
+def attach(path: str) -> str:
+    """A text file as a message has it before its own text."""
+    return attached([path], "strict", CONVERT) + "\n\n"
+
+
+def put(repl: Repl, name: str, text: str) -> None:
+    """Have a file wait for the next message; `ContextError` if it leaves no room for a question."""
+    files = repl.files | {name: text}
+    shown = quote(name if len(name) <= SHOWN else os.path.basename(name), SHOWN)
     asked = repl.conversation.ask("".join(files.values()))
     context = repl.engine.context
     try:
@@ -110,13 +128,13 @@ def read(repl: Repl, argument: str) -> None:
     if needed > context - context // ROOM:
         tokens = repl.engine.count(asked.turns[-1:])
         raise ContextError(
-            f"{quote(argument, 30)} leaves no room for a question: the message would have {tokens} tokens, and the "
+            f"{shown} leaves no room for a question: the message would have {tokens} tokens, and the "
             f"context is {context}",
             "give a part of it, or start with a larger --context",
         )
     reads = repl.reading(asked, ": reads {}")
     repl.files = files
-    repl.report.notice(f"{quote(argument, 30)} goes before your next message{reads}")
+    repl.report.notice(f"{shown} goes before your next message{reads}")
 
 
 def _list_files(repl: Repl) -> None:
@@ -126,6 +144,16 @@ def _list_files(repl: Repl) -> None:
         tokens = repl.engine.count([Message("user", text)])
         repl.report.line(f"{quote(name)} waits for your next message: {count(tokens, 'token')}")
     repl.report.line("/read - drops what waits, /undo the last one")
+
+
+def _question(repl: Repl, number: str) -> int:
+    """The place of the user's message of this number, from 1 on; of the last one without."""
+    if not number:
+        return _last_question(repl)
+    places = [i for i, turn in enumerate(repl.conversation.turns) if turn.role == "user"]
+    if not number.isdigit() or not 1 <= int(number) <= len(places):
+        raise InputError(f"there is no message {number} of yours", f"/edit takes 1 to {len(places)}")
+    return places[int(number) - 1]
 
 
 def _last_question(repl: Repl) -> int:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import Any, Self
 
+from dbrx_cli.output import moves_cursor
+
 PASTE, PASTED = b"\x1b[200~", b"\x1b[201~"  # how a terminal marks what is pasted, if it was asked to
 MARK, UNMARK = b"\x1b[?2004h", b"\x1b[?2004l"
 SIGNALS = {termios.VINTR: signal.SIGINT, termios.VQUIT: signal.SIGQUIT, termios.VSUSP: signal.SIGTSTP}  # by their keys
@@ -22,8 +24,7 @@ QUIET_S, PATIENCE_S = 0.25, 5.0  # for the rest of a paste that is under way
 
 def edits_lines() -> bool:
     """Whether there is a terminal, and it can do more than show lines."""
-    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    return terminal and os.environ.get("TERM") != "dumb"
+    return sys.stdin is not None and sys.stdin.isatty() and moves_cursor(sys.stdout)
 
 
 class Typeahead:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from model.foreign_text import on_one_line
 
 
@@ -10,6 +12,19 @@ def quote(text: str, length: int = 60) -> str:
     line = on_one_line(" ".join(text[: 4 * max(length, 10)].split()))
     length = max(length, 10)
     return f'"{line if len(line) <= length else line[: length - 1] + "…"}"'
+
+
+def words(text: str) -> list[str]:
+    """The words of an argument as a shell has them: quotes hold them together; one that is left open is a letter."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return [text]
+
+
+def unquoted(text: str) -> str:
+    """A name as it was meant, if it was typed in quotation marks."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def count(number: int, thing: str) -> str:

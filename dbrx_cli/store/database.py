@@ -56,6 +56,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             ids TEXT NOT NULL                   -- JSON
         )""",
     ),
+    (
+        # The other ways in which a conversation went on; `messages` holds the one that is talked in.
+        """CREATE TABLE branches (
+            session INTEGER NOT NULL REFERENCES sessions (id) ON DELETE CASCADE,
+            number INTEGER NOT NULL,
+            turns TEXT NOT NULL,                -- JSON: [role, content, ids]
+            PRIMARY KEY (session, number)
+        )""",
+    ),
 )
 
 

@@ -77,6 +77,15 @@ class Recorder:
         self._failing = False
         return True
 
+    def save_branches(self, branches: Mapping[int, Sequence[Message]]) -> None:
+        """See `Store.save_branches`; a fault is told as one of `save`."""
+        if not self.enabled or self.id is None:
+            return
+        try:
+            self.store().save_branches(self.id, branches)
+        except DbrxError as fault:
+            self._notify(f"the branches are not being saved: {fault.one_line}")
+
     def close(self) -> None:
         """Let go of the file."""
         if self._store is not None:

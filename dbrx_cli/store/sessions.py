@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -168,6 +169,25 @@ class Store:
                     (_json(timings), id, len(turns) - 1),
                 )
         self._known[id] = _Known(known.version + 1, list(turns))
+
+    def branches(self, id: int) -> dict[int, builtins.list[Message]]:
+        """The other ways in which a session went on, by number."""
+        with faults_of(self._path):
+            rows = self._connection.execute("SELECT number, turns FROM branches WHERE session = ?", (id,)).fetchall()
+        return {
+            row["number"]: [Message(role, content, tuple(ids)) for role, content, ids in json.loads(row["turns"])]
+            for row in rows
+        }
+
+    def save_branches(self, id: int, branches: Mapping[int, Sequence[Message]]) -> None:
+        """Replace them."""
+        rows = [
+            (id, number, clean(json.dumps([(turn.role, turn.content, turn.token_ids) for turn in turns])))
+            for number, turns in branches.items()
+        ]
+        with faults_of(self._path), transaction(self._connection):
+            self._connection.execute("DELETE FROM branches WHERE session = ?", (id,))
+            self._connection.executemany("INSERT INTO branches (session, number, turns) VALUES (?, ?, ?)", rows)
 
     def latest(self, kind: Kind = "chat") -> Session | None:
         """The session that was saved last and holds something."""

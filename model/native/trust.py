@@ -1,5 +1,4 @@
-"""Whose hands a file went through: native libraries, caches and settings are used only if nobody else can have
-written them."""
+"""Whose hands a library went through: only one that nobody else can have written is loaded."""
 
 from __future__ import annotations
 
@@ -9,16 +8,13 @@ from pathlib import Path
 
 
 def untrusted(path: Path) -> str | None:
-    """Why a file must not be used, or None: it and its folder are no links, and only their owner writes there.
+    """Why a library must not be loaded, or None: it and its folder are no links, and only their owner writes there.
 
-    The owner is root, this user, or whoever owns the program's own files. A file that is not there is as its folder.
+    The owner is root, this user, or whoever owns the program's own files.
     """
     owners = {0, os.geteuid(), os.stat(__file__).st_uid}
     for part, kind, is_kind in ((path.parent, "folder", stat.S_ISDIR), (path, "file", stat.S_ISREG)):
-        try:
-            found = os.lstat(part)
-        except FileNotFoundError:
-            continue
+        found = os.lstat(part)
         if stat.S_ISLNK(found.st_mode):
             return f"{part} is a link, which is not followed"
         if not is_kind(found.st_mode):

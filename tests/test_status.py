@@ -1,0 +1,130 @@
+"""The line that says what is waited for: what it tells, when it comes, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Generator
+
+import pytest
+
+from dbrx_cli import output, status
+from dbrx_cli.commands import generate
+from dbrx_cli.engine import Delta, Done, Request
+from dbrx_cli.status import Status
+from tests.cli import Cli
+from tests.fake_chat import FakeEngine
+from tests.terminal import Screen, feed
+
+
+class Tty(io.StringIO):
+    """A terminal, as far as a program asks."""
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Tty:
+    """stderr as a terminal, and a line that does not tick by itself. No fixture: pytest has its own stderr by then."""
+    monkeypatch.setattr(sys, "stderr", made := Tty())
+    monkeypatch.setattr(status, "TICK_S", 1e9)
+    monkeypatch.setenv("TERM", "xterm")
+    return made
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "seconds, read, width, shows",
+    [
+        (0, None, 80, "reading; Ctrl-C stops"),
+        (3, None, 80, "reading, 3 s; Ctrl-C stops"),
+        (0, (0, 1126), 80, "reading 0 of 1,126 tokens, 11 s left; Ctrl-C stops"),  # at the speed of the last reply
+        (4, (0, 1126), 80, "reading 0 of 1,126 tokens, 7 s left; Ctrl-C stops"),
+        (4, (512, 1126), 80, "reading 512 of 1,126 tokens, 5 s left; Ctrl-C stops"),  # at its own: 128 a second
+        (4, (512, 1126), 48, "512/1,126 tokens, 5 s left; Ctrl-C stops"),
+        (4, (512, 1126), 39, "512/1,126, 5 s left; Ctrl-C stops"),
+        (4, (512, 1126), 20, "512/1,126, 5 s left"),
+        (4, (512, 1126), 5, "512/1"),
+    ],
+)
+def test_what_it_tells(
+    monkeypatch: pytest.MonkeyPatch, seconds: int, read: tuple[int, int] | None, width: int, shows: str
+) -> None:
+    terminal(monkeypatch)
+    clock = Clock()
+    monkeypatch.setattr(status, "time", clock)
+    with Status("reading", speed=100.0) as line:
+        line.read(0, read[1]) if read else None
+        clock.now += seconds
+        if read:
+            line.read(*read) if read[0] else None
+        assert line.text(width) == shows
+
+
+def test_what_is_printed_meanwhile_stands_above_it_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = terminal(monkeypatch)
+    screen = Screen(60, 10)
+    with Status("starting demo"):
+        output.tell("dbrx: a notice")
+        feed(screen, err.getvalue())
+        assert [row.rstrip() for row in screen.display[:2]] == ["dbrx: a notice", "starting demo; Ctrl-C stops"]
+        err.truncate(0)
+        err.seek(0)
+    output.tell("then")
+    feed(screen, err.getvalue())
+    assert [row.rstrip() for row in screen.display[:3]] == ["dbrx: a notice", "then", ""]
+
+
+@pytest.mark.parametrize("variable, value", [("TERM", "dumb"), ("DBRX_PLAIN", "1")])
+def test_without_a_cursor_that_moves_it_is_one_line(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    err = terminal(monkeypatch)
+    monkeypatch.setenv(variable, value)
+    with Status("reading") as line:
+        line.read(0, 100)
+        line.read(100, 100)
+    assert err.getvalue() == "dbrx: reading; Ctrl-C stops\n"
+
+
+class Slow(FakeEngine):
+    """Notes what the terminal had been shown when it began, and between reading and text."""
+
+    seen: list[str]
+
+    def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
+        assert request.on_read is not None and isinstance(sys.stderr, Tty)
+        self.seen = [sys.stderr.getvalue()]
+        request.on_read(0, 3000)
+        request.on_read(512, 3000)
+        self.seen.append(sys.stderr.getvalue())
+        yield from super().stream(request)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--no-stream",), ("-x",)])
+def test_generate_shows_it_before_the_engine_begins_and_until_there_is_text(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    err = terminal(monkeypatch)
+    engine = Slow()
+    monkeypatch.setattr(generate, "open_engine", lambda options, report: engine)
+    out = Tty()
+    monkeypatch.setattr(sys, "stdout", out)
+    cli("generate", "-m", "fake", "--no-log", *flags, r"say some text\n```\ncode\n```")
+    assert "reading the prompt" in engine.seen[0] and "reading 512 of 3,000 tokens" in engine.seen[1]
+    assert err.getvalue().endswith("\r\x1b[K")
+    assert "code" in out.getvalue() and ("some text" in out.getvalue()) == ("-x" not in flags)
+
+
+def test_nothing_of_it_goes_into_a_file(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "open_engine", lambda options, report: FakeEngine())
+    result = cli("generate", "-m", "fake", "--no-log", "say text")
+    assert (result.out, result.err) == ("text\n", "")
