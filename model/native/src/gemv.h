@@ -110,11 +110,12 @@ void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const s
         }
         for (int64_t place = 0; place < std::min<int64_t>(4, there); place += 2) {
             const int64_t outputs[2] = {at(place), at(place + 1)}, two = std::min<int64_t>(2, there - place);
-            int64_t row = 0;
-            for (; row + 4 <= n; row += 4) tile.template operator()<2, 4>(outputs, two, row);
-            if (n - row == 3) tile.template operator()<2, 3>(outputs, two, row);
-            if (n - row == 2) tile.template operator()<2, 2>(outputs, two, row);
-            if (n - row == 1) tile.template operator()<2, 1>(outputs, two, row);
+            for (int64_t row = 0, tiles = (n + 3) / 4, count; row < n; row += count, --tiles) {
+                count = (n - row + tiles - 1) / tiles;  // 5 rows are 3 and 2: a tile of one takes as long as one of two
+                if (count == 2) tile.template operator()<2, 2>(outputs, two, row);
+                else if (count == 3) tile.template operator()<2, 3>(outputs, two, row);
+                else tile.template operator()<2, 4>(outputs, two, row);
+            }
         }
     }
 }
