@@ -125,6 +125,11 @@ def test_numbers_that_are_not_finite_stay_so(build: type, rows: int) -> None:
     if kernel.quantization != "none":
         with pytest.raises(ModelError, match="not finite"):
             kernel.pack(torch.full((16, 32), torch.nan))
+    if kernel.quantization == "int8":
+        stored = kernel.quantize(torch.ones(16, 32))
+        stored.scale[7] = torch.nan
+        with pytest.raises(ModelError, match="not finite"):
+            kernel.load(stored)
 
 
 def test_a_kernel_that_computes_wrong_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
