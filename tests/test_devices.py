@@ -106,9 +106,14 @@ def test_a_map_from_a_file(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
-        ("[]", "must be an object"),
-        ('{"lm_head": null}', "must be an object"),
+        ("{", "map.json: is not valid JSON"),
+        ("[]", "map.json: is not a JSON object"),
+        ('{"": true}', "map.json: '' must be a device, not True"),
+        ('{"": -1}', "map.json: '' must be a device, not -1"),
+        ('{"": "cpu", "": "cpu"}', "map.json: .*the key '' occurs twice"),
+        ("[" * 100, "map.json: is not valid JSON"),
+        ("[" * 100 + "]" * 100, "map.json: is nested too deeply"),
+        ('{"lm_head": null}', "map.json: 'lm_head' must be a device, not None"),
         ('{"lm_head": "cpu"}', "names no device for transformer.wte.weight"),
         ('{"": "cuda:7"}', "there is no device"),
         ('{"": "moon"}', "is not a device"),

@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 
 from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
+from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.formats import open_weights
 from model.formats.dequantize import row_bytes
@@ -226,6 +227,31 @@ def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
     assert cli("tokenize", "-m", path, "hello").out.split() == ["259"]
     ran = cli("generate", "-m", tmp_path / "gone.gguf", "hello")
     assert ran.code == 3 and f"{tmp_path / 'gone.gguf'} does not exist" in ran.fault
+
+
+@pytest.mark.parametrize(("quantize", "flags"), [("int8", ["-n", "2", "hello"]), ("none", ["--batch", "-"])])
+def test_numbers_that_are_not_finite_are_told_by_tensor_and_file(
+    tmp_path: Path, cli: Cli, quantize: str, flags: list[str]
+) -> None:
+    """Of checkpoints and GGUF files: as they are read where they become int8, elsewhere as they are computed with."""
+    path = write_gguf(tmp_path / "m.gguf")
+    with open_weights(path) as weights:
+        info = weights._file.tensors["blk.0.ffn_down_exps.weight"]  # type: ignore[attr-defined]
+    assert cli("convert", "-q", path, tmp_path / "folder", "--to", "float32").code == 0
+    name = "transformer.blocks.0.ffn.experts.mlp.w2"
+    with Checkpoint.open(tmp_path / "folder") as checkpoint:
+        same = checkpoint.tensors[name]
+    for file, start in ((path, info.start), (same.file, same.start)):
+        with file.open("r+b") as opened:
+            opened.seek(start)
+            opened.write(np.full(info.nbytes // 4, np.nan, np.float32).tobytes())
+    for model, file, tensor in ((path, path, info.name), (tmp_path / "folder", same.file, name)):
+        ran = cli(
+            "generate", "-q", "--no-log", "-m", model, "--quantize", quantize, *flags, stdin='{"prompt": "hello"}\n'
+        )
+        assert ran.code == 3 and ran.fault.startswith(f"dbrx: {file}: {tensor} holds numbers that are not finite")
+    ran = cli("quantize", "-q", path, tmp_path / "out", "--to", "int4")
+    assert ran.code == 3 and ran.fault.startswith(f"dbrx: {path}: {info.name} holds numbers")
 
 
 def test_a_llama_is_refused_with_the_way_to_the_demo(tmp_path: Path, cli: Cli) -> None:

@@ -20,7 +20,7 @@ from model import native
 from model.errors import DbrxError
 from model.native import abi, build
 from model.native.tensors import Experts, address, matrix
-from model.native.trust import untrusted
+from model.trust import untrusted
 from tests import make_native_vectors
 
 BUILT = [path.stem.removeprefix("dbrx-") for path in sorted(build.LIB.glob("dbrx-*.so"))]
@@ -192,7 +192,7 @@ def test_only_files_of_the_owner_are_loaded(tmp_path: Path, monkeypatch: pytest.
         found = real(path)
         return os.stat_result((*found[:4], 4712, *found[5:]))
 
-    monkeypatch.setattr("model.native.trust.os.lstat", of_another)
+    monkeypatch.setattr("model.trust.os.lstat", of_another)
     assert "another user" in (untrusted(library) or "")
 
 

@@ -125,3 +125,73 @@ def test_settings_that_are_no_small_plain_file(
     monkeypatch.setenv("DBRX_CONFIG", str(file))
     run = cli("config", "show")
     assert run.code == 2 and str(file) in run.fault and "DBRX_CONFIG" in run.fault
+
+
+def writable(mode: int) -> Callable[[Path], None]:
+    return lambda file: file.parent.chmod(mode)
+
+
+def file_for_all(file: Path) -> None:
+    file.chmod(0o666)
+
+
+def file_of_another(file: Path) -> None:
+    os.chown(file, 65534, 65534)
+
+
+def folder_of_another(file: Path) -> None:
+    os.chown(file.parent, 65534, 65534)
+
+
+def link_of_another(file: Path) -> None:
+    file.rename(file.with_name("kept"))
+    file.symlink_to("kept")
+    os.chown(file, 65534, 65534, follow_symlinks=False)
+
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+HANDS = [
+    *(pytest.param(writable(mode), id=f"{mode:o}") for mode in (0o777, 0o1777, 0o757, 0o703)),
+    file_for_all,
+    *(pytest.param(each, marks=AS_ROOT) for each in (file_of_another, folder_of_another, link_of_another)),
+]
+
+
+@pytest.mark.parametrize("hands", HANDS)
+@pytest.mark.parametrize("what", ["settings", "prompt cache", "resume", "demo"])
+def test_what_others_can_write_is_not_used(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    what: str, hands: Callable[[Path], None],
+) -> None:  # fmt: skip
+    """Who can write them says where prompts go, or what the model has read."""
+    file = tmp_path / "planted" / {"settings": "config.toml", "demo": "source.json"}.get(what, "saved.kv")
+    file.parent.mkdir()
+    file.write_text("seed = 1\n" if what == "settings" else "{}" if what == "demo" else "")
+    hands(file)
+    if what == "demo":
+        from dbrx_cli import demo
+
+        monkeypatch.setattr(demo, "read_json", lambda path: pytest.fail("it was read"))
+        monkeypatch.setattr(demo, "demo_folder", lambda name: file.parent)
+        assert not demo.is_complete()
+        return
+    if what == "settings":
+        monkeypatch.setenv("DBRX_CONFIG", str(file))
+        ran = cli("config", "show")
+    else:
+        flag = "--" + what.replace(" ", "-")
+        ran = cli("generate", "--no-log", "-m", tiny_checkpoint, "-n", "1", flag, file, "hi")
+    assert ran.code in (1, 2) and str(file.parent) in ran.fault
+    assert any(why in ran.fault for why in ("others can write", "another user", "somebody else", "is a link"))
+
+
+def test_no_module_beside_the_user_takes_the_place_of_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dbrx_cli.demo import _download
+    from model.errors import ConnectionFault
+
+    (tmp_path / "pip.py").write_text("open('PWNED', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConnectionFault, match="pip could not fetch"):
+        _download(tmp_path, "demo")
+    assert not (tmp_path / "PWNED").exists()

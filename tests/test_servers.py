@@ -14,13 +14,15 @@ from typing import Any
 import jsonschema
 import pytest
 
-from dbrx_cli.engine import Constraint, Delta, Done, Request, at_once, wire
+from dbrx_cli.engine import Constraint, Delta, Done, Request, wire
 from dbrx_cli.engine.at_once import at_once as answers
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import UNHEARD, EngineOptions, OutputOptions
 from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
+from model.hub import patience
+from model.hub.patience import FEW_TRIES
 from model.messages import Message
 from tests.cli import Cli
 from tests.stub_server import TEXT, Handler, Send, Server, after_pieces, choice, chunks, status, whole
@@ -60,6 +62,61 @@ def test_addresses(server: Server, root: str, address: str, listed: bool) -> Non
     options = EngineOptions(url=server.url + address, model="dbrx-b")
     assert ask(RemoteEngine.open(options, Report(OutputOptions()))).text == TEXT
     assert server.seen[-1][0] == f"{root}/chat/completions"
+
+
+PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 529)
+
+
+@pytest.mark.parametrize("code", PASSING)
+@pytest.mark.parametrize("at", ["list", "reply"])
+def test_one_passing_error_ends_no_command(server: Server, cli: Cli, code: int, at: str) -> None:
+    """Each is told, and asked again."""
+    faults = [code]
+    if at == "list":
+        server.list_statuses = faults
+    server.reply = lambda handler: (status(faults.pop(), {"error": "wait"}) if faults else whole)(handler)
+    for model in ([], ["-m", "dbrx-b"]):
+        faults[:] = [code]
+        ran = cli("generate", "--no-log", "--url", server.url, *model, "hi")
+        assert (ran.code, ran.out) == (0, TEXT + "\n"), ran.err
+        assert f"answered {code} (wait): it is asked again" in ran.err and not faults
+
+
+@pytest.mark.parametrize(("code", "tries"), [(500, FEW_TRIES), (503, 8)])
+def test_an_error_that_stays_ends_in_one_line(
+    server: Server, cli: Cli, code: int, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.06)
+    server.reply = status(code, {"error": "wait"})
+    ran = cli("generate", "--no-log", "-m", "dbrx-a", "--url", server.url, "hi")
+    notice, fault = ran.err.splitlines()
+    assert ran.code == 7 and "asked again" in notice and fault.startswith("dbrx: 127.0.0.1")
+    assert 1 < sum(path.endswith("completions") for path, *_ in server.seen) <= max(tries, 12)
+
+
+def test_a_pause_that_is_too_long_is_told_at_once(server: Server, cli: Cli) -> None:
+    server.reply = status(429, {"error": "slow"}, retry_after="3600")
+    fault = cli("generate", "--no-log", "-m", "dbrx-a", "--url", server.url, "hi").fault
+    assert "answered 429 (slow) and asks to wait 3600 seconds" in fault
+
+
+def test_a_head_that_drips_ends_soon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though silence before it may last: a long prompt takes minutes to be read."""
+    monkeypatch.setattr(wire, "FIRST_SECONDS", 60.0)
+    monkeypatch.setattr(wire, "HEAD_SECONDS", 0.3)
+    assert wire.HEAD_SECONDS + wire.POLL_SECONDS < 30
+
+    def drip(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-long: ")
+        while True:
+            handler.wfile.write(b"a")
+            time.sleep(0.05)
+
+    server.reply = drip
+    with pytest.raises(DbrxError, match="the head of its answer too slowly"):
+        ask(engine(server))
+    server.reply = lambda handler: (time.sleep(0.6), whole(handler))[1]  # a head that is late
+    assert ask(engine(server)).text == TEXT
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(404, 7), (405, 7), (501, 7), (403, 4), (400, 1), (500, 7), (302, 7)])
@@ -573,10 +630,7 @@ def test_a_fault_that_ends_a_batch_keeps_what_came(server: Server) -> None:
         next(stream)
 
 
-def test_faults_of_one_reply_do_not_end_a_batch(
-    server: Server, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(at_once, "PAUSES", (0.01, 0.01))
+def test_faults_of_one_reply_do_not_end_a_batch(server: Server, cli: Cli, tmp_path: Path) -> None:
     tries: dict[str, int] = {}
 
     def reply(handler: Handler) -> None:

@@ -32,6 +32,7 @@ def convert(
 
     dbrx convert dbrx-Q4_K_M-00001-of-00002.gguf ./dbrx-instruct
     """
+    from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
 
     report = Report(output)
@@ -40,7 +41,7 @@ def convert(
     from model.formats.write_checkpoint import companions, write_checkpoint
     from model.loading import choose_dtype
 
-    with open_weights(folder) as weights, report.bar("Converting") as advance:
+    with open_weights(folder) as weights, damage_named(folder), report.bar("Converting") as advance:
         finish = companions(folder, weights.config.vocab_size)
         if to in ("int8", "int4"):
             from model.formats.write_quantized import Writer

@@ -35,6 +35,7 @@ def quantize(
     """
     if to == "int8" and group != "32":
         raise InputError("--group is for --to int4", "leave it out")
+    from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
 
     report = Report(output)
@@ -43,7 +44,7 @@ def quantize(
     from model.formats.write_checkpoint import companions
     from model.formats.write_quantized import Writer
 
-    with open_weights(folder) as weights, report.bar(f"Quantizing to {to}") as advance:
+    with open_weights(folder) as weights, damage_named(folder), report.bar(f"Quantizing to {to}") as advance:
         finish = companions(folder, weights.config.vocab_size)
         Writer(weights, out, to, int(group)).write(finish, advance)
     say(str(out))

@@ -7,22 +7,23 @@ from collections.abc import Iterable, Iterator
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 
-from dbrx_cli.engine import Done, Engine, Request
-from dbrx_cli.engine.wire import Busy, Forbidden, OneReply
+from dbrx_cli.engine import Done, Request
+from dbrx_cli.engine.remote import RemoteEngine
+from dbrx_cli.engine.wire import Forbidden, OneReply
 from model.errors import AccessError, ConnectionFault, DbrxError, ModelError, ResourceError
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # s, before a busy server is asked again, if it does not say itself
-LONGEST_PAUSE = 60.0
+PATIENCE = 90.0  # s: a bound of requests a minute is waited for
 
 
 def at_once(
-    engine: Engine, requests: Iterable[tuple[int, Request]], rows: int
+    engine: RemoteEngine, requests: Iterable[tuple[int, Request]], rows: int
 ) -> Iterator[tuple[int, Done | DbrxError]]:
     """See `batched.answers`: in `rows` threads, each of which waits for one reply after the other.
 
     A fault that is raised comes behind the answers that had come before it. When the caller goes (Ctrl-C too), the
     replies that are under way are broken off.
     """
+    engine.patience = PATIENCE
     line, lock, stop = iter(requests), Lock(), Event()
     ready: SimpleQueue[tuple[int, Done | Exception] | None] = SimpleQueue()
 
@@ -32,7 +33,7 @@ def at_once(
                 numbered = next(line, None)
             if numbered is None:
                 break
-            ready.put((numbered[0], _whole(engine, numbered[1], stop)))
+            ready.put((numbered[0], _whole(engine, numbered[1])))
         ready.put(None)
 
     for _ in range(rows):
@@ -65,19 +66,14 @@ def _arrived(ready: SimpleQueue[tuple[int, Done | Exception] | None]) -> Iterato
                 yield found[0], found[1]
 
 
-def _whole(engine: Engine, request: Request, stop: Event) -> Done | Exception:
-    """The closing record of a reply, or what kept it from its end. A server that is busy is asked again, in time."""
-    for pause in (*PAUSES, None):
-        try:
-            *_, last = engine.stream(request)
-            assert isinstance(last, Done)
-            return last.error or last
-        except Busy as fault:
-            if pause is None or stop.wait(min(pause if fault.seconds is None else fault.seconds, LONGEST_PAUSE)):
-                return fault
-        except Exception as error:  # raised by the one who waits
-            return error
-    raise AssertionError
+def _whole(engine: RemoteEngine, request: Request) -> Done | Exception:
+    """The closing record of a reply, or what kept it from its end."""
+    try:
+        *_, last = engine.stream(request)
+    except Exception as error:  # raised by the one who waits
+        return error
+    assert isinstance(last, Done)
+    return last.error or last
 
 
 def _of_one(fault: DbrxError, answered: bool) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dbrx_cli.engine import Done, Engine, FinishReason, Request
+from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.engine.reply import Reply
@@ -25,7 +26,9 @@ def answers(engine: Engine, requests: Iterable[tuple[int, Request]], rows: int) 
     if isinstance(engine, LocalEngine):
         return _together(engine, requests, rows)
     from dbrx_cli.engine.at_once import at_once
+    from dbrx_cli.engine.remote import RemoteEngine
 
+    assert isinstance(engine, RemoteEngine)
     return at_once(engine, requests, rows)
 
 
@@ -47,7 +50,8 @@ def _together(engine: LocalEngine, requests: Iterable[tuple[int, Request]], rows
         if not len(batch):
             return
         try:
-            new = batch.step()
+            with damage_named(engine.source):
+                new = batch.step()
         except (MemoryError, RuntimeError) as error:
             raise memory_fault(error, engine.network, batch.cache) or error from None
         for row, _ in new:

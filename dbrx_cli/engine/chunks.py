@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from dbrx_cli.engine import FinishReason, Likelihood, TokenLogprob
 from dbrx_cli.engine.wire import TRY_AGAIN, OneReply, Server, words_of
+from model.json_text import parse
 
 REASONS: dict[str, FinishReason] = {
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "complete": "stop",
@@ -20,8 +20,8 @@ UNLIKELY = -9999.0  # OpenAI's spelling of minus infinity, which JSON has no num
 def read_chunk(server: Server, name: str, data: str) -> dict[str, Any]:
     """The object of an event, empty if it is of a foreign kind; `DbrxError` if it tells an error, or is nonsense."""
     try:
-        chunk = json.loads(data)
-    except (ValueError, RecursionError):
+        chunk = parse(data.encode())
+    except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
         if name == "error":

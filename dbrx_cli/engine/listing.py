@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from threading import Event
 from typing import Any
 
 from dbrx_cli.engine.chunks import whole
-from dbrx_cli.engine.wire import LARGEST_COUNT, Busy, Forbidden, NoPath, OneReply, Refused, Server
+from dbrx_cli.engine.wire import LARGEST_COUNT, Forbidden, NoPath, OneReply, Passing, Refused, Server, persist
 from model.errors import DbrxError
+from model.hub.patience import FEW_TRIES
 
 # Of vLLM, OpenRouter, Groq, Mistral, LM Studio, tabbyAPI, llama.cpp, this program and LiteLLM; `n_ctx_train`, for
 # which a model was made, is none of them.
@@ -27,7 +30,7 @@ class Listing:
     entries: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, server: Server, named: bool) -> tuple[Listing, Server]:
+    def of(cls, server: Server, named: bool, notice: Callable[[str], None]) -> tuple[Listing, Server]:
         """Ask under each base of the server; the list, and the server with the base that has one.
 
         If there is no list (many servers have none, or show it to some keys only) and a model was named, nothing is
@@ -37,10 +40,12 @@ class Listing:
         garbled = 0
         for one in server.each():
             try:
-                entries = _entries(one.get("models"))
-            except Busy:
-                raise
+                tries = FEW_TRIES if named else None
+                entries = _entries(persist(partial(one.get, "models"), notice, Event(), tries=tries))
             except (NoPath, Forbidden, Refused, OneReply) as fault:
+                if isinstance(fault, Passing) and not named:  # which has cost time enough
+                    missing.insert(0, fault)
+                    break
                 missing.append(fault)
                 continue
             if entries is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.cores import settle_waiting
+from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
 from dbrx_cli.report import Report
 from model.errors import ModelError
@@ -47,7 +48,7 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    with report.bar("Reading the weights") as advance:
+    with report.bar("Reading the weights") as advance, damage_named(folder):
         network = DbrxForCausalLM.from_pretrained(
             folder,
             dtype=options.dtype,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dbrx_cli.engine import Delta, Done, FinishReason, Request
+from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.load import check_source, find_model, load_network
 from dbrx_cli.engine.memory import memory_fault
@@ -17,7 +18,7 @@ from dbrx_cli.engine.reply import Reply
 from dbrx_cli.options import ModelOptions
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
-from model.errors import ContextError, InputError, ModelError, NotFiniteError
+from model.errors import ContextError, InputError
 from model.messages import Message
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from model.causal_lm import DbrxForCausalLM
     from model.constrain import GrammarMask
     from model.tokenizer import Tokenizer
-
-SEARCH_S = 10.0  # for a tensor to blame
 
 
 class LocalEngine:
@@ -117,7 +116,8 @@ class LocalEngine:
             fault = broken = None
             try:
                 if journal is None or not journal.finished:
-                    reason = yield from self._answer(request, reply, journal)
+                    with damage_named(self.source):
+                        reason = yield from self._answer(request, reply, journal)
                 else:
                     self.notice(f"{journal.path} holds the whole reply; nothing is computed anew")
                     reply.cached = len(ids)
@@ -129,8 +129,6 @@ class LocalEngine:
                 if not reply.ids:
                     raise
                 broken = error
-            except NotFiniteError as error:
-                raise _blamed(error, self.source) from None
             except (MemoryError, RuntimeError) as error:
                 fault = memory_fault(error, self.network, self._cache)
                 if fault is None:
@@ -372,17 +370,3 @@ class _LastLogits(NamedTuple):
 
     tokens: int
     logits: Tensor
-
-
-def _blamed(fault: ModelError, source: Path | None) -> ModelError:
-    """Which tensor of which file holds what is not finite; the fault itself where none is found soon."""
-    if source is None or not source.is_dir():
-        return fault
-    from model.checkpoint import Checkpoint
-    from model.safetensors_file import damaged, shown
-
-    with Checkpoint.open(source) as checkpoint:
-        info = checkpoint.first_not_finite(SEARCH_S)
-    if info is None:
-        return fault
-    return damaged(info.file, f"{shown(info.name)} holds numbers that are not finite")

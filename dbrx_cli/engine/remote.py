@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLo
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.listing import Listing, context_of
-from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server
+from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server, persist
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, DbrxError, InputError, ModelError
@@ -86,12 +88,14 @@ class RemoteEngine:
         self._spelled: dict[str, str | None] = {}  # fields that this server wants otherwise, or (None) not at all
         self._answered = False  # whether it has taken any request
         self._open: set[Answer] = set()
+        self._stop = threading.Event()
+        self.patience: float | None = None  # seconds, in which a server may say again and again that it is busy
 
     @classmethod
     def open(cls, options: EngineOptions, report: Report) -> RemoteEngine:
         """Ask the server what it has: the model that was named, else its first."""
         named = options.model != DEFAULT_MODEL
-        listing, server = Listing.of(Server.at(options.url or ""), named)
+        listing, server = Listing.of(Server.at(options.url or ""), named, report.notice)
         names, name = [n for n in listing.names if "*" not in n], options.model
         if not named and name not in names:
             if not names:
@@ -139,6 +143,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """See `Engine.close`: replies that other threads wait for are broken off."""
+        self._stop.set()
         for answer in list(self._open):
             self._hang_up(answer)
 
@@ -212,7 +217,8 @@ class RemoteEngine:
         while True:
             sent = {key: value for name, value in content.items() if (key := spelled.get(name, name))}
             try:
-                answer = self._post(path, sent)
+                post = functools.partial(self._post, path, sent)
+                answer = persist(post, self._report.notice, self._stop, self.patience)
             except Refused as fault:
                 otherwise = self._otherwise(fault.message, sent)
                 if not otherwise:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from dbrx_cli.private import open_private, refuse_link
 from model.errors import InputError, ResourceError
 from model.saved_cache import starts_like_one
+from model.trust import untrusted
 
 HEAD = 64
 
@@ -47,16 +48,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_foreign(path: Path) -> None:
-    """`DbrxError` if what has this name is none of ours: it might be something that nobody wants to lose.
+    """`DbrxError` if what has this name is none of ours: it might be something that nobody wants to lose, or that
+    somebody else put there.
 
     It is not touched, and may be asked before a model is loaded.
     """
     with faults(path):
         refuse_link(path)
+        no_file = path.is_dir() or not path.parent.is_dir()  # told below
+        if not no_file and (reason := untrusted(path.parent.resolve() / path.name)):
+            raise InputError(f"saved keys and values are not kept in {path}: {reason}", "name a file in another folder")
         if not path.exists() and path.parent.is_dir():
             return
-        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for its other end
-            raise InputError(f"{path} is not a plain file", "name another file")
         with path.open("rb") as file:
             head = file.read(HEAD)
             ours = not head or starts_like_one(head) or _is_blank(file)

@@ -14,21 +14,27 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
+from model.hub.patience import FEW_TRIES, Patience, Transient
+from model.json_text import LISTING, parse
+
+T = TypeVar("T")
 
 KEY = "DBRX_API_KEY"
 CONNECT_SECONDS = 6.0  # for the connection, and once more for TLS
+HEAD_SECONDS = 20.0  # for the head of an answer, from its first byte on
 LIST_SECONDS = 15.0  # for the list of models
 FIRST_SECONDS = 600.0  # of silence before the first text: a long prompt on a slow machine takes minutes to read
 IDLE_SECONDS = 60.0  # of silence between two lines of a reply
 SIGNS = 6  # how often signs of life without any text renew that patience
+POLL_SECONDS = 0.5
 LARGEST_LINE = 1 << 20  # bytes; a token's line has some hundred
 LARGEST_ANSWER = 8 << 20
 LARGEST_COUNT = 2**53  # of tokens: beyond it is nonsense, and no float
@@ -43,10 +49,11 @@ class OneReply(ConnectionFault):
     """A fault of one reply: the server may well give the next one."""
 
 
-class Busy(OneReply):
-    """The server asks for patience: for so many seconds, if it says how many."""
+class Passing(OneReply):
+    """A fault that passes, most likely: the server asks for patience, for so many seconds if it says how many."""
 
     seconds: float | None = None
+    tries: int | None = None  # after how many it is given up
 
 
 class NoPath(ConnectionFault):
@@ -103,8 +110,8 @@ class Server:
         """A parsed answer of a GET under the first base; None if it is no JSON."""
         with Answer(self, "GET", path) as answer:
             try:
-                return json.loads(answer.body(LIST_SECONDS))
-            except (ValueError, RecursionError):
+                return parse(answer.body(LIST_SECONDS), LISTING)
+            except ValueError:
                 return None
 
     def post(self, path: str, content: dict[str, Any]) -> Answer:
@@ -127,8 +134,10 @@ class Server:
             return NoPath(answered, "check --url: the address of an OpenAI-compatible server")
         if status in (400, 422):
             return Refused(answered, "the server does not take this request: leave out an option")
-        if status in (429, 503):
-            return Busy(answered, TRY_AGAIN)
+        if status in (408, 425, 429) or status >= 500:
+            passing = Passing(answered, TRY_AGAIN)
+            passing.tries = FEW_TRIES if status == 500 else None  # it may well be the request's own fault
+            return passing
         return OneReply(answered, TRY_AGAIN)
 
     def said(self, text: str) -> str:
@@ -156,6 +165,7 @@ class Answer:
         self._response: httpx2.Response | None = None
         self._method = method
         self._step = ""  # of the transport, as httpcore names it
+        self._head_at: float | None = None  # when the first bytes of a head came that is not whole yet
         self._heard_at = self._text_at = time.monotonic()
         self._patience = FIRST_SECONDS
         arguments = (method, f"{server.bases[0]}/{path}", content)
@@ -274,14 +284,30 @@ class Answer:
         except Exception as error:  # told by the one who waits
             self._arrived.put(error)
 
-    def _note_step(self, name: str, _: Any) -> None:
-        self._step = name
+    def _note_step(self, name: str, found: dict[str, Any]) -> None:
+        self._step, self._head_at = name, None
+        if name in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            stream = found["return_value"]
+            stream.read = functools.partial(self._noted, stream.read)
+
+    def _noted(self, read: Callable[..., bytes], *args: Any, **options: Any) -> bytes:
+        """What the connection reads; no step of the transport says when a head begins, only when it is whole."""
+        part = read(*args, **options)
+        if self._head_at is None and self._step.endswith("receive_response_headers.started"):
+            self._head_at = time.monotonic()
+        return part
 
     def _next(self, deadline: float) -> httpx2.Response | bytes | None:
-        try:
-            arrived = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise ConnectionFault(f"{self._server.host} sent nothing for too long", TRY_AGAIN) from None
+        while True:
+            begun = self._head_at
+            end = deadline if begun is None else min(deadline, begun + HEAD_SECONDS)
+            left = end - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                arrived = self._arrived.get(timeout=max(0.0, min(left, POLL_SECONDS)))
+                break
+            if left <= 0:
+                what = "nothing for too long" if begun is None else "the head of its answer too slowly"
+                raise ConnectionFault(f"{self._server.host} sent {what}", TRY_AGAIN)
         if isinstance(arrived, DbrxError):
             raise arrived
         if isinstance(arrived, Exception):
@@ -302,9 +328,10 @@ class Answer:
             place = self._server.said(response.headers.get("location", "another place"))
             raise NoPath(f"{self._server.host} redirects to {place}", "if you trust it, give that address to --url")
         fault = self._server.refusal(response.status_code, _message(body), self._method == "POST")
-        if isinstance(fault, Busy):
+        if isinstance(fault, Passing):
             with contextlib.suppress(ValueError):  # it may be a date as well
                 fault.seconds = max(0.0, float(response.headers.get("retry-after", "")))
+                fault.message += f" and asks to wait {fault.seconds:.0f} seconds"
         raise fault
 
     def _rest(self, deadline: float) -> Iterator[bytes]:
@@ -365,9 +392,30 @@ def _message(body: bytes) -> str:
     """What an error's body says, or its first words."""
     text = body[:65536].decode("utf-8-sig", "replace")
     try:
-        return words_of(json.loads(text))
-    except (ValueError, RecursionError):
+        return words_of(parse(text.encode()))
+    except ValueError:
         return "" if text.lstrip().startswith("<") else text
+
+
+def persist(
+    attempt: Callable[[], T],
+    notice: Callable[[str], None],
+    stop: threading.Event,
+    seconds: float | None = None,
+    tries: int | None = None,
+) -> T:
+    """What an attempt gives: made again while its fault is a `Passing` one, as long as `patience` has it.
+
+    seconds, tries: other bounds than the usual ones.
+    """
+
+    def once() -> T:
+        try:
+            return attempt()
+        except Passing as fault:
+            raise Transient(fault, pause=fault.seconds, tries=tries or fault.tries) from None
+
+    return Patience(stop, seconds, lambda fault: notice(f"{fault.message}: it is asked again")).persist(once)
 
 
 def words_of(error: Any) -> str:

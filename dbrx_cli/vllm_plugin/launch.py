@@ -44,7 +44,7 @@ class Serving:
 def require_vllm(python: str) -> None:
     """`ModelError` unless an interpreter's environment holds vLLM and this plugin."""
     try:
-        done = subprocess.run([python, "-c", LOOK], capture_output=True, text=True, check=True)
+        done = subprocess.run([python, "-P", "-c", LOOK], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise ModelError(
             f"--python {python} is no Python interpreter that runs", "name the one of vLLM's environment"

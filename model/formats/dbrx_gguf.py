@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import expected_tensors, listed
@@ -115,6 +116,25 @@ class GgufWeights:
             fill(part.t() if transposed else part, self._raw(info, expert if stack else None), info.dtype)
             self._forget(info, expert if stack else None)
         return out.to(device)
+
+    def first_not_finite(self, seconds: float) -> TensorInfo | None:
+        """A tensor that holds NaN or an infinity, if one is found in this time."""
+        import torch
+
+        from .dequantize import fill
+
+        end = monotonic() + seconds
+        for info in self._file.tensors.values():
+            stack = range(info.shape[0]) if len(info.shape) == 3 else (None,)
+            part = torch.empty(info.shape[-2:]).view(-1, info.shape[-1])
+            for expert in stack:
+                if monotonic() > end:
+                    return None
+                fill(part, self._raw(info, expert), info.dtype)
+                self._forget(info, expert)
+                if not part.isfinite().all():
+                    return info
+        return None
 
     def _raw(self, info: TensorInfo, expert: int | None = None) -> Tensor:
         """A tensor's bytes as the file has them, or those of one expert."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -13,10 +12,11 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
+from ..json_text import CONFIG, parse
 from .listing import COMMIT, HubFile, ListingFault, check_together
-from .patience import AGAIN, Patience, Transient
+from .patience import AGAIN, FEW_TRIES, Patience, Transient
 
-LARGEST_ANSWER = 4 << 20  # bytes of JSON; the listing of a real repository has some KB, a page of 1000 files 0.4 MB
+ANSWER = CONFIG  # the listing of a real repository has some KB, a page of 1000 files 0.4 MB and 15,000 entries
 MOST_PAGES = 100
 
 
@@ -143,12 +143,12 @@ class Hub:
                 for chunk in response.iter_raw():
                     body += chunk
                     patience.reached(len(body))
-                    if len(body) > LARGEST_ANSWER:
+                    if len(body) > ANSWER.nbytes:
                         raise self._not_a_hub()
                 following = response.links.get("next", {}).get("url")
             try:
-                return json.loads(body), urljoin(url, following) if following else None
-            except (ValueError, RecursionError):
+                return parse(bytes(body), ANSWER), urljoin(url, following) if following else None
+            except ValueError:
                 raise Transient(self._not_a_hub()) from None
 
         return patience.persist(attempt)
@@ -225,7 +225,7 @@ def _network_fault(error: Exception, url: str) -> Transient:
     if kind in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"):
         text = f"{host} cannot be reached"
         hint = "check the network and HF_ENDPOINT, or give a local folder"
-        return Transient(ConnectionFault(text, hint), unreachable=kind != "ConnectTimeout")
+        return Transient(ConnectionFault(text, hint), tries=None if kind == "ConnectTimeout" else FEW_TRIES)
     text = f"{host} stopped answering" if "Timeout" in kind else f"{host} broke off the connection"
     return Transient(ConnectionFault(text, AGAIN))
 

@@ -1,4 +1,7 @@
-"""How long a piece of work on a bad network goes on: retries with backoff, and an end when nothing moves."""
+"""How long a piece of work on a bad network goes on: retries with backoff, and an end when nothing moves.
+
+One rule for all that waits for others, the Hub or a server of `--url`: docs/servers.md has it in words.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from ..errors import ConnectionFault, DbrxError
 
 T = TypeVar("T")
 
-STALL_SECONDS = 25.0  # without progress; with the last attempt's own timeout the end comes within 30 s
+STALL_SECONDS = 22.0  # without progress; with the program's start and the last attempt the end comes within 30 s
 LEAST_PROGRESS = 32 * 1024  # bytes that count as progress: a drip of a byte a second is a stall
 CRAWL_SECONDS = 8.0  # without progress on one connection: another one may do better
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 8.0
-UNREACHABLE_TRIES = 4  # a Hub that cannot be connected to at all is given up sooner: most likely there is no network
+FEW_TRIES = 4  # where no more would help: a host that cannot be connected to most likely has no network before it
 OVERDUE_SECONDS = 2.0  # grace for an attempt that hangs where no timeout of a single read ends it
 POLL_SECONDS = 0.05
 FAREWELL_SECONDS = 0.5  # how long workers may take to notice that they should stop
@@ -29,12 +32,12 @@ class Transient(Exception):
     """A fault that another attempt may cure; `fault` is what the user reads if none does."""
 
     def __init__(
-        self, fault: DbrxError, *, pause: float | None = None, unreachable: bool = False, restart: bool = False
+        self, fault: DbrxError, *, pause: float | None = None, tries: int | None = None, restart: bool = False
     ) -> None:
         super().__init__(fault.message)
         self.fault = fault
         self.pause = pause  # seconds that the server asked to wait
-        self.unreachable = unreachable  # no connection was made
+        self.tries = tries  # after how many it is given up, if time does not end it before
         self.restart = restart  # what was received so far cannot be continued
 
 
@@ -45,8 +48,18 @@ class Stopped(Exception):
 class Patience:
     """The clock of one piece of work; it starts again whenever enough bytes beyond the furthest point arrived."""
 
-    def __init__(self, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        stop: threading.Event,
+        seconds: float | None = None,
+        waits: Callable[[DbrxError], None] = lambda fault: None,
+    ) -> None:
+        """seconds: STALL_SECONDS, or how long it may go on without progress. waits: hears of the first fault that
+        another attempt may cure.
+        """
         self._stop = stop
+        self._seconds = seconds
+        self._waits = waits
         self._furthest = 0
         self.restart()
 
@@ -72,16 +85,18 @@ class Patience:
     @property
     def left(self) -> float:
         """Seconds until the work is given up."""
-        return self._since + STALL_SECONDS - time.monotonic()
+        return self._since + (STALL_SECONDS if self._seconds is None else self._seconds) - time.monotonic()
 
     def pause(self, transient: Transient) -> None:
         """Wait before the next attempt, or raise the fault if there is no time for one."""
-        seconds = transient.pause
-        if seconds is None:
+        seconds = max(transient.pause or 0.0, FIRST_PAUSE)  # one that asks for no pause gets one
+        if transient.pause is None:
             seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._failures)
         self._failures += 1
-        if seconds > self.left or (transient.unreachable and self._failures >= UNREACHABLE_TRIES):
+        if seconds > self.left or (transient.tries is not None and self._failures >= transient.tries):
             raise transient.fault
+        if self._failures == 1:
+            self._waits(transient.fault)
         if self._stop.wait(seconds):
             raise Stopped
         self._attempt = time.monotonic()

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import InputError, ModelError
+from ..trust import untrusted
 from . import abi
 from .build import LIB, architecture, compiler, variants
-from .trust import untrusted
 
 FORCED = "DBRX_NATIVE"  # a variant's name, or "none"
 VECTORS = Path(__file__).parent / "vectors.bin"  # inputs and known answers; see tests/make_native_vectors.py

@@ -194,7 +194,7 @@ def build(everything: bool = False, sanitize: str | None = None, target: str | N
 
 def _answers(library: Path) -> bool:
     """Whether it computes the recorded answers, in a process of its own, or is for other processors."""
-    return _run([sys.executable, "-c", ANSWERS, str(library), str(VECTORS)]).returncode == 0
+    return _run([sys.executable, "-P", "-c", ANSWERS, str(library), str(VECTORS)]).returncode == 0
 
 
 def _digest(sources: Sequence[Path], arguments: Sequence[str], version: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..errors import ModelError
+from ..errors import NotFiniteError
 
 BITS = {"I8": 8, "U8": 8, "F32": 32, "BF16": 16}  # of safetensors' types
 
@@ -50,8 +50,8 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 DENSE = "int8"  # of attention and head, whatever the experts have
 
 
-def not_finite() -> ModelError:
+def not_finite() -> NotFiniteError:
     """What a matrix with NaN or infinity in it is refused with: products of integers would hide them."""
-    return ModelError(
+    return NotFiniteError(
         "the weights hold numbers that are not finite", "check the files with `dbrx download MODEL --verify`"
     )

@@ -1,4 +1,5 @@
-"""Whose hands a library went through: only one that nobody else can have written is loaded."""
+"""Whose hands a file went through: native libraries, caches and settings are used only if nobody else can have
+written them."""
 
 from __future__ import annotations
 
@@ -8,13 +9,16 @@ from pathlib import Path
 
 
 def untrusted(path: Path) -> str | None:
-    """Why a library must not be loaded, or None: it and its folder are no links, and only their owner writes there.
+    """Why a file must not be used, or None: it and its folder are no links, and only their owner writes there.
 
-    The owner is root, this user, or whoever owns the program's own files.
+    The owner is root, this user, or whoever owns the program's own files. A file that is not there is as its folder.
     """
     owners = {0, os.geteuid(), os.stat(__file__).st_uid}
     for part, kind, is_kind in ((path.parent, "folder", stat.S_ISDIR), (path, "file", stat.S_ISREG)):
-        found = os.lstat(part)
+        try:
+            found = os.lstat(part)
+        except FileNotFoundError:
+            continue
         if stat.S_ISLNK(found.st_mode):
             return f"{part} is a link, which is not followed"
         if not is_kind(found.st_mode):
