@@ -127,7 +127,9 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def command(name: str, built: Any, function: Callable[..., Any]) -> str:
     """One command's part of the page."""
-    explanation, *examples = (inspect.getdoc(function) or "").split("\n\n")
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    examples = [each for each in paragraphs[1:] if "dbrx " in each]
+    explanation = "\n\n".join(each for each in paragraphs if each not in examples)
     panels: dict[str, list[Parameter]] = {}
     for parameter in parameters(built, function):
         panels.setdefault(parameter.panel, []).append(parameter)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyte
 from rich.console import Console
 from rich.style import Style
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from rich.text import Text
 
 from tests.terminal import Terminal
@@ -35,8 +36,13 @@ class Picture:
     columns: int
     rows: int
     lines: tuple[str, ...]
+    light: bool = False  # on a light background as well, as NAME-light.svg
+    shows: str = ""  # the picture is taken as soon as this is seen; without, at the next prompt
 
 
+NOTES = "".join(
+    f"Day {i}: the boat left the harbour at {i % 12} o'clock and came back with fish.\n" for i in range(1, 61)
+)
 PICTURES = (
     Picture(
         "session",
@@ -48,7 +54,9 @@ PICTURES = (
             "/system You answer in one short sentence.",
             "What is the capital of France?",
         ),
+        light=True,
     ),
+    Picture("session-reading", 80, 12, (f"\x1b[200~{NOTES}\x1b[201~ When did it leave?",), shows="left; Ctrl-C stops"),
     Picture("session-help", 92, 28, ("/help",)),
     Picture("session-narrow", 40, 26, ("Name three fruits as a Markdown list, with one **bold** word each.", "/regen")),
 )
@@ -61,14 +69,22 @@ def record(picture: Picture, data: str) -> None:
     terminal = Terminal(program, variables={"DBRX_DATA": data}, **size)
     for number, line in enumerate(picture.lines, start=1):
         _wait(terminal, number)
-        for letter in line:
+        for letter in [line] if line.startswith("\x1b") else line:  # a paste comes at once
             terminal.type(letter)
             time.sleep(0.02)
         terminal.type("\r")
-    _wait(terminal, len(picture.lines) + 1)
-    console = Console(record=True, width=picture.columns, file=open("/dev/null", "w"), force_terminal=True)
-    console.print(draw(terminal.screen))
-    (DOCS / f"{picture.name}.svg").write_text(console.export_svg(title=COMMAND), "utf-8")
+    if picture.shows:
+        terminal.until(picture.shows, seconds=PATIENCE_S)
+    else:
+        _wait(terminal, len(picture.lines) + 1)
+    themes = {"": SVG_EXPORT_THEME} | ({"-light": DEFAULT_TERMINAL_THEME} if picture.light else {})
+    for suffix, theme in themes.items():
+        console = Console(record=True, width=picture.columns, file=open("/dev/null", "w"), force_terminal=True)
+        console.print(draw(terminal.screen))
+        (DOCS / f"{picture.name}{suffix}.svg").write_text(console.export_svg(title=COMMAND, theme=theme), "utf-8")
+    if picture.shows:
+        terminal.type("\x03")
+        _wait(terminal, len(picture.lines) + 1)
     terminal.type("\x04")
     terminal.leave()
 

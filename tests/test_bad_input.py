@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named(
         pytest.param(["-m", "{tiny}", "--json", "--jsonl", "hi"], b"", 2, "exclude each other", id="json twice"),
         pytest.param(["-m", "{tiny}", "--raw", "-s", "x", "hi"], b"", 2, "no system message", id="raw system"),
         pytest.param(["-m", "{tiny}", "--colour", "hi"], b"", 2, "--colour", id="unknown flag"),
-        pytest.param(["-m", "{tiny}", "-n", "many", "hi"], b"", 2, "valid integer", id="not a number"),
+        pytest.param(["-m", "{tiny}", "-n", "many", "hi"], b"", 2, "must be a whole number", id="not a number"),
         pytest.param(["-m", "{tiny}", "--attn", "fast", "hi"], b"", 2, "fast", id="unknown choice"),
         pytest.param(["-m", "{tiny}", "--stop", "", "hi"], b"", 2, "--stop", id="empty stop string"),
         pytest.param(["-m", "{tiny}", "-x", "--schema", "s", "hi"], b"", 2, "exclude each other", id="extract, schema"),
