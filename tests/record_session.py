@@ -20,7 +20,7 @@ from rich.text import Text
 from tests.terminal import Terminal
 
 DOCS = Path(__file__).parent.parent / "docs"
-COMMAND = "dbrx chat -m demo -t 0"
+COMMAND = "dbrx chat -m demo -t 0 -n 150"
 NAMES = {"brown": "yellow", "brightblack": "bright_black"} | {
     f"bright{name}": f"bright_{name}" for name in ("red", "green", "blue", "magenta", "cyan", "white")
 }  # pyte's names for colours -> rich's
@@ -49,7 +49,6 @@ PICTURES = (
         92,
         36,
         (
-            "Write a haiku about the sea.",
             "Write a short Python function that reverses a string, with a docstring.",
             "/system You answer in one short sentence.",
             "What is the capital of France?",
