@@ -119,13 +119,11 @@ def bytes_per_token(network: DbrxForCausalLM, context: int) -> int:
     d, kv = config.d_model, 2 * config.attn_config.kv_n_heads * config.head_dim
     matrices = config.n_layers * [(d + kv, d), (d, d)] + [(config.vocab_size, d)]
     if packing is not None:
-        expert = packing.experts.nbytes(ffn.ffn_hidden_size, d, itemsize)
         dense = sum(packing.dense.nbytes(*shape) for shape in matrices)
     else:
-        expert = 3 * ffn.ffn_hidden_size * d * itemsize
         dense = sum(outputs * inputs for outputs, inputs in matrices) * itemsize
     router = config.n_layers * ffn.moe_num_experts * d * network.dtype.itemsize
-    return config.n_layers * (ffn.moe_top_k * expert + context * kv * itemsize) + dense + router
+    return config.n_layers * (ffn.moe_top_k * network.expert_bytes + context * kv * itemsize) + dense + router
 
 
 def peak_rss() -> int:

@@ -55,6 +55,14 @@ class DbrxForCausalLM(nn.Module):
         """In which keys and values are cached."""
         return cast("DbrxBlock", self.transformer.blocks[0]).norm_attn_norm.attn.kv_dtype or self.dtype
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert in the form that it is computed with."""
+        hidden, d_model, itemsize = self.config.ffn_config.ffn_hidden_size, self.config.d_model, self.kv_dtype.itemsize
+        if self.packing is not None:
+            return self.packing.experts.nbytes(hidden, d_model, itemsize)
+        return 3 * hidden * d_model * itemsize
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

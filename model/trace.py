@@ -34,7 +34,7 @@ class Trace:
     weights: NDArray[np.float32]
     foreseen: Ids
     n_experts: int  # a layer
-    expert_bytes: int  # parameters of one expert as they are stored
+    expert_bytes: int  # one expert, in the form that it is computed with
 
     @property
     def top_k(self) -> int:
@@ -60,7 +60,6 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
 
     with _listening([m for m in network.modules() if isinstance(m, DbrxRouter)]) as heard:
         prefill(network, torch.tensor([list(ids)], device=network.device), KVCache(network.config.n_layers), whole=True)
-    config = network.config
     weights, chosen, foreseen = (
         torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in range(3)
     )
@@ -69,8 +68,8 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
         chosen.numpy().astype(np.int16),
         weights.float().numpy(),
         foreseen.numpy()[:-1].astype(np.int16),
-        config.ffn_config.moe_num_experts,
-        3 * config.ffn_config.ffn_hidden_size * config.d_model * network.kv_dtype.itemsize,
+        network.config.ffn_config.moe_num_experts,
+        network.expert_bytes,
     )
 
 

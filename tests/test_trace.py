@@ -94,6 +94,8 @@ def test_what_is_recorded_is_what_the_network_says(tiny_checkpoint: Path) -> Non
     assert routers is not None
     assert trace.ids == tuple(ids) and (trace.n_layers, trace.n_experts, trace.top_k) == (3, 16, 4)
     assert trace.expert_bytes == 4 * 3 * 40 * 48
+    in_bytes = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize="int8")
+    assert 3 * 40 * 48 < record(in_bytes, ids[:9]).expert_bytes < 2 * 3 * 40 * 48  # and scales
     for layer, probabilities in enumerate(routers):
         best = probabilities.topk(4)
         weights = best.values / best.values.sum(-1, keepdim=True)
