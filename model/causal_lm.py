@@ -20,6 +20,7 @@ from .transformer import DbrxBlock, DbrxModel, initialize
 
 if TYPE_CHECKING:
     from .generation_config import GenerationConfig
+    from .load_plan import LoadPlan
     from .packing import Packing
     from .streaming import ExpertStore
 
@@ -37,6 +38,7 @@ class DbrxForCausalLM(nn.Module):
         self.device_map: dict[str, Any] = {}
         self.adapter = "none"  # else the checksum of the LoRA adapter in the weights
         self.expert_store: ExpertStore | None = None  # where streamed experts come from
+        self.load_plan: LoadPlan | None = None  # what was decided when it was loaded
         self.packing: Packing | None = None  # kernels that the weights were packed for
         self.prefill_chunk: int | None = None  # tokens a step of prefill, where the usual number is not the best
 

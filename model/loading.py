@@ -1,12 +1,12 @@
-"""The composer: from a checkpoint's name to a network that is ready to run.
+"""From a checkpoint's name to a network that is ready to run.
 
-Build on the meta device, choose a dtype and devices, read each tensor straight to its place, attach the hooks.
+Decide everything (`load_plan`), build on the meta device, read each tensor straight to its place, attach the hooks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,18 +14,19 @@ import torch
 
 from .adapters import AdaptedWeights, attach, digest, read_adapter
 from .checkpoint import expected_tensors
-from .devices import AUTOMATIC, CONTEXT, DeviceMap, dispatch, plan_devices
+from .config import DbrxConfig
+from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
 from .formats import open_weights
 from .generation_config import GenerationConfig
 from .hub import resolve
 from .kernels.native_block import decode_natively
 from .kernels.native_call import set_threads
-from .offload import decide, one_device, stream_experts, take_out_experts
-from .packing import Packing, choose_packing, pack_into, take_out_dense
+from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored, plan_load
+from .machine import free_memory
+from .offload import stream_experts, strip_experts
+from .packing import pack_into, packing_of, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
-from .placement import QUANTIZED_ON_GPU
-from .quantization import DENSE, SCHEMES
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 Network = TypeVar("Network", bound="DbrxForCausalLM")
 EMBEDDING = "transformer.wte.weight"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def from_pretrained(
@@ -71,7 +70,8 @@ def from_pretrained(
     stay in the CPU's memory, where no dtype is asked for, and keeps all else. `pack` has weights held by the CPU's
     kernels: faster, but they are no parameters any more. `progress` hears bytes read and bytes in all.
 
-    `ModelError` if the checkpoint is missing, damaged or of another kind, `ResourceError` if it does not fit.
+    What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of
+    another kind, `ResourceError` if it does not fit.
     """
     set_threads()
     folder = resolve(name_or_path, revision=revision, token=token)
@@ -80,51 +80,93 @@ def from_pretrained(
         beside = opened.quantization != "none"  # a change that is merged into a coarse grid would be lost
         if changes and beside and ranks is not None:
             raise ModelError("an adapter over quantized weights runs on one device only", "leave out --adapter")
-        adapted: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
-        weights: Weights = adapted if ranks is None else ShardedWeights(adapted, ranks)
-        wanted = dtype if dtype is not None else torch_dtype
-        for scheme in _schemes(quantize, wanted, weights, device_map) if ranks is None else ("none",):
-            chosen = choose_dtype(wanted, weights)
-            packing = _packing(scheme, pack, weights, chosen, device_map) if ranks is None else None
-            kept = chosen if packing is None else packing.kv_dtype or packing.dtype  # type of what is not quantized
-            chosen = chosen if packing is None else packing.dtype
-            with torch.device("meta"):
-                network = cls(weights.config, attn_implementation="eager").to(chosen).eval()
-            if packing is not None:
-                device_map = "cpu"
-            if ranks is not None:
-                localize(network, ranks)
-                device_map = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
-            on_gpu = torch.cuda.is_available() and device_map is not None and str(device_map) != "cpu"
-            streamed = decide(offload, network, kept, packing, max_memory, on_gpu=on_gpu) if ranks is None else "none"
-            if streamed == "none":
-                break
-        if streamed != "none":
-            take_out_experts(network)
-            device_map = one_device(device_map)
-        if packing is not None:
-            take_out_dense(network)
-            take_out_experts(network)
-        places = plan_devices(network, device_map, max_memory, chosen, context or CONTEXT)
-        reading = Reading(weights, progress, experts=streamed == "none")
-        _read_weights(network, reading, places, chosen, owned=streamed != "none", packed=packing is not None)
-        if packing is not None:
-            pack_into(network, weights, packing, reading.advance, experts=streamed == "none")
-            network.packing = packing
-            network.transformer.set_kv_dtype(packing.kv_dtype)
-        if streamed != "none":
-            stream_experts(network, weights, kept, packing, host=streamed == "cpu", budget=expert_cache)
+        weights: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
+        plan = plan_here(
+            weights,
+            LoadOptions(
+                dtype=_dtype_name(dtype if dtype is not None else torch_dtype),
+                quantize=quantize if ranks is None else "none",
+                pack=pack,
+                device_map=_device_map(device_map, ranks),
+                max_memory=max_memory,
+                offload=offload if ranks is None else "none",
+                expert_cache=expert_cache,
+                context=context,
+                ranks=ranks.size if ranks is not None else 1,
+            ),
+        )
+        network = _build(cls, plan, weights.config, ranks)
+        _read(network, plan, weights if ranks is None else ShardedWeights(weights, ranks), progress)
         if not (changes and beside):  # what lies beside a layer, a native step would not see
             decode_natively(network)
     if beside:
         attach(network, changes)
     network.adapter = digest(changes)
     network.generation_config = GenerationConfig.from_source(folder)
-    network.device_map = dict(places)
-    if len(set(places.values())) > 1:
-        dispatch(network, places)
+    if len(set(network.device_map.values())) > 1:
+        dispatch(network, network.device_map)
     network.transformer.set_attention(attn_implementation)
     return network
+
+
+def plan_here(weights: Weights, options: LoadOptions) -> LoadPlan:
+    """The plan for this machine as it is now; what finds no room is raised."""
+    if not isinstance(options.device_map, str):
+        require_all(weights.config, options.device_map)
+    machine = free_memory(gpus=options.device_map != "cpu" and torch.cuda.is_available())
+    plan = plan_load(weights.config, Stored.of(weights), machine, options)
+    if plan.fault is not None:
+        raise plan.fault
+    return plan
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str:
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _device_map(device_map: str | int | torch.device | DeviceMap | None, ranks: Ranks | None) -> str | dict[str, str]:
+    """A device map in a plan's words; `ModelError` if a device that it names is not there."""
+    if ranks is not None:
+        return f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+    if isinstance(device_map, str) and device_map.endswith(".json"):
+        device_map = read_device_map(Path(device_map))
+    if isinstance(device_map, Mapping):
+        return {name: str(find_device(place)) for name, place in device_map.items()}
+    if isinstance(device_map, str) and device_map in AUTOMATIC:
+        return device_map
+    return "cpu" if device_map is None else str(find_device(device_map))
+
+
+def _build(cls: type[Network], plan: LoadPlan, config: DbrxConfig, ranks: Ranks | None) -> Network:
+    """The network of a plan on the meta device, without what will not be a tensor of it."""
+    with torch.device("meta"):
+        network = cls(config, attn_implementation="eager").to(getattr(torch, plan.dtype)).eval()
+    if ranks is not None:
+        localize(network, ranks)
+    if plan.kernel is not None:
+        strip_dense(network)
+    if plan.kernel is not None or plan.streamed:
+        strip_experts(network)
+    network.load_plan = plan
+    network.device_map = {name: find_device(place) for name, place in plan.device_map.items()}
+    network.prefill_chunk = plan.chunk
+    return network
+
+
+def _read(
+    network: DbrxForCausalLM, plan: LoadPlan, weights: Weights, progress: Callable[[int, int], None] | None
+) -> None:
+    """Every weight to the place that the plan gives it."""
+    packing = packing_of(plan, weights)
+    resident = not plan.streamed
+    reading = Reading(weights, progress, experts=resident)
+    _read_tensors(network, plan, reading)
+    if packing is not None:
+        pack_into(network, weights, packing, reading.advance, experts=resident)
+        network.packing = packing
+        network.transformer.set_kv_dtype(packing.kv_dtype)
+    if not resident:
+        stream_experts(network, weights, plan, packing)
 
 
 def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int | str) -> None:
@@ -147,53 +189,6 @@ def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def choose_dtype(wanted: str | torch.dtype | None, weights: Weights) -> torch.dtype:
-    """The type to load weights in; None and "auto" keep the stored one, and turn quantized weights into bfloat16."""
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    if wanted in (None, "auto"):
-        (stored, _), *_ = weights.dtypes().most_common(1)
-        return STORED.get(stored, torch.bfloat16)
-    if wanted not in DTYPES:
-        raise ValueError(f"dtype {wanted!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[wanted]
-
-
-def _schemes(
-    quantize: str,
-    dtype: str | torch.dtype | None,
-    weights: Weights,
-    device_map: str | int | torch.device | DeviceMap | None,
-) -> Sequence[str]:
-    """What to make of the weights: the first with which they stay in memory, else the last."""
-    if quantize != "auto":
-        return (quantize,)
-    (stored, _), *_ = weights.dtypes().most_common(1)
-    floats = weights.quantization == "none" and stored in STORED and dtype in (None, "auto")
-    return (DENSE, "none") if floats and _on_cpu(device_map) else ("none",)
-
-
-def _on_cpu(device_map: str | int | torch.device | DeviceMap | None) -> bool:
-    return device_map is None or str(device_map) == "cpu" or (device_map in AUTOMATIC and not torch.cuda.is_available())
-
-
-def _packing(
-    quantize: str,
-    pack: bool,
-    weights: Weights,
-    dtype: torch.dtype,
-    device_map: str | int | torch.device | DeviceMap | None,
-) -> Packing | None:
-    """The kernels that the weights are to be packed for; None leaves them as they are."""
-    wanted = quantize if quantize != "none" else weights.quantization
-    on_cpu = _on_cpu(device_map)
-    if wanted in SCHEMES and not on_cpu:
-        raise ModelError(*QUANTIZED_ON_GPU)
-    if wanted not in SCHEMES and not (on_cpu and pack):
-        return None
-    return choose_packing(quantize, weights, dtype)
-
-
 class Reading:
     """Weights, and how many of their bytes were read, for a progress bar."""
 
@@ -211,20 +206,14 @@ class Reading:
             self._progress(self._done, self._total)
 
 
-def _read_weights(
-    network: DbrxForCausalLM,
-    reading: Reading,
-    places: Mapping[str, torch.device],
-    dtype: torch.dtype,
-    owned: bool,
-    packed: bool,
-) -> None:
+def _read_tensors(network: DbrxForCausalLM, plan: LoadPlan, reading: Reading) -> None:
     """Each tensor once, to its device; on the CPU in its stored dtype it stays a map of the file, uncopied.
 
-    With `owned` nothing does: memory is short, and a file may go away while it is streamed from. With `packed` only
-    the embedding does, of which rows are read. In both cases it keeps its stored type.
+    Where experts are streamed nothing does: memory is short, and a file may go away while it is streamed from. Where
+    weights are packed only the embedding does, of which rows are read. In both cases it keeps its stored type.
     """
-    weights, state = reading.weights, {}
+    weights, places, state = reading.weights, network.device_map, {}
+    dtype, owned, packed = getattr(torch, plan.dtype), plan.streamed > 0, plan.kernel is not None
     for name, parameter in network.state_dict().items():
         prefix = max((p for p in places if not p or name == p or name.startswith(p + ".")), key=len)
         floats = weights.nbytes_of(name) >= 2 * parameter.numel()  # no fewer bits than any float has

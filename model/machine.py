@@ -99,19 +99,39 @@ def _rate(text: str) -> float:
 
 def this_machine(experts: Sequence[Sequence[Extent]] = ()) -> Machine:
     """This machine, measured in about a second; the disk where there are `experts` to read, as they lie in files."""
+    from .kernels import kernel_facts
+
     disk = disk_bandwidth(experts) if experts else None
     return Machine(
         tuple(_nvidia()),
         Device("cpu", int(available_memory() * CPU_USABLE), memory_bandwidth()),
         Device("disk", 0, disk or DISK_BANDWIDTH),
+        kernel_facts,
     )
 
 
+def free_memory(gpus: bool) -> Machine:
+    """This machine as loading finds it: what is free now, and the kernels that are right here. Nothing is measured."""
+    from .kernels import kernel_facts
+
+    cpu = Device("cpu", int(available_memory() * CPU_USABLE), 0)
+    return Machine(tuple(_torch_gpus()) if gpus else (), cpu, Device("disk", 0, 0), kernel_facts)
+
+
+def _torch_gpus() -> Iterator[Device]:
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        yield Device(f"cuda:{i}", int(torch.cuda.mem_get_info(i)[0] * GPU_USABLE), 0)
+
+
 def limited(machine: Machine, limits: Mapping[int | str, int | str]) -> Machine:
-    """The same machine with --max-memory: device number or "cpu" -> amount."""
-    sizes = {str(name): parse_size(str(amount)) for name, amount in limits.items()}
-    gpus = (replace(gpu, memory=sizes.get(gpu.name.removeprefix("cuda:"), gpu.memory)) for gpu in machine.gpus)
-    return Machine(tuple(gpus), replace(machine.cpu, memory=sizes.get("cpu", machine.cpu.memory)), machine.disk)
+    """The same machine with --max-memory: device number or "cpu" -> the most that it may take; others as they are."""
+    most = {str(name): parse_size(str(amount)) for name, amount in limits.items()}
+    numbers = {gpu.name: gpu.name.removeprefix("cuda:") for gpu in machine.gpus}
+    gpus = tuple(replace(gpu, memory=min(gpu.memory, most.get(numbers[gpu.name], gpu.memory))) for gpu in machine.gpus)
+    cpu = replace(machine.cpu, memory=min(machine.cpu.memory, most.get("cpu", machine.cpu.memory)))
+    return replace(machine, gpus=gpus, cpu=cpu)
 
 
 def available_memory() -> int:

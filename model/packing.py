@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .experts import PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
-from .kernels import KERNELS, GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
+from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
 from .quantization import DENSE, SCHEMES
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
+    from .load_plan import LoadPlan
     from .transformer import DbrxBlock
     from .weights import Extent, Weights
 
@@ -55,32 +56,28 @@ class Packing(NamedTuple):
         return " + ".join(names)
 
 
-def choose_packing(quantize: str, weights: Weights, dtype: torch.dtype) -> Packing | None:
-    """A scheme, or none, which keeps what is stored, be it quantized, and packs floats where a kernel for them is.
-
-    None where the weights are computed with as they lie in the files.
-    """
-    if quantize not in ("none", *SCHEMES):
-        raise ValueError(f"quantize {quantize!r} is not one of none, {', '.join(SCHEMES)}")
-    if quantize == "none" and weights.quantization in SCHEMES:
-        quantize = weights.quantization
+def packing_of(plan: LoadPlan, weights: Weights) -> Packing | None:
+    """The kernels that a plan packs weights for; None where they are computed with as tensors."""
+    if plan.kernel is None:
+        return None
     activation = str(weights.config.ffn_config.activation)
-    if quantize == "none":
-        name = str(dtype).removeprefix("torch.")
-        dense = choose(name) if name in KERNELS else None
-        if dense is None:
-            return None
-        # What a native kernel computes in float32 is cached in the type that was asked for, as torch's would be.
-        return Packing("none", experts_of(dense, activation), dense, kv_dtype=dtype if dtype != dense.dtype else None)
-    group = None
-    if isinstance(weights, QuantizedWeights) and quantize == weights.quantization and SCHEMES[quantize].groups:
-        group = weights.group
-    dense, experts = choose(DENSE), choose(quantize, group)
-    assert experts is not None and dense is not None  # the last kernel of each kind runs everywhere
-    return Packing(quantize, experts_of(experts, activation), dense, converts=weights.quantization != quantize)
+    if plan.scheme == "none":
+        dense = experts = choose(plan.format)
+    else:
+        kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
+        dense, experts = choose(DENSE), choose(plan.scheme, weights.group if kept else None)
+    assert experts is not None and dense is not None  # the plan asked the same
+    kv_dtype = getattr(torch, plan.kv_dtype)
+    return Packing(
+        plan.scheme,
+        experts_of(experts, activation),
+        dense,
+        kv_dtype=kv_dtype if kv_dtype != dense.dtype else None,
+        converts=plan.converts,
+    )
 
 
-def take_out_dense(network: DbrxForCausalLM) -> None:
+def strip_dense(network: DbrxForCausalLM) -> None:
     """Leave the matrices of attention and head out of a network, before it is placed and read."""
     for module, name, _ in _dense(network):
         setattr(module, name, nn.Identity())

@@ -29,12 +29,12 @@ from .formats import open_weights
 from .formats.write_quantized import Writer
 from .kernels import GluExpertKernel, PackedLinear
 from .kv_cache import KVCache
-from .placement import FORMATS, Rates
+from .placement import FORMATS
+from .speed import Rates
 from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
 NBYTES = 2**27  # of the weights that are read: much more than a processor's cache holds
-GROUPS = {"int4": 32, "int4-g128": 128}
 ROUNDS = 12
 
 
@@ -62,8 +62,8 @@ def _tiny(config: DbrxConfig, format: str, streamed: bool, folder: Path) -> Dbrx
     network.save_pretrained(folder / "floats")
     if quantized:
         with open_weights(folder / "floats") as weights:
-            kind, _, _ = format.partition("-")
-            Writer(weights, folder / kind, kind, GROUPS.get(format, 32)).write(lambda _: None)
+            kind, _, group = format.partition("-g")
+            Writer(weights, folder / kind, kind, int(group or 32)).write(lambda _: None)
     (stored,) = (path for path in folder.iterdir() if not quantized or path.name != "floats")
     offload = "disk" if streamed else "none"
     return DbrxForCausalLM.from_pretrained(stored, offload=offload, pack=True)

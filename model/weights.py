@@ -62,6 +62,10 @@ class Weights(Protocol):
     quantization: str  # how the experts are stored: "none" for a float type, else int8, int4, ...
     plain_experts: bool  # `expert` gives views of the stored bytes: who keeps these has the expert
 
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale, where `quantization` has groups."""
+
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
@@ -96,6 +100,7 @@ class Weights(Protocol):
 class CheckpointWeights:
     """What formats share whose tensors lie in a folder of safetensors."""
 
+    group: int | None = None
     _checkpoint: Checkpoint
 
     def dtypes(self) -> Counter[str]:
@@ -121,6 +126,7 @@ class WrappedWeights:
         self.config = whole.config
         self.source = whole.source
         self.quantization = whole.quantization
+        self.group = whole.group
         self.plain_experts = whole.plain_experts
         self._whole = whole
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from dbrx_cli.planning import Question, alternatives, rate
 from model.config import official
+from model.load_plan import LoadOptions, Stored
 from model.machine import parse_devices
+from model.speed import tokens_per_s
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- plan table -->\n", "<!-- end of plan table -->\n"
@@ -27,7 +29,8 @@ def table() -> str:
     """Markdown: a row a machine, a column a format, the most tokens a second of what can be run there."""
     lines = ["| machine | bfloat16 | int8 | int4 |", "|---|---|---|---|"]
     for name, words in MACHINES.items():
-        question = Question("dbrx", official(), "bfloat16", "none", parse_devices(words), 4096)
+        options = LoadOptions(pack=True, device_map="auto", offload="auto")
+        question = Question("dbrx", official(), Stored(), parse_devices(words), options)
         lines.append(f"| {name} | " + " | ".join(_cell(question, form) for form in ("none", "int8", "int4")) + " |")
     return "\n".join(lines) + "\n"
 
@@ -35,12 +38,12 @@ def table() -> str:
 def _cell(question: Question, quantize: str) -> str:
     """The fastest way to run this form; C: with --device-map cpu, D: experts from the disk."""
     ways = [("", question), *alternatives(question)]
-    plans = {flags: other.plan() for flags, other in ways if other.quantize == quantize}
-    flags, plan = max(plans.items(), key=lambda pair: pair[1].tokens_per_s())
+    plans = {flags: other.plan for flags, other in ways if other.plan.scheme == quantize}
+    flags, plan = max(plans.items(), key=lambda pair: tokens_per_s(pair[1]))
     if not plan.runs:
         return "does not fit"
     marks = "C" * ("--device-map cpu" in flags) + "D" * (plan.on_disk > 0)
-    return f"{rate(plan.tokens_per_s())} {marks}".rstrip()
+    return f"{rate(tokens_per_s(plan))} {marks}".rstrip()
 
 
 def page() -> str:

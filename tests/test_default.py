@@ -15,7 +15,7 @@ from model.formats.write_quantized import Writer
 from model.quantization import SCHEMES
 from tests.cli import Cli
 
-NOTICE = "the weights became int8"
+NOTICE = "the weights become int8"
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,48 @@ from accelerate.hooks import AlignDevicesHook
 
 from model.causal_lm import DbrxForCausalLM
 from model.config import official
-from model.devices import assign, budgets, dispatch, plan_devices
+from model.devices import dispatch
 from model.errors import DbrxError, InputError, ResourceError
-from model.placement import FORMATS, capacity, sizes
+from model.load_plan import LoadOptions, Stored, plan_load
+from model.placement import Device, Machine
 from tests.cli import Cli
 
 GB = 10**9
-# GPUs and CPU memory in GB, and which kinds of place the whole layers of 263 GB must use.
+# GPUs and CPU memory in GB, and which kinds of place the whole layers of 263 GB must use; none: they find no room.
 MACHINES: dict[str, tuple[list[int], int, set[str]]] = {
-    "8 x 24 GB, 64 GB of memory": ([24] * 8, 64, {"gpu", "cpu", "disk"}),
+    "8 x 24 GB, 64 GB of memory": ([24] * 8, 64, set()),
     "4 x 80 GB": ([80] * 4, 64, {"gpu"}),
     "2 x 80 GB, 256 GB of memory": ([80] * 2, 256, {"gpu", "cpu"}),
-    "1 x 24 GB, 64 GB of memory": ([24], 64, {"gpu", "cpu", "disk"}),
+    "1 x 24 GB, 64 GB of memory": ([24], 64, set()),
 }
 
 
-@pytest.fixture(scope="module")
-def dbrx() -> DbrxForCausalLM:
-    with torch.device("meta"):
-        return DbrxForCausalLM(official()).to(torch.bfloat16)
-
-
-@pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "sequential"])
+@pytest.mark.parametrize("device_map", ["balanced", "sequential"])
 @pytest.mark.parametrize("machine", MACHINES)
-def test_whole_layers_on_described_machines(dbrx: DbrxForCausalLM, machine: str, balanced: bool) -> None:
+def test_whole_layers_on_described_machines(machine: str, device_map: str) -> None:
+    """Against the bytes of the real network's tensors, counted one by one."""
     gpus, cpu, expected = MACHINES[machine]
-    limits: dict[int | str, Any] = {**dict(enumerate(size * GB for size in gpus)), "cpu": cpu * GB}
-    left = budgets(dbrx, limits, torch.bfloat16, context=4096)
-    parts = sizes(official(), FORMATS["bfloat16"])
-    layers = -(-40 // len(gpus))
-    assert limits[0] - left[0] == parts.buffers + layers * parts.kv * capacity(4096) and left["cpu"] == limits["cpu"]
-
-    places = assign(dbrx, left, torch.bfloat16, balanced)
-    kinds = {"gpu" if isinstance(place, int) else str(place) for place in places.values()}
-    assert kinds == expected
+    devices = tuple(Device(f"cuda:{i}", size * GB, 1e12, 25e9) for i, size in enumerate(gpus))
+    described = Machine(devices, Device("cpu", cpu * GB, 50e9), Device("disk", 0, 3e9))
+    plan = plan_load(official(), Stored(), described, LoadOptions(device_map=device_map, context=4096))
+    if not expected:
+        assert plan.fault is not None and "--offload disk" in plan.fault.one_line
+        return
+    places = plan.device_map
+    assert {"cpu" if place == "cpu" else "gpu" for place in places.values()} == expected
     blocks = [name for name in places if name.startswith("transformer.blocks.")]
     assert [name.split(".")[2] for name in blocks] == [str(i) for i in range(40)]  # all, in order, none split
-    for device, room in left.items():
-        held = [name for name, place in places.items() if place == device]
-        assert sum(_nbytes(dbrx, name) for name in held) <= room
-    if balanced and expected == {"gpu"}:
-        counts = [sum(places[name] == gpu for name in blocks) for gpu in range(len(gpus))]
-        assert max(counts) - min(counts) <= 3
+    with torch.device("meta"):
+        network = DbrxForCausalLM(official()).to(torch.bfloat16)
+    kv = 2 * 8 * 128 * 2 * 4096
+    computed = Counter(place if place != "cpu" else "cuda:0" for name, place in places.items() if name in blocks)
+    for device in (*devices, described.cpu):
+        held = sum(_nbytes(network, name) for name, place in places.items() if place == device.name)
+        assert held == plan.weights.get(device.name, 0)
+        assert held + computed[device.name] * kv <= device.memory
+    if expected == {"gpu"}:
+        counts = [sum(places[name] == gpu.name for name in blocks) for gpu in devices]
+        assert max(counts) - min(counts) <= 3 if device_map == "balanced" else counts[0] > counts[-1]
 
 
 def _nbytes(network: DbrxForCausalLM, module: str) -> int:
@@ -122,21 +123,18 @@ def test_a_map_from_a_file(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> N
 def test_a_map_that_does_not_fit(tiny_checkpoint: Path, tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "map.json"
     file.write_text(content)
-    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
     with pytest.raises(DbrxError, match=message):
-        plan_devices(network, str(file), None, torch.bfloat16)
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map=str(file))
 
 
 def test_a_map_that_is_not_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
     with pytest.raises(InputError, match="cannot be read"):
-        plan_devices(network, str(tmp_path / "none.json"), None, torch.bfloat16)
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map=str(tmp_path / "none.json"))
 
 
 def test_too_little_memory_names_what_helps(tiny_checkpoint: Path) -> None:
-    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
     with pytest.raises(ResourceError) as caught:
-        plan_devices(network, "auto", {"cpu": "1MB"}, torch.bfloat16)
+        DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map="auto", max_memory={"cpu": "1MB"})
     assert "--offload disk" in caught.value.one_line
 
 

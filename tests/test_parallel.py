@@ -90,7 +90,7 @@ def test_quantized_slices() -> None:
 
     class Stored:
         config = source = None
-        quantization = "int4"
+        quantization, group = "int4", 32
         plain_experts = False
 
         def quantized_expert(self, *_: object) -> QuantizedExpert:

@@ -17,13 +17,16 @@ from model.errors import InputError
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kv_cache import KVCache
+from model.load_plan import LoadOptions, LoadPlan, Stored, plan_load
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
-from model.placement import FORMATS, Device, Layer, Machine, Placement, Rates, capacity, parameters, place, sizes
+from model.placement import FORMATS, Device, Format, Layer, Machine, capacity, parameters, sizes
 from model.rates import measure
+from model.speed import Rates, load_s, predict, tiers, tokens_per_s
 from tests import make_plan_table
 from tests.cli import Cli
 
 BF16 = FORMATS["bfloat16"]
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # The machines that people have asked about: words, --offload, and whether all weights lie beside their processors.
 MACHINES = {
     "8 x 24 GB": ("8x24GiB,cpu=128GiB", "auto", False),
@@ -34,7 +37,27 @@ MACHINES = {
 }
 
 
-def planned(words: str, format: str = "bfloat16", context: int = 4096, offload: str = "auto") -> Placement:
+def place(
+    config: DbrxConfig,
+    format: Format,
+    machine: Machine,
+    context: int,
+    offload: str = "auto",
+    expert_cache: int | None = None,
+) -> LoadPlan:
+    """What loading would do with a checkpoint that is stored so."""
+    scheme, _, group = format.name.partition("-g")
+    if scheme in FLOATS:
+        stored = Stored(FLOATS[scheme])
+        options = LoadOptions(device_map="auto", offload=offload, expert_cache=expert_cache, context=context)
+    else:
+        stored = Stored("U8", scheme, int(group or 32), plain_experts=False)
+        machine = replace(machine, gpus=())
+        options = LoadOptions(pack=True, offload=offload, expert_cache=expert_cache, context=context)
+    return plan_load(config, stored, machine, options)
+
+
+def planned(words: str, format: str = "bfloat16", context: int = 4096, offload: str = "auto") -> LoadPlan:
     return place(official(), FORMATS[format], parse_devices(words), context, offload=offload)
 
 
@@ -106,8 +129,8 @@ def test_the_speed_by_hand() -> None:
     """One GPU that holds everything but experts, experts in CPU memory, a disk: each tier is bytes over bandwidth."""
     parts = sizes(official(), BF16)
     resident = planned("4xH100")
-    assert resident.tokens_per_s() == pytest.approx(3350e9 / parts.active)
-    assert resident.load_s() == pytest.approx(parts.total / 3e9)
+    assert tokens_per_s(resident) == pytest.approx(3350e9 / parts.active)
+    assert load_s(resident) == pytest.approx(parts.total / 3e9)
 
     cpu = Machine((), Device("cpu", 24 * GIB, 30e9), Device("disk", 0, 2e9))
     streamed = place(official(), BF16, cpu, 1024)
@@ -115,20 +138,20 @@ def test_the_speed_by_hand() -> None:
     hits = streamed.cache / (40 * 16 * parts.expert)
     # The memory is read while the disk is, and never takes as long.
     by_hand = (parts.head + 40 * parts.dense) / 30e9 + (1 - hits) * 40 * 4 * parts.expert / 2e9
-    assert streamed.tokens_per_s() == pytest.approx(1 / by_hand)
+    assert tokens_per_s(streamed) == pytest.approx(1 / by_hand)
 
     # Beside a GPU its memory holds the cache, and what is missing comes over the link or from the disk.
     for offload, rate in (("cpu", 25e9), ("disk", 3e9)):
         plan = planned("1xA100,cpu=512GiB", offload=offload)
         missing = (1 - plan.cache / (40 * parts.experts)) * 40 * 4 * parts.expert
         assert 0 < plan.cache < plan.machine.gpus[0].memory and set(plan.layers) == {Layer("cuda:0", offload)}
-        assert plan.tokens_per_s() == pytest.approx(1 / ((parts.head + 40 * parts.dense) / 2039e9 + missing / rate))
+        assert tokens_per_s(plan) == pytest.approx(1 / ((parts.head + 40 * parts.dense) / 2039e9 + missing / rate))
     # accelerate brings a layer that lies in the CPU's memory as a whole.
     split = planned("2xA100,cpu=256GiB")
     away = sum(layer.device == "cpu" for layer in split.layers)
     brought = away * (parts.dense + parts.experts) + parts.head
     here = (40 - away) * (parts.dense + 4 * parts.expert)
-    assert 0 < away < 40 and split.tokens_per_s() == pytest.approx(1 / (here / 2039e9 + brought / 25e9))
+    assert 0 < away < 40 and tokens_per_s(split) == pytest.approx(1 / (here / 2039e9 + brought / 25e9))
 
 
 def test_the_prediction_by_hand() -> None:
@@ -138,16 +161,16 @@ def test_the_prediction_by_hand() -> None:
     roomy = Machine((), Device("cpu", 300 * GIB, 30e9), Device("disk", 0, 2e9))
     resident = place(official(), BF16, roomy, 1024)
     assert resident.resident
-    assert resident.predict(rates) == pytest.approx(1 / (dense / 20e9 + chosen / 15e9 + 0.04))
+    assert predict(resident, rates) == pytest.approx(1 / (dense / 20e9 + chosen / 15e9 + 0.04))
 
     streamed = place(official(), BF16, roomy, 1024, offload="disk", expert_cache=640 * parts.expert // 4)
     assert streamed.on_disk == 40 and streamed.hits == 0.25
     missing = 0.75 * chosen
     read, compute = missing / 2e9, chosen / 15e9 + missing * 1e-10
-    assert streamed.predict(rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + read + compute / 4))
+    assert predict(streamed, rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + read + compute / 4))
     fast = replace(streamed, machine=replace(roomy, disk=Device("disk", 0, 100e9)))  # then computing takes longer
-    assert fast.predict(rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + compute + missing / 100e9 / 4))
-    assert all(plan.predict(rates) < plan.tokens_per_s() for plan in (resident, streamed, fast))
+    assert predict(fast, rates) == pytest.approx(1 / (dense / 20e9 + 0.04 + compute + missing / 100e9 / 4))
+    assert all(predict(plan, rates) < tokens_per_s(plan) for plan in (resident, streamed, fast))
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -185,9 +208,9 @@ def test_no_machine_is_overfilled(gpus: list[int], cpu: int, context: int, forma
     )
     plan = place(official(), FORMATS[format], machine, context, offload=offload)
     if not plan.runs:
-        assert plan.tokens_per_s() == 0 and not plan.device_map and not plan.tiers()
+        assert tokens_per_s(plan) == 0 and not plan.device_map and not tiers(plan)
         return
-    assert len(plan.layers) == 40 and plan.tokens_per_s() > 0
+    assert len(plan.layers) == 40 and tokens_per_s(plan) > 0
     for device in (*machine.gpus, machine.cpu):
         assert plan.free(device) >= 0, device
     assert plan.largest_context(32768) >= context
@@ -221,7 +244,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     plan = json.loads(result.out)
     assert plan["weights_bytes"] == 263_193_047_040 and plan["runs"]
-    assert plan["tokens_per_s_ceiling"] == pytest.approx(planned(words, offload="disk").tokens_per_s())
+    assert plan["tokens_per_s_ceiling"] == pytest.approx(tokens_per_s(planned(words, offload="disk")))
     assert any("from the disk" in line for line in plan["advice"])
     assert plan["tokens_per_s_predicted"] is None  # nothing there could be measured
 
@@ -285,7 +308,7 @@ def test_a_stored_format_and_streaming_are_planned_as_they_run(
     monkeypatch.setattr("model.rates.measure", measured)
     with open_weights(tiny_checkpoint) as weights:
         Writer(weights, tmp_path / "int4", "int4", 128).write(lambda _: None)
-    options = ("--offload", "disk", "--expert-cache", "50kB", "--json")
+    options = ("--offload", "disk", "--expert-cache", "200kB", "--json")
     plans = {
         name: json.loads(cli("plan", *args, *options).out)
         for name, args in {
@@ -296,6 +319,6 @@ def test_a_stored_format_and_streaming_are_planned_as_they_run(
     }
     assert asked == [("bfloat16", True), ("int4", True), ("int4-g128", True)]
     assert all(set(plan["experts"]) == {"disk"} for plan in plans.values())
-    assert all(plan["devices"][-1]["expert_cache"] == 50_000 for plan in plans.values())
+    assert all(100_000 < plan["devices"][-1]["expert_cache"] <= 200_000 for plan in plans.values())
     assert plans["as stored"]["tokens_per_s_predicted"] and plans["int4"]["tokens_per_s_predicted"]
     assert plans["on the way"]["tokens_per_s_predicted"] is None

@@ -27,7 +27,8 @@ from model.experts.streamed import open_store
 from model.formats import open_weights
 from model.kernels import FloatGlu
 from model.kv_cache import KVCache
-from model.offload import decide
+from model.load_plan import LoadOptions, Stored, plan_load
+from model.placement import FORMATS, Device, Machine, capacity, sizes
 from model.sampling import SamplingParams
 from model.streaming import HostSource
 from model.streaming.reader import DiskSource
@@ -360,33 +361,48 @@ def test_a_cache_that_is_too_small_or_too_large_is_refused(tiny: Path, monkeypat
     with pytest.raises(ResourceError, match="too small for two experts") as caught:
         streamed(tiny, 1)
     assert caught.value.exit_code == 5 and "1MiB" in caught.value.one_line
-    monkeypatch.setattr("model.experts.streamed.available_memory", lambda: 10**6)
-    with pytest.raises(ResourceError, match=r"only 0\.0 GB of memory are free"):
+    config = open_weights(tiny).config
+    parts = sizes(config, FORMATS["bfloat16"])
+    beside = parts.total - LAYERS * parts.experts + parts.buffers + LAYERS * parts.kv * capacity(config.max_seq_len)
+
+    def free_for_experts(nbytes: int) -> None:
+        """Nine tenths of what is free are taken."""
+        monkeypatch.setattr("model.machine.available_memory", lambda: (beside + nbytes) * 10 // 9 + 1)
+
+    free_for_experts(10**6)
+    with pytest.raises(ResourceError, match=r"only 0\.0 GB are free beside the rest"):
         streamed(tiny, 1000)
     store = DbrxForCausalLM.from_pretrained(tiny, offload="disk").expert_store
     assert store is not None and store.capacity == 750_000 // SLOT
-    monkeypatch.setattr("model.experts.streamed.available_memory", lambda: 50_000)
-    with pytest.raises(ResourceError, match="which is not free"):
+    free_for_experts(2 * SLOT * 4 // 3 - 10)
+    with pytest.raises(ResourceError, match="are not free beside the rest"):
         DbrxForCausalLM.from_pretrained(tiny, offload="disk")
 
 
-def test_auto_streams_what_does_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with torch.device("meta"):
-        network = DbrxForCausalLM(open_weights(tiny).config)
-    whole = sum(parameter.numel() for parameter in network.parameters()) * 2
-    dense = whole - LAYERS * EXPERTS * EXPERT
+def test_auto_streams_what_does_not_fit(tiny: Path) -> None:
+    weights = open_weights(tiny)
+    config = weights.config
+    parts = sizes(config, FORMATS["bfloat16"])
+    beside = parts.buffers + LAYERS * parts.kv * capacity(config.max_seq_len)
+    whole, dense = parts.total + beside, parts.total - LAYERS * parts.experts + beside
 
-    def choice(wanted: str, free: float, limit: str | None = None, on_gpu: bool = False) -> str:
-        monkeypatch.setattr("model.offload.available_memory", lambda: int(free))
-        return decide(wanted, network, torch.bfloat16, None, {"cpu": limit} if limit else None, on_gpu=on_gpu)
+    def choice(wanted: str, free: float, limit: int | None = None, gpu: bool = False) -> str:
+        gpus = (Device("cuda:0", 10**9, 1e12),) if gpu else ()
+        machine = Machine(gpus, Device("cpu", int(free), 1e11), Device("disk", 0, 1e9))
+        limits: dict[int | str, int | str] | None = {"cpu": str(limit)} if limit else None
+        options = LoadOptions(offload=wanted, device_map="auto" if gpu else "cpu", max_memory=limits)
+        plan = plan_load(config, Stored.of(weights), machine, options)
+        return plan.offload if plan.runs else "nowhere"
 
-    assert choice("auto", whole / 0.8) == "none"
-    assert choice("auto", whole) == "disk"
-    assert choice("auto", whole * 9, f"{whole // 1000}KB") == "disk"
-    assert choice("auto", dense) == "none"  # hopeless: loading says so
-    assert choice("none", whole) == "none" and choice("disk", whole * 9) == "disk"
+    assert choice("auto", whole) == "none"
+    assert choice("auto", whole - 1) == "disk"  # even where the weights alone would fit
+    assert choice("auto", whole * 9, whole - 1) == "disk"
+    assert choice("auto", dense) == choice("disk", dense) == "nowhere"
+    assert choice("none", whole - 1) == "none"  # pages of the files give way
+    assert choice("none", dense) == choice("none", whole * 9, whole - 1) == "nowhere"
+    assert choice("disk", whole * 9) == "disk"
     assert choice("cpu", whole) == "none"  # where they are is where they are computed
-    assert choice("cpu", whole, on_gpu=True) == "cpu" and choice("auto", whole, on_gpu=True) == "none"
+    assert choice("cpu", whole, gpu=True) == "cpu" and choice("auto", whole, gpu=True) == "none"
     with pytest.raises(ValueError, match="is not one of"):
         choice("gpu", whole)
 
@@ -397,7 +413,7 @@ def test_experts_from_the_cpus_memory_are_the_same(tiny: Path) -> None:
     expected = answer(network)
     weights = open_weights(tiny)
     kernel = FloatGlu(torch.nn.functional.silu)
-    store = open_store(weights, kernel, torch.bfloat16, torch.device("cpu"), host=True, budget=6 * SLOT)
+    store = open_store(weights, kernel, torch.bfloat16, torch.device("cpu"), capacity=6, host=True)
     for block in network.transformer.blocks:
         block.get_submodule("ffn.experts").store = store  # type: ignore[assignment]
     assert torch.equal(answer(network)[0], expected[0])
@@ -438,6 +454,6 @@ def test_the_command_line_streams(cli: Cli, tiny_checkpoint: Path) -> None:
 
 
 def test_the_user_is_told_when_auto_streams(cli: Cli, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.offload.available_memory", lambda: 21_700_000)
+    monkeypatch.setattr("model.machine.available_memory", lambda: 23_400_000)
     result = cli("generate", "-m", tiny_checkpoint, "--raw", "-t", "0", "-n", "2", "one two three")
     assert result.code == 0 and "the experts do not fit into memory" in result.fault

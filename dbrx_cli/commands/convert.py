@@ -37,9 +37,11 @@ def convert(
 
     report = Report(output)
     folder = find_model(ModelOptions(model=source), report)
+    import torch
+
     from model.formats import open_weights
     from model.formats.write_checkpoint import companions, write_checkpoint
-    from model.loading import choose_dtype
+    from model.load_plan import Stored
 
     with open_weights(folder) as weights, damage_named(folder), report.bar("Converting") as advance:
         finish = companions(folder, weights.config.vocab_size)
@@ -48,5 +50,6 @@ def convert(
 
             Writer(weights, out, to, GROUP).write(finish, advance)
         else:
-            write_checkpoint(weights, out, choose_dtype(to, weights), finish, advance)
+            dtype = to if to != "auto" else Stored.of(weights).float_type or "bfloat16"
+            write_checkpoint(weights, out, getattr(torch, dtype), finish, advance)
     say(str(out))

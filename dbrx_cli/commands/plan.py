@@ -12,7 +12,6 @@ from dbrx_cli.output import say_json
 
 if TYPE_CHECKING:
     from dbrx_cli.planning import Question
-    from model.placement import Placement
 
 
 @takes(options=ModelOptions)
@@ -42,23 +41,28 @@ def plan(
     from dbrx_cli.planning import Question, advice
 
     question = Question.of(name or options.model, options, devices)
-    found = question.plan()
-    told = list(advice(question, found))
+    told = list(advice(question))
     if json_output:
-        say_json(to_dict(question, found, told))
+        say_json(to_dict(question, told))
         return
     from dbrx_cli.render.console import PlainConsole
     from dbrx_cli.render.plan import show
 
-    show(PlainConsole(), question, found, told)
+    show(PlainConsole(), question, told)
 
 
-def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str, Any]:
+def to_dict(question: Question, advice: list[str]) -> dict[str, Any]:
     """The plan as JSON; bytes, seconds, tokens a second."""
+    from model.speed import load_s, tiers, tokens_per_s
+
+    plan = question.plan
     machine = plan.machine
     return {
         "model": question.name,
         "format": plan.format,
+        "dtype": plan.dtype,
+        "kv_dtype": plan.kv_dtype,
+        "weights_kernel": plan.kernel.name if plan.kernel else None,
         "context": plan.context,
         "weights_bytes": plan.sizes.total,
         "runs": plan.runs,
@@ -75,11 +79,11 @@ def to_dict(question: Question, plan: Placement, advice: list[str]) -> dict[str,
         "disk_bandwidth": machine.disk.bandwidth,
         "device_map": plan.device_map,
         "experts": [layer.experts for layer in plan.layers],
-        "token_reads": [asdict(tier) for tier in plan.tiers()],
-        "tokens_per_s_ceiling": plan.tokens_per_s(),
-        "tokens_per_s_predicted": question.predict(plan),
+        "token_reads": [asdict(tier) for tier in tiers(plan)],
+        "tokens_per_s_ceiling": tokens_per_s(plan),
+        "tokens_per_s_predicted": question.predicted,
         "kernels": asdict(question.rates) if question.rates else None,
-        "load_s": plan.load_s() if plan.runs else None,
+        "load_s": load_s(plan) if plan.runs else None,
         "largest_context": plan.largest_context(question.config.max_seq_len),
         "advice": advice,
     }

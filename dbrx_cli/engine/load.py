@@ -64,18 +64,16 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
             adapter=options.adapter,
             progress=advance,
         )
-    if options.quantize == "auto" and network.packing is not None and network.packing.converts:
-        form = network.packing.quantize
-        report.notice(f"the weights became {form} as they were read; --quantize none computes with them as stored")
+    assert network.load_plan is not None
+    for notice in network.load_plan.notices:
+        report.notice(notice)
     if network.expert_store is not None:
-        kept = network.expert_store.describe()
-        tell = report.notice if options.offload == "auto" else report.detail
-        tell(f"the experts do not fit into memory and are read when they are needed; {kept}")
+        report.detail(network.expert_store.describe())
     return network
 
 
-def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxConfig:
-    """`ModelError` if a folder or file is no DBRX model; a notice where its weights change their type."""
+def check_source(source: Path) -> DbrxConfig:
+    """`ModelError` if a folder or file is no DBRX model."""
     if source.is_dir():
         from model.checkpoint import Checkpoint
         from model.config import DbrxConfig
@@ -84,11 +82,6 @@ def check_source(source: Path, options: ModelOptions, report: Report) -> DbrxCon
             Checkpoint.open(source).close()  # says what the folder holds instead, such as a GGUF file or an adapter
         return DbrxConfig.from_json(source / "config.json")
     from model.formats import open_weights
-    from model.loading import STORED
 
     with open_weights(source) as weights:
-        stored, _ = weights.dtypes().most_common(1)[0]
-        config = weights.config
-    if stored not in STORED and options.dtype == "auto" and options.quantize in ("auto", "none"):
-        report.notice(f"{source.name} holds {stored} weights, which become bfloat16; --dtype chooses another type")
-    return config
+        return weights.config

@@ -80,7 +80,7 @@ class LocalEngine:
         from model.tokenizer import AutoTokenizer
 
         ranks = lead(options)
-        config = check_source(folder, options, report)  # what is no model is told so before all else
+        config = check_source(folder)  # what is no model is told so before all else
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.require_rows(config.vocab_size, folder)
         network = load_network(folder, options, report, ranks)

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from dbrx_cli.planning import Question, rate, seconds
 from model.foreign_text import on_one_line
-from model.placement import Device, Layer, Placement, parameters
+from model.load_plan import LoadPlan
+from model.placement import Device, Layer, parameters
+from model.speed import load_s, tiers, tokens_per_s
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,9 +26,10 @@ DISK = ("experts on disk", "░", "yellow")
 NO_BREAK = "\N{NO-BREAK SPACE}"  # so that a name in the legend stays on its line
 
 
-def show(console: Console, question: Question, plan: Placement, advice: Iterable[str]) -> None:
+def show(console: Console, question: Question, advice: Iterable[str]) -> None:
     """All that there is to say of a plan."""
-    name = plan.format + ("" if plan.format.startswith(question.dtype) else f", activations {question.dtype}")
+    plan = question.plan
+    name = plan.format + ("" if plan.format == plan.dtype else f", activations {plan.dtype}")
     count = parameters(question.config) / 1e9
     console.print(
         Text(f"{on_one_line(question.name)}: {count:.3g} billion parameters, {decimal(plan.sizes.total)} in {name}")
@@ -34,8 +37,8 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
     if plan.runs:
         console.print(picture(plan, console.width))
         console.print(waits(plan))
-        speed, load = rate(plan.tokens_per_s()), seconds(plan.load_s())
-        predicted = question.predict(plan)
+        speed, load = rate(tokens_per_s(plan)), seconds(load_s(plan))
+        predicted = question.predicted
         about = f"about {rate(predicted)} tokens/s, " if predicted else "predicted, with nothing measured: "
         reach = f"at most {speed} tokens/s; loading takes at least {load}"
         console.print(Text(f"{about}{reach}; room for a context of {plan.context} tokens"))
@@ -43,7 +46,7 @@ def show(console: Console, question: Question, plan: Placement, advice: Iterable
         console.print(Text(f"- {sentence}"))
 
 
-def picture(plan: Placement, width: int) -> RenderableType:
+def picture(plan: LoadPlan, width: int) -> RenderableType:
     """A bar for each device, filled with what lies there, and the layers' names."""
     grid = Table.grid(padding=(0, 1))
     room = max(8, min(40, width - 60))
@@ -59,23 +62,23 @@ def picture(plan: Placement, width: int) -> RenderableType:
     return Group(grid, legend)
 
 
-def waits(plan: Placement) -> RenderableType:
+def waits(plan: LoadPlan) -> RenderableType:
     """The seconds of one token, by what is read."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading, side in (("a token reads", "left"), ("bytes", "right"), ("seconds", "right")):
         table.add_column(heading, justify="right" if side == "right" else "left", no_wrap=True)
-    for tier in plan.tiers():
+    for tier in tiers(plan):
         table.add_row(tier.what, decimal(tier.nbytes), f"{tier.seconds:.3g}")
     return table
 
 
-def _devices(plan: Placement) -> list[Device]:
+def _devices(plan: LoadPlan) -> list[Device]:
     machine = plan.machine
     cpu_used = plan.weights.get("cpu")
     return [*machine.gpus, *([machine.cpu] if cpu_used or not machine.gpus else [])]
 
 
-def _bar(plan: Placement, device: Device, width: int) -> Text:
+def _bar(plan: LoadPlan, device: Device, width: int) -> Text:
     amounts = (
         plan.weights.get(device.name, 0),
         plan.cache_on(device),
@@ -92,11 +95,11 @@ def _bar(plan: Placement, device: Device, width: int) -> Text:
     return bar
 
 
-def _sizes(plan: Placement, device: Device) -> str:
+def _sizes(plan: LoadPlan, device: Device) -> str:
     return f"{decimal(device.memory - max(0, plan.free(device)))} of {decimal(device.memory)}"
 
 
-def _layers(plan: Placement, device: Device) -> str:
+def _layers(plan: LoadPlan, device: Device) -> str:
     """What lies on a device, in words."""
     name = device.name
     kinds: tuple[tuple[str, Callable[[Layer], bool]], ...] = (
@@ -110,7 +113,7 @@ def _layers(plan: Placement, device: Device) -> str:
     return ", ".join(parts)
 
 
-def _ranges(plan: Placement, chosen: Callable[[Layer], bool]) -> str:
+def _ranges(plan: LoadPlan, chosen: Callable[[Layer], bool]) -> str:
     """Layer numbers such as 0-9, 12; empty if there are none."""
     runs: list[list[int]] = []
     for i, layer in enumerate(plan.layers):

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ResourceError
 from ..kernels import FloatGlu, GluExpertKernel, Packed
 from ..kernels.dispatch import moe_forward
-from ..machine import available_memory
+from ..load_plan import READING_AHEAD
 from ..streaming import DiskSource, ExpertStore, HostSource, Pack, Source, make_slots, slot_size
 from ..weights import FloatExpert
 from .packed import packed_expert
 
 if TYPE_CHECKING:
     from ..weights import Weights
-
-READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
-USABLE = 0.75  # of the free memory; the rest is for activations, keys and values, and the system
 
 
 class StreamedExperts(nn.Module):
@@ -48,36 +43,29 @@ def open_store(
     kernel: GluExpertKernel,
     dtype: torch.dtype,
     device: torch.device,
+    capacity: int,
     *,
     host: bool = False,
-    budget: int | None = None,
 ) -> ExpertStore:
     """A store for all experts of `weights`, computing on `device` in `dtype` with `kernel`.
 
-    They stay in their files, or with `host` in the CPU's memory. `budget`: bytes of the device's memory for the
-    experts that are held; by default most of what is free. `ResourceError` if that is too little, or not there.
+    They stay in their files, or with `host` in the CPU's memory. `capacity`: experts that are held, at least two: one
+    that computes, and the next one on its way.
     """
     config = weights.config
     layers, ids = range(config.n_layers), range(config.ffn_config.moe_num_experts)
     extents = [[weights.expert_extents(layer, expert) for expert in ids] for layer in layers]
     every = [expert for layer in extents for expert in layer]
-    slot, matrix = slot_size(every), (config.ffn_config.ffn_hidden_size, config.d_model)
+    slot = slot_size(every)
     same = weights.plain_experts if kernel.quantization == "none" else kernel.quantization == weights.quantization
     in_place = kernel.reads_stored and same
     pack: Pack
     if in_place and not isinstance(kernel, FloatGlu):
-        pack, overhead, place = partial(packed_expert, kernel, weights), 0, slot
+        pack = partial(packed_expert, kernel, weights)
     elif in_place:
         pack = InPlace(weights, dtype, device)
-        is_cast = any(sum(e.nbytes for e in expert) != 3 * prod(matrix) * dtype.itemsize for expert in every)
-        overhead, place = 3 * prod(matrix) * dtype.itemsize * is_cast, slot
     else:
         pack = Packing(weights, kernel, dtype, device)
-        overhead = READING_AHEAD * slot
-        place = kernel.nbytes(*matrix, dtype.itemsize)
-    capacity = min(len(every), (_budget(budget, device) - overhead) // place)
-    if capacity < 2:
-        raise _too_little(budget, overhead + 2 * place)
     slots = make_slots(capacity, slot, device) if in_place else make_slots(READING_AHEAD, slot, torch.device("cpu"))
     folder = weights.source if weights.source.is_dir() else weights.source.parent
     source: Source = HostSource(folder, every, device) if host else DiskSource(folder)
@@ -121,28 +109,3 @@ class Packing:
             floats = self._weights.expert(layer, expert, data)
             owned = (matrix.to(self._device, self._dtype, copy=True) for matrix in floats)
             return self._kernel.pack(FloatExpert(*owned))
-
-
-def _budget(wanted: int | None, device: torch.device) -> int:
-    """Bytes that experts may take on a device."""
-    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if wanted is None:
-        return int(free * USABLE)
-    if wanted > free:
-        raise ResourceError(
-            f"--expert-cache asks for {wanted / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free",
-            "give less, or leave it out",
-        )
-    return wanted
-
-
-def _too_little(wanted: int | None, needed: int) -> ResourceError:
-    """The budget holds fewer than two experts: one that computes, and the next one on its way."""
-    if wanted is not None:
-        return ResourceError(
-            f"--expert-cache {wanted / 1e9:.1f} GB is too small for two experts of this model",
-            f"give at least {-(-needed // 2**20)}MiB",
-        )
-    return ResourceError(
-        f"two experts of this model take {needed / 1e9:.1f} GB of memory, which is not free", "free memory"
-    )

@@ -53,6 +53,7 @@ class GgufWeights:
     """
 
     quantization = "none"  # to the experts' kernels: what they are given are floats
+    group: int | None = None
     plain_experts = False
 
     def __init__(self, path: Path) -> None:

@@ -51,6 +51,7 @@ class QuantizedWeights(CheckpointWeights):
     """Experts in int8 or int4, attention and head in int8, the rest in floats; see `Weights` for the methods."""
 
     plain_experts = False
+    group: int
 
     def __init__(self, folder: Path) -> None:
         self.source = folder

@@ -2,7 +2,7 @@
 
 from .base import GluExpertKernel, LinearKernel, Packed, Rows
 from .linear import PackedLinear
-from .registry import ACTIVATIONS, KERNELS, choose, experts_of, fault, probe, streamed_experts_of
+from .registry import ACTIVATIONS, KERNELS, choose, experts_of, fault, kernel_facts, probe, streamed_experts_of
 from .torch_glu import FloatGlu
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "choose",
     "experts_of",
     "fault",
+    "kernel_facts",
     "probe",
     "streamed_experts_of",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..quantization import SCHEMES, int4, int8
+from ..placement import KernelFacts
+from ..quantization import DENSE, SCHEMES, int4, int8
 from .base import GluExpertKernel, LinearKernel, Packed
 from .native_glu import NativeGlu
 from .native_linear import NativeLinear
@@ -62,6 +64,20 @@ def streamed_experts_of(experts: GluExpertKernel | None, activation: str, stored
     if experts is None or experts.quantization == "none":
         return FloatGlu(ACTIVATIONS[activation])
     return StoredInt8Glu(ACTIVATIONS[activation]) if experts.quantization == stored == "int8" else experts
+
+
+def kernel_facts(form: str, group: int | None, stored: str) -> KernelFacts | None:
+    """What a plan asks of the kernels that this CPU has for a form; see `placement.Machine.kernel`."""
+    linear = choose(form, group) if form in KERNELS else None
+    dense = choose(DENSE) if form in SCHEMES else linear
+    if linear is None or dense is None:
+        return None
+    experts = experts_of(linear, "silu")
+    streamed = streamed_experts_of(experts, "silu", stored)
+    name = " + ".join(dict.fromkeys((experts.name, dense.name)))
+    dtype = str(dense.dtype).removeprefix("torch.")
+    streams: Literal["stored", "cast"] = "cast" if isinstance(streamed, FloatGlu) else "stored"
+    return KernelFacts(name, dtype, streams if streamed.reads_stored else "packed")
 
 
 def probe() -> dict[str, str]:
