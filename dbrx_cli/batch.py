@@ -19,12 +19,9 @@ from dbrx_cli.stdin import InputErrors, decode
 from model.bpe import MAX_TEXT
 from model.errors import DbrxError, InputError
 from model.messages import Message
-from model.sampling import SamplingParams
+from model.sampling import PARAMETERS, SamplingParams
 
-SAMPLING = {
-    "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
-    "frequency_penalty": float, "presence_penalty": float, "seed": int,
-}  # fmt: skip
+SAMPLING = {name: kind for name, kind in PARAMETERS.items() if name != "lookup"}  # drafts are of all lines or of none
 KEYS = {"id", "prompt", "messages", "stop", *SAMPLING}
 ROLES = ("system", "user", "assistant")
 

@@ -12,12 +12,10 @@ from .decode import LogitsMask, Stopper, decode, prefill
 from .errors import ContextError
 from .generation_config import GenerationConfig, as_ids
 from .kv_cache import KVCache
-from .sampling import SamplingParams
+from .sampling import DISTRIBUTION, SamplingParams
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
 def generate(
@@ -48,9 +46,9 @@ def generate(
     `pad_token_id`. `past_key_values` holds what an earlier call read of the front of input_ids. Sampling:
     temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed.
     """
-    unknown = sorted(set(sampling) - set(SAMPLING))
+    unknown = sorted(set(sampling) - set(DISTRIBUTION))
     if unknown:
-        raise TypeError(f"generate() has no argument {unknown[0]!r}; sampling is set by {', '.join(SAMPLING)}")
+        raise TypeError(f"generate() has no argument {unknown[0]!r}; sampling is set by {', '.join(DISTRIBUTION)}")
     if not use_cache:
         raise ValueError("generate() always keeps keys and values; use_cache=False has no use here")
     config = network.generation_config or GenerationConfig()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -63,6 +65,13 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+
+# The only list of the parameters, by kind; those of the distribution change which token is likely to be chosen.
+PARAMETERS: Mapping[str, type] = MappingProxyType(
+    {f.name: int if str(f.type).startswith("int") else float for f in fields(SamplingParams)}
+)
+DISTRIBUTION = tuple(name for name in PARAMETERS if name not in ("max_tokens", "seed", "lookup"))
 
 
 def penalize(logits: Tensor, seen: Tensor, counts: Tensor, params: SamplingParams) -> Tensor:

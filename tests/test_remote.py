@@ -22,7 +22,7 @@ from dbrx_cli.options import EngineOptions, OutputOptions
 from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.messages import Message
-from model.sampling import SamplingParams
+from model.sampling import PARAMETERS, SamplingParams
 from tests.cli import ROOT, Cli, environment, start
 from tests.stub_server import PIECES, TEXT, Handler, Send, Server, after_pieces, pieces, status
 from tests.test_imports import loaded_by
@@ -70,6 +70,18 @@ def test_what_is_sent(server: Server) -> None:
         "min_p": 0.1, "repetition_penalty": 1.2, "repeat_penalty": 1.2, "frequency_penalty": 0.3,
         "presence_penalty": 0.4, "stop": ["\n\n", "END"],
     }  # fmt: skip
+
+
+def test_every_parameter_reaches_the_server(server: Server, cli: Cli, tmp_path: Path) -> None:
+    """One that is added to `SamplingParams` has a flag, a key of a batch, and a field of the request."""
+    values = {name: 1 if kind is int else 0.25 for name, kind in PARAMETERS.items() if name != "lookup"}
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    assert cli("generate", "--url", server.url, *flags, "hi").code == 0
+    assert server.seen[-1][2].items() >= values.items()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "hi", **values}))
+    assert cli("generate", "--url", server.url, "--batch", prompts).code == 0
+    assert server.seen[-1][2].items() >= values.items()
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/models"])

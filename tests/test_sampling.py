@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.sampling import SamplingParams, candidates, penalize, sample
+from dbrx_cli.options import SamplingOptions
+from model import DbrxForCausalLM
+from model.sampling import DISTRIBUTION, PARAMETERS, SamplingParams, candidates, penalize, sample
 
 torch.set_num_threads(1)
 
@@ -195,3 +197,10 @@ def test_params_are_checked(name: str, wrong: list[Any], right: list[Any]) -> No
             SamplingParams(**{name: value})
     for value in right:
         assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+def test_every_parameter_has_a_flag_and_an_argument(tiny_checkpoint: Path) -> None:
+    assert {field.name for field in fields(SamplingOptions)} == {*PARAMETERS, "stop"}
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
+    given: dict[str, Any] = {name: 1 if PARAMETERS[name] is int else 0.25 for name in DISTRIBUTION}
+    assert network.generate(torch.tensor([[5]]), max_new_tokens=1, do_sample=True, seed=1, **given).shape == (1, 2)

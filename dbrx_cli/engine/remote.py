@@ -19,7 +19,7 @@ from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, DbrxError, InputError, ModelError
 from model.messages import Message
-from model.sampling import SamplingParams
+from model.sampling import DISTRIBUTION, PARAMETERS, SamplingParams
 
 DBRX_CONTEXT = 32768  # where the server does not say
 BYTES_A_TOKEN = 4.0  # of English; corrected by what the server counts
@@ -32,9 +32,8 @@ GO_ON: dict[str, dict[str, bool]] = {
     "llamacpp": {},  # always does
 }
 PENALTY = {"vllm": ("repetition_penalty",), "sglang": ("repetition_penalty",), "llamacpp": ("repeat_penalty",)}
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "seed")
 # Fields of a request -> the flag that asks for them.
-FLAGS = {name: "--" + name.replace("_", "-") for name in (*SAMPLING, "repetition_penalty", "max_tokens", "stop")} | {
+FLAGS = {name: "--" + name.replace("_", "-") for name in (*PARAMETERS, "stop")} | {
     "repeat_penalty": "--repetition-penalty",
     "max_completion_tokens": "--max-tokens",
     "response_format": "--schema",
@@ -46,17 +45,9 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in (*SAMPLING, "repetition
 
 @dataclass(frozen=True)
 class ServerParams(SamplingParams):
-    """What a server is asked for; None leaves it to the server."""
+    """What a server is asked for; None, as it may be here, leaves it to the server."""
 
     SEEDS = 2**31  # servers keep no more of a seed for sure; llama.cpp takes 2**32 - 1 for "any"
-
-    temperature: Any = None
-    top_p: Any = None
-    top_k: Any = None
-    min_p: Any = None
-    repetition_penalty: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
 
     def __post_init__(self) -> None:
         SamplingParams(**{name: value for name, value in vars(self).items() if value is not None})  # its bounds hold
@@ -75,7 +66,8 @@ class RemoteEngine:
             report.notice(f"{server.host} has a context of {told} tokens, so --context is no more than that")
         self.server = server
         self.name = name
-        self.defaults: SamplingParams = ServerParams()
+        unset: dict[str, Any] = dict.fromkeys(DISTRIBUTION)
+        self.defaults: SamplingParams = ServerParams(**unset)
         self.context = min(filter(None, (context, told)), default=DBRX_CONTEXT)
         self.owner = str(entry.get("owned_by", ""))
         self.continues = self.owner in GO_ON
@@ -205,10 +197,9 @@ class RemoteEngine:
 
     def _sampling(self, params: SamplingParams) -> dict[str, Any]:
         """What was given, and nothing else: servers differ in what they know and in their own defaults."""
-        given = {name: getattr(params, name) for name in SAMPLING}
-        given |= dict.fromkeys(
-            PENALTY.get(self.owner, ("repetition_penalty", "repeat_penalty")), params.repetition_penalty
-        )
+        given = {name: getattr(params, name) for name in (*DISTRIBUTION, "seed")}
+        spellings = PENALTY.get(self.owner, ("repetition_penalty", "repeat_penalty"))
+        given |= dict.fromkeys(spellings, given.pop("repetition_penalty"))
         return {name: value for name, value in given.items() if value is not None}
 
     def _ask(self, path: str, content: dict[str, Any]) -> Answer:
