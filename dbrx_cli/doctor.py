@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,14 +57,15 @@ class Check:
 
 
 def examine(model: WhichModel) -> Iterator[Check]:
-    """All checks, the quick ones first; each is given as soon as it is known."""
+    """All checks, the quick ones first; each is given as soon as it is known. One that breaks hides none behind it."""
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}, {sys.executable}")
-    yield from versions()
+    yield from _guarded("packages", versions)
     yield from folders()
     yield from _guarded("memory", memory)
     yield from _guarded("model", lambda: model_and_hub(model))
+    yield from _guarded("plan", lambda: load_plan(model))
     yield from _guarded("native kernels", native_kernels)
-    yield from _guarded("torch", network_checks)
+    yield from network_checks()
 
 
 def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -73,7 +75,10 @@ def _guarded(name: str, checks: Callable[[], Iterator[Check]]) -> Iterator[Check
     except DbrxError as error:
         yield Check.problem(name, error)
     except Exception as error:
-        yield Check(name, "problem", f"cannot be examined: {type(error).__name__}: {error}", exit_code=1)
+        if os.environ.get("DBRX_DEBUG"):
+            raise
+        broken = f"cannot be examined: {type(error).__name__}: {error}"
+        yield Check(name, "problem", broken, "to see where: DBRX_DEBUG=1 dbrx doctor", exit_code=1)
 
 
 def versions() -> Iterator[Check]:
@@ -117,25 +122,42 @@ def within(have: str, bounds: list[tuple[str, str]]) -> bool:
 
 
 def folders() -> Iterator[Check]:
-    """Where models are kept: room and permission."""
-    from dbrx_cli.demo import demo_folder
-    from model.hub.layout import cache_folder
+    """Where models are kept."""
+
+    def hub_cache() -> Iterator[Check]:
+        from model.hub.layout import cache_folder
+
+        yield room("hub cache", cache_folder(), "HF_HOME")
+
+    def demo_cache() -> Iterator[Check]:
+        from dbrx_cli.demo import demo_folder
+
+        yield room("demo cache", demo_folder().parent, "DBRX_CACHE")
+
+    yield from _guarded("hub cache", hub_cache)
+    yield from _guarded("demo cache", demo_cache)
+    yield from _guarded("old cache", old_cache)
+
+
+def room(name: str, folder: Path, variable: str) -> Check:
+    """Whether a folder can be written to, and how much it can take."""
     from model.hub.plan import readable
 
-    for name, folder, variable in (
-        ("hub cache", cache_folder(), "HF_HOME"),
-        ("demo cache", demo_folder().parent, "DBRX_CACHE"),
-    ):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
-        facts = {"path": str(folder), "free_bytes": free}
-        elsewhere = f"choose another folder: export {variable}=/path"
-        if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-            yield Check(name, "warning", f"{folder} cannot be written to", elsewhere, facts=facts)
-        elif free < ENOUGH_DISK:
-            yield Check(name, "warning", f"{folder}: only {readable(free)} free", elsewhere, facts=facts)
-        else:
-            yield Check(name, "ok", f"{folder}, {readable(free)} free", facts=facts)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    facts = {"path": str(folder), "free_bytes": free}
+    elsewhere = f"choose another folder: export {variable}=/path"
+    if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+        return Check(name, "warning", f"{folder} cannot be written to", elsewhere, facts=facts)
+    if free < ENOUGH_DISK:
+        return Check(name, "warning", f"{folder}: only {readable(free)} free", elsewhere, facts=facts)
+    return Check(name, "ok", f"{folder}, {readable(free)} free", facts=facts)
+
+
+def old_cache() -> Iterator[Check]:
+    """What earlier versions left."""
+    from dbrx_cli.demo import demo_folder
+    from model.hub.plan import readable
 
     compiled = demo_folder().parent / "compiled"
     if compiled.is_dir():
@@ -199,6 +221,33 @@ def model_and_hub(model: WhichModel) -> Iterator[Check]:
     else:
         yield Check("model", "problem", lacking.message, access.hint, access.exit_code or 3)
         yield access
+
+
+def load_plan(model: WhichModel) -> Iterator[Check]:
+    """How the model would be loaded on this machine as it is now; nothing where it is not here."""
+    import torch
+
+    from model.formats import open_weights
+    from model.hub.plan import readable
+    from model.load_plan import LoadOptions, Stored, plan_load
+    from model.machine import free_memory
+
+    try:
+        found = _local(model)
+    except ModelError:
+        return
+    options = LoadOptions(quantize="auto", pack=True, device_map="auto", offload="auto")
+    with open_weights(found) as weights:
+        machine = free_memory(gpus=torch.cuda.is_available())
+        plan = plan_load(weights.config, Stored.of(weights), machine, options)
+    if plan.fault is not None:
+        yield Check("plan", "warning", plan.fault.message, f"see: dbrx plan -m {shlex.quote(model.model)}")
+        return
+    devices = " and ".join(dict.fromkeys(layer.device for layer in plan.layers))
+    where = f"{devices}, experts from the disk" if plan.on_disk else devices
+    facts = {"format": plan.format, "kernel": plan.kernel.name if plan.kernel else None, "context": plan.context}
+    size = readable(sum(plan.weights.values()))
+    yield Check("plan", "ok", f"{plan.format} on {where}, {size} in memory, context {plan.context}", facts=facts)
 
 
 def _local(model: WhichModel) -> Path:
@@ -291,6 +340,23 @@ def _token_is_valid(hub: Any) -> bool:
 
 def network_checks() -> Iterator[Check]:
     """Torch, devices, attention, and the network against the reference's answers."""
+    found: list[torch.device] = []
+
+    def devices() -> Iterator[Check]:
+        named = list(_devices())
+        found.extend(device for device, _ in named)
+        facts = {"devices": [str(device) for device in found]}
+        yield Check("devices", "ok", ", ".join(text for _, text in named), facts=facts)
+
+    yield from _guarded("torch", torch_build)
+    yield from _guarded("devices", devices)
+    for device in found:
+        yield from attention(device)
+    yield from _guarded("kernels", kernels)
+
+
+def torch_build() -> Iterator[Check]:
+    """Which PyTorch this is."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
@@ -300,13 +366,6 @@ def network_checks() -> Iterator[Check]:
         "torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {blas}{onednn}, {capability}",
         facts={"version": torch.__version__, "threads": torch.get_num_threads(), "cpu": capability},
     )  # fmt: skip
-    devices = list(_devices())
-    yield Check(
-        "devices", "ok", ", ".join(text for _, text in devices), facts={"devices": [str(d) for d, _ in devices]}
-    )
-    for device, _ in devices:
-        yield from attention(device)
-    yield from kernels()
 
 
 def _devices() -> Iterator[tuple[torch.device, str]]:
@@ -322,30 +381,37 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 def attention(device: torch.device) -> Iterator[Check]:
     """Which backends run there, and whether the network computes what it should with each."""
+    from model.attention import BACKENDS
+
+    for name in BACKENDS:
+        title = f"attention {name}" + (f" on {device}" if device.type != "cpu" else "")
+        yield from _guarded(title, partial(_backend, title, name, device))
+
+
+def _backend(title: str, name: str, device: torch.device) -> Iterator[Check]:
     import torch
 
     from dbrx_cli import golden
     from model.attention import BACKENDS
 
-    for name, backend in BACKENDS.items():
-        title = f"attention {name}" + (f" on {device}" if device.type != "cpu" else "")
-        reason = backend.unavailable(device, torch.bfloat16)
-        if reason:
-            yield Check(title, "note", reason)
-            continue
-        if backend.unavailable(device, torch.float32):  # flash has no float32 to compare in
-            yield Check(title, "ok", "usable")
-            continue
-        difference = golden.largest_difference(device, name)
-        facts = {"difference": difference}
-        if difference <= golden.TOLERANCE:
-            text = f"computes what the reference does (difference {difference:.0e})"
-            yield Check(title, "ok", text, facts=facts)
-        else:
-            yield Check(
-                title, "problem", f"computes wrong numbers: off by {difference:.3g} from the reference",
-                "install another build of torch: pip install --force-reinstall torch", 1, facts,
-            )  # fmt: skip
+    backend = BACKENDS[name]
+    reason = backend.unavailable(device, torch.bfloat16)
+    if reason:
+        yield Check(title, "note", reason)
+        return
+    if backend.unavailable(device, torch.float32):  # flash has no float32 to compare in
+        yield Check(title, "ok", "usable")
+        return
+    difference = golden.largest_difference(device, name)
+    facts = {"difference": difference}
+    if difference <= golden.TOLERANCE:
+        text = f"computes what the reference does (difference {difference:.0e})"
+        yield Check(title, "ok", text, facts=facts)
+    else:
+        yield Check(
+            title, "problem", f"computes wrong numbers: off by {difference:.3g} from the reference",
+            "install another build of torch: pip install --force-reinstall torch", 1, facts,
+        )  # fmt: skip
 
 
 def kernels() -> Iterator[Check]:

@@ -243,6 +243,44 @@ def test_a_check_that_breaks_is_a_problem(monkeypatch: pytest.MonkeyPatch, cli: 
     assert result.code == 1 and "FAIL memory: cannot be examined: RuntimeError: no driver" in result.out
 
 
+# A function that a check calls -> the check; what breaks in one is told there, with a hint, and all others are made.
+BREAKABLE = {
+    "dbrx_cli.doctor.requires": "packages",
+    "model.hub.layout.cache_folder": "hub cache",
+    "dbrx_cli.demo.demo_folder": "demo cache",
+    "model.machine.available_memory": "memory",
+    "dbrx_cli.commands.models.find_folder": "model",
+    "model.load_plan.plan_load": "plan",
+    "model.native.status": "native kernels",
+    "torch.get_num_threads": "torch",
+    "dbrx_cli.doctor._devices": "devices",
+    "dbrx_cli.golden.largest_difference": "attention eager",
+    "model.kernels.probe": "kernels",
+}
+
+
+@pytest.mark.parametrize("function", BREAKABLE)
+def test_what_breaks_in_one_check_hides_no_other(
+    function: str, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, hub: Hub
+) -> None:
+    def examined() -> dict[str, doctor.Check]:
+        return {check.name: check for check in doctor.examine(doctor.WhichModel(model=str(tiny_checkpoint)))}
+
+    monkeypatch.setattr("dbrx_cli.golden.largest_difference", lambda device, name: 0.0)
+    whole = examined()
+    assert set(BREAKABLE.values()) <= whole.keys()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr(function, broken)
+    found, name = examined(), BREAKABLE[function]
+    assert "nobody thought of this" in found[name].text and found[name].state == "problem"
+    assert found[name].hint and found[name].exit_code == 1
+    lost = {other for other in whole if other.startswith("attention")} if name == "devices" else set()
+    assert whole.keys() - found.keys() == lost  # on which devices would it be tried?
+
+
 def test_no_two_dimensions_of_the_golden_network_are_equal() -> None:
     """A shape that fits by luck hides a mix-up."""
     shapes = [shape for weight in golden.make_weights().values() if len(shape := weight.shape) == 2]

@@ -148,6 +148,7 @@ def _fits(row: dict[str, Any]) -> bool:
 def _predicted(row: dict[str, Any]) -> float | None:
     """Tokens a second, as `dbrx plan` has it; None where it knows none."""
     from dbrx_cli.planning import Question
+    from model.speed import tokens_per_s
 
     if not row["complete"]:
         return None
@@ -155,10 +156,9 @@ def _predicted(row: dict[str, Any]) -> float | None:
     with Report(OutputOptions()).status(f"measuring for {row['name']}"):
         try:
             question = Question.of(name, ModelOptions(model=name), None)
-            plan = question.plan()
         except DbrxError:
             return None
-        return question.predict(plan) or plan.tokens_per_s()
+        return question.predicted or tokens_per_s(question.plan)
 
 
 def _demo(name: str) -> dict[str, Any] | None:
