@@ -843,12 +843,14 @@ def test_no_color(start: Open) -> None:
     assert "**" not in chat.text.split("```\n")[1]
 
 
-def test_a_dumb_terminal(start: Open) -> None:
-    chat = start(TERM="dumb")
+@pytest.mark.parametrize("flags, variables", [((), {"TERM": "dumb"}), (("--plain",), {})])
+def test_a_dumb_terminal(start: Open, flags: tuple[str, ...], variables: dict[str, str]) -> None:
+    chat = start(*flags, **variables)
     chat.type("say **b**\r")
-    chat.until("\n**b**\n\n>>>")
-    chat.type("/bye\r")
+    chat.until("dbrx: reading; Ctrl-C stops\n**b**\n\n>>>")
+    chat.type("\x04")
     assert chat.leave() == 0
+    assert "\n>>>\ndbrx: kept as session 1" in chat.transcript.replace(">>> \n", ">>>\n")
     assert b"\x1b" not in chat.received
 
 
