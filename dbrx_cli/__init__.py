@@ -3,6 +3,7 @@
 from . import early
 
 early.end_quietly()  # while the program is imported, until main() hears of Ctrl-C
+early.tell_lack_of_memory()
 
 import sys  # noqa: E402
 from importlib.util import find_spec  # noqa: E402

@@ -44,9 +44,8 @@ from .engine.follower import follow, is_follower, leave, needs_one_process  # no
 from .options import OutputOptions, leave_out_colour, switch  # noqa: E402
 from .output import say, tell, tell_lines  # noqa: E402
 from .precedence import with_origin  # noqa: E402
-from .report import Report  # noqa: E402
+from .report import DEBUG, Report, settle_libraries  # noqa: E402
 
-DEBUG = "DBRX_DEBUG"
 NARROW = 60  # columns
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ended
 
@@ -171,6 +170,7 @@ def _run() -> int:
     from model.errors import DbrxError
 
     settle_pages()
+    settle_libraries()
     report = Report(OutputOptions(quiet=bool({"-q", "--quiet"} & set(sys.argv))))
     # Which hears warnings until a command has one of its own.
     for sentence in drop_wrong():
@@ -196,9 +196,13 @@ def _run() -> int:
         if not message:  # no command was typed, and the help was shown
             return error.exit_code
         return _fault(_reworded(message, context), error.exit_code)
-    except MemoryError:
-        return _fault("out of memory; close other programs, or choose a smaller --dtype or --context", 5)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        from .engine.memory import lacks_memory
+
+        if lacks_memory(error):
+            return _fault("out of memory; close other programs, or choose a smaller --dtype or --context", 5)
         name = type(error).__name__
         return _fault(f"internal error: {name}: {error}; set {DEBUG}=1 to see where, and please report it", 1)
     finally:

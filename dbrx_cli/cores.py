@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.errors import ResourceError
+
 SPINS = 20_000  # some tenths of a millisecond: most pauses between two kernels are shorter
 SAMPLES, PAUSE = 8, 0.002  # of what else runs: moments, and seconds between them
 LOOKS, LOOK_PAUSE = 8, 0.05  # before a machine is called busy, and seconds between them
-LOADAVG = Path("/proc/loadavg")
+LOADAVG, STATM = Path("/proc/loadavg"), Path("/proc/self/statm")
+# Addresses in bytes: of torch's libraries, of a small network at work (250 MB seen), and of a thread's stack and heap.
+TORCH, WORK, THREAD = 650_000_000, 300_000_000, 16_000_000
 
 
 def settle_waiting() -> None:
@@ -55,6 +60,27 @@ def settle_pages() -> None:
     2 GB took 0.006 s instead of 0.15.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def require_addresses() -> None:
+    """`ResourceError` where a limit (ulimit -v) leaves too few addresses for what is imported and started from here on.
+
+    Libraries that find none end the process by signal 11, without a word.
+    """
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+    except OSError:  # no Linux
+        return
+    wanted = (0 if "torch" in sys.modules else TORCH) + WORK + THREAD * (os.cpu_count() or 1)
+    if limit != resource.RLIM_INFINITY and limit - used < wanted:
+        raise ResourceError(
+            f"a limit leaves {max(0, limit - used) / 1e6:.0f} MB of addresses, and {wanted / 1e6:.0f} are needed "
+            "before any weights are read",
+            "raise it: ulimit -v unlimited",
+        )
 
 
 def _stays_busy() -> bool:

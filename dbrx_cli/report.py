@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,14 +20,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+DEBUG = "DBRX_DEBUG"
 Advance = Callable[[int, int], None]  # done, total
 
 
 class Report:
     """Tells how the work goes; quiet tells nothing, verbose tells timings as well.
 
-    From when it is made on, it also tells what `warnings` bring: each once and in one line, without the place in the
-    source that Python would show.
+    From when it is made on, it also tells what `warnings` and logs of libraries bring: each once and in one line,
+    without the place in the source that Python would show.
     """
 
     def __init__(self, options: OutputOptions) -> None:
@@ -32,6 +36,7 @@ class Report:
         self.verbose = options.verbose
         self._warned: set[str] = set()
         warnings.showwarning = self._hear  # type: ignore[assignment]  # what else is passed says where in the source
+        logging.lastResort = _Log(self)  # for what no handler of a library's own takes
 
     def _hear(self, message: Warning | str, *_: object) -> None:
         text = " ".join(str(message).split())
@@ -78,6 +83,32 @@ class Report:
         with above[-1]() if above else nullcontext(), progress(stderr_console(), unit, transient=True) as bars:
             task = bars.add_task(text, total=None, visible=at_once)
             yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+class _Log(logging.Handler):
+    """What libraries log, from warnings on."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.WARNING)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report._hear(record.getMessage())
+
+
+def settle_libraries() -> None:
+    """Keep words of libraries from stderr that no handler of ours could hear: traces of Rust, logs of torch's C++.
+
+    With DBRX_DEBUG=1 they stay.
+    """
+    if os.environ.get(DEBUG) == "1":
+        return
+    os.environ["RUST_BACKTRACE"] = "0"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = lambda failed: tell(f"dbrx: internal error in a thread: {failed.exc_value!r}")
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = lambda failed: None  # of what is thrown away, nobody can do anything about it
 
 
 def stderr_console() -> Console:

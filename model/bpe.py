@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, AnyStr
 
 from .errors import InputError, ModelError
+from .panics import panics_unheard
 
 # How text is cut into pieces before merging. cl100k_base as DBRX was trained with it; GPT-2's.
 CL100K_PATTERN = (
@@ -111,7 +112,7 @@ class BytePairEncoder:
         if (self._absent and self._absent.search(utf8)) or LONG_SPACE.search(text):
             ranks = [rank for piece in self._pieces(text) for rank in self._encoding._encode_single_piece(piece)]
         else:
-            ranks = _unpanicked(self._encoding, text)
+            ranks = _unpanicked(self._encoding, text, self._pattern)
         return [self._ids[rank] for rank in ranks]
 
     def _pieces(self, text: str) -> Iterator[bytes]:
@@ -147,15 +148,20 @@ def check_size(size: int) -> None:
         )
 
 
-def _unpanicked(encoding: Any, text: str) -> list[int]:
+def _unpanicked(encoding: Any, text: str, pattern: str) -> list[int]:
     """Encode; a panic inside tiktoken (a pattern that backtracks without end) is not an `Exception` of Python."""
+    ranks: list[int]
     try:
-        ranks: list[int] = encoding.encode_ordinary(text)
-        return ranks
+        if pattern in (CL100K_PATTERN, GPT2_PATTERN):
+            ranks = encoding.encode_ordinary(text)
+        else:
+            with panics_unheard():
+                ranks = encoding.encode_ordinary(text)
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         raise InputError(f"the tokenizer's pattern cannot deal with this text: {error}") from None
+    return ranks
 
 
 @lru_cache(maxsize=2)  # a quarter of a second for cl100k_base, each time that DBRX's tokenizer is loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,13 @@ main()
 """
 
 
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, ({0}, {0}))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 def test_ctrl_c_in_imports_is_quiet(count: int) -> None:
     chance = random.Random(count)
@@ -35,6 +43,22 @@ def test_ctrl_c_in_imports_is_quiet(count: int) -> None:
         code = INTERRUPTED_IMPORT.format(n=chance.randint(1, 150), arguments=arguments)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment())
         assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux counts addresses")
+@pytest.mark.parametrize(
+    "limits", [(20, 60), pytest.param((*range(12, 120, 4), *range(120, 1400, 40)), marks=[pytest.mark.soak])]
+)
+def test_too_few_addresses_are_told_in_one_line(tiny_checkpoint: Path, limits: tuple[int, ...]) -> None:
+    """Where a library of C++ finds none, it ends the process by signal 11: so they are counted before."""
+    command = [*COMMAND, "generate", "-q", "--no-log", "-m", str(tiny_checkpoint), "-n", "1", "hi"]
+    for limit in limits:
+        run = [sys.executable, "-c", LIMITED.format(limit << 20), *command]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=environment())
+        if done.returncode == 0 and limit > 900:
+            continue
+        assert done.returncode == 5, (limit, done)
+        assert done.stderr.startswith("dbrx: ") and len(done.stderr.splitlines()) == 1, (limit, done.stderr)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from model.hub import partial, patience
 from .hub_server import FakeHub, checkpoint
 from .test_hub import NAME, WANTED, Recorder, same
 from .test_hub import server as hub_of_this_process
+from .test_strangers import altered
 
 SOAK = pytest.mark.soak
 SHARD = "model-00002-of-00003.safetensors"
@@ -139,6 +141,29 @@ def test_a_wrong_answer_is_not_kept(
             folder = models.download(repo, to=to, verify=i % 2 == 1)
         same(folder, content | {"extra.json": str(i).encode()}, WANTED | {"extra.json"})
         assert models.missing_files(folder) == []
+
+
+@pytest.mark.parametrize("count", [15, pytest.param(300, marks=[SOAK, pytest.mark.timeout(1800)])])
+def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Wrong values at random places; what an answer does not depend on may be anything."""
+    monkeypatch.setattr(patience, "STALL_SECONDS", 0.1)
+    chance, content = random.Random(count), checkpoint(shard_bytes=20_000)
+    told = 0
+    for i in range(count):
+        repo = f"acme/odd-{i}"
+        server.add(repo, content)
+        what = chance.choice((dict, list))
+        server.alter = lambda answer, what=what: altered(chance, answer) if isinstance(answer, what) else answer  # type: ignore[misc]
+        try:
+            models.download(repo)
+        except DbrxError as fault:
+            told += 1
+            assert len(fault.one_line) < 600 and fault.one_line.isprintable() and fault.exit_code in (3, 7), fault
+        server.alter = None
+        with monkeypatch.context() as usual:
+            usual.setattr(patience, "STALL_SECONDS", 5)
+            same(models.download(repo), content, WANTED)
+    assert told > count // 4
 
 
 def test_a_wrong_listing_that_another_program_kept(server: FakeHub, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_cli.cores import settle_waiting
+from dbrx_cli.cores import require_addresses, settle_waiting
 from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
 from dbrx_cli.report import Report
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def find_model(options: ModelOptions, report: Report) -> Path:
     """The model's folder on this machine; `ModelError` says what to type when there is none."""
+    require_addresses()
     if options.model in DEMOS:
         from dbrx_cli.demo import ensure_demo
 

@@ -11,14 +11,19 @@ if TYPE_CHECKING:
     from model.causal_lm import DbrxForCausalLM
     from model.kv_cache import KVCache
 
-# torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with one of these texts.
-SIGNS = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+# torch has a class of its own for accelerators only; on the CPU it is a RuntimeError with one of these texts. The last
+# four are of libraries that find no addresses: threads, oneDNN, C++, and what loads libraries.
+SIGNS = re.compile(
+    "can(no|')t allocate memory|out of memory|not enough memory"
+    "|can't start new thread|could not create a primitive|bad_alloc|failed to map segment",
+    re.IGNORECASE,
+)
 WANTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]i?B)", re.IGNORECASE)
 
 
 def memory_fault(error: Exception, network: DbrxForCausalLM, cache: KVCache) -> ResourceError | None:
     """The fault to tell if memory ran out; None if `error` is something else."""
-    if not isinstance(error, MemoryError) and not SIGNS.search(str(error)):
+    if not lacks_memory(error):
         return None
     weights = sum(parameter.nbytes for parameter in network.parameters())
     wanted = WANTED.search(str(error))
@@ -28,6 +33,11 @@ def memory_fault(error: Exception, network: DbrxForCausalLM, cache: KVCache) -> 
         f"keys and values of {len(cache)} tokens {_size(cache.nbytes)}{more}",
         "shorten the prompt, or choose a smaller --context or --dtype",
     )
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in the words of whichever library."""
+    return isinstance(error, MemoryError) or bool(SIGNS.search(str(error)))
 
 
 def _size(count: float) -> str:
