@@ -145,7 +145,7 @@ def test_a_wrong_answer_is_not_kept(
 
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=[SOAK, pytest.mark.timeout(1800)])])
 def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """Wrong values at random places; what an answer does not depend on may be anything."""
+    """Wrong values at random places; what an answer does not depend on may be anything, and may be missing."""
     monkeypatch.setattr(patience, "STALL_SECONDS", 0.1)
     chance, content = random.Random(count), checkpoint(shard_bytes=20_000)
     told = 0
@@ -156,6 +156,7 @@ def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.Monk
         server.alter = lambda answer, what=what: altered(chance, answer) if isinstance(answer, what) else answer  # type: ignore[misc]
         try:
             models.download(repo)
+            continue
         except DbrxError as fault:
             told += 1
             assert len(fault.one_line) < 600 and fault.one_line.isprintable() and fault.exit_code in (3, 7), fault

@@ -92,6 +92,8 @@ class Hub:
             entries, url = self._json(url, patience)
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                 raise self._not_a_hub()
+            if not all(isinstance(entry.get("type"), str) for entry in entries):
+                raise ListingFault("the listing does not say what is a file")
             files += [HubFile.from_listing(entry) for entry in entries if entry.get("type") == "file"]
         raise self._not_a_hub()
 
