@@ -46,10 +46,10 @@ soak: $(DEV)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
 
 test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
-	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm
+	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py
 
 test-llm: $(DEV) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
-	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm
+	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm tests/test_llm_plugin.py
 
 wheel: $(DEV)  ## dist/dbrx_cli-*.whl, with the native kernels for every processor of this architecture
 	DBRX_NATIVE_BUILD=all $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

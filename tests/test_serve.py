@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import tomllib
 from itertools import pairwise
@@ -24,6 +25,7 @@ from tests.test_imports import loaded_by
 from tests.test_tokenizer_files import check_read_alike, folder_of, small_json
 from tests.weights import make_checkpoint
 
+REQUIRE_FREE = launch.require_free
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 
 
@@ -37,6 +39,7 @@ def became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(launch, "LOOK", "print(True, True)")
+    monkeypatch.setattr(launch, "require_free", lambda host, port: None)
     monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "cache"))
     return seen
 
@@ -115,7 +118,36 @@ def test_an_environment_that_lacks_something_is_told(
 
 def test_an_interpreter_that_is_none(cli: Cli) -> None:
     told = cli("serve", "--engine", "vllm", "--python", "/no/python")
-    assert told.code == 3 and "--python /no/python is no Python" in told.fault
+    assert told.code == 2 and "--python /no/python is no Python" in told.fault
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["small"], "small is no flag of vLLM's; -m names the model"),
+        (["--tensor-parallel-size", "4"], "--tensor-parallel-size 4 does not divide 6 heads, 1 of keys and values"),
+        (["--pipeline-parallel-size", "4"], "--pipeline-parallel-size 4: the model has 3 layers"),
+        (["--context", "641"], "--context 641: the model was made for 640 tokens"),
+    ],
+)
+def test_wrong_words_are_told_before_vllm_starts(
+    cli: Cli, became: list[Any], small: Path, flags: list[str], said: str
+) -> None:
+    told = cli("serve", "--engine", "vllm", "-m", small, *flags)
+    assert told.code == 2 and not became and said in told.fault
+
+
+def test_a_taken_port_is_told(cli: Cli, became: list[Any], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "require_free", REQUIRE_FREE)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = ["serve", "--engine", "vllm", "-m", small, "--port", port]
+        told = cli(*run)
+        assert told.code == 2 and f"--host 127.0.0.1 --port {port}: Address already in use" in told.fault
+        told = cli(*run, "--host", "203.0.113.1")  # reserved for documentation: no machine's own
+        assert told.code == 2 and f"--host 203.0.113.1 --port {port}: Cannot assign" in told.fault
+        assert not became
+        assert cli(*run, "--", "--headless").code == 0, "a node behind the first listens to nobody"
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +40,6 @@ NANO = {
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 500000},
     "ffn_config": {"ffn_hidden_size": 448, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0},
 }  # fmt: skip
-PORT = 8791
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "people": {"type": "integer", "maximum": 99}},
@@ -124,9 +125,13 @@ def test_one_rank_gives_this_programs_tokens(nano: Path, demo_checkpoint: Path) 
 
 
 def test_two_ranks_give_this_programs_tokens(nano: Path) -> None:
-    run = run_of(nano, tensor_parallel_size=2)
-    (told,) = greedy([run], ranks=2)
-    assert told.get("ids", told) == own_ids(run)
+    """Each with half of every layer, then each with half of the layers.
+
+    Not eager, the second one: vLLM 0.32 makes what the ranks hand on while it warms up for its compiler.
+    """
+    runs = [run_of(nano, tensor_parallel_size=2), run_of(nano, pipeline_parallel_size=2, enforce_eager=False)]
+    told = greedy(runs, ranks=2)
+    assert [each.get("ids", each) for each in told] == [own_ids(runs[0])] * 2
 
 
 def test_without_the_plugin_the_same_run_fails(nano: Path) -> None:
@@ -139,8 +144,10 @@ def test_without_the_plugin_the_same_run_fails(nano: Path) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("vllm") / "log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with log.open("wb") as stream:
-        words = ["serve", "--engine", "vllm", "--python", PYTHON, "-m", "demo", "--port", str(PORT)]
+        words = ["serve", "--engine", "vllm", "--python", PYTHON, "-m", "demo", "--port", str(port)]
         more = ["--tensor-parallel-size", "2", "--dtype", "float32", "--", "--enforce-eager"]
         variables = environment(ranks=2, DBRX_API_KEY="secret")
         server = subprocess.Popen([*COMMAND, *words, *more], stdout=stream, stderr=stream, env=variables, cwd=ROOT)
@@ -148,14 +155,14 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         while True:
             assert server.poll() is None, log.read_text()
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
                 break
             except OSError:
-                continue
-        yield f"http://127.0.0.1:{PORT}/v1"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(60)
+        server.wait(600)
 
 
 def test_the_server_with_openai(url: str, demo_checkpoint: Path) -> None:

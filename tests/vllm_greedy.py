@@ -11,7 +11,8 @@ import time
 def ids_of(folder: str, prompts: list[list[int]], options: dict[str, object]) -> list[list[int]]:
     from vllm import LLM, SamplingParams  # type: ignore[attr-defined, unused-ignore]
 
-    model = LLM(folder, skip_tokenizer_init=True, enforce_eager=True, max_model_len=512, max_num_seqs=8, **options)
+    options = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True} | options
+    model = LLM(folder, skip_tokenizer_init=True, **options)
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     replies = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     model.llm_engine.engine_core.shutdown()

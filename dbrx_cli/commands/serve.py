@@ -48,18 +48,24 @@ def serve(
         raise InputError(
             "this program has no server of its own yet", "--engine vllm starts vLLM's with DBRX (docs/scale.md)"
         )
+    if more and not more[0].startswith("-"):
+        raise InputError(f"{more[0]} is no flag of vLLM's", "-m names the model; flags of vLLM's own stand behind --")
     from dbrx_cli.engine.load import find_model
     from dbrx_cli.vllm_plugin import launch
+    from model.config import DbrxConfig
 
     interpreter = shutil.which(python or sys.executable) or python or sys.executable
     launch.require_vllm(interpreter)
-    report = Report(output)
-    source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
-    launch.require_readable(source)
     name = Path(model.model).resolve().name if Path(model.model).exists() else model.model
     serving = launch.Serving(
         name, host, port, dtype, context, tensor_parallel_size, pipeline_parallel_size, tuple(more or ())
     )
+    if not serving.headless:
+        launch.require_free(host, port)
+    report = Report(output)
+    source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
+    launch.require_readable(source)
+    launch.require_fitting(DbrxConfig.from_json(source / "config.json"), serving)
     words = launch.command(interpreter, source, launch.companions(source), serving)
     report.detail(" ".join(words))
     launch.become(words)

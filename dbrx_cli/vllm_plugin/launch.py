@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dbrx_cli.engine.wire import KEY
 from dbrx_cli.private import CACHE, cache_folder, private_folder
-from model.errors import ModelError
+from model.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from model.config import DbrxConfig
 
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")  # the command `vllm` of the CPU wheel dies
 HEADLESS = ("-m", "vllm.entrypoints.cli.main", "serve")  # of nodes behind the first, which serve nobody: `--headless`
@@ -40,13 +45,18 @@ class Serving:
     pipeline_parallel: int
     more: tuple[str, ...] = ()  # flags of vLLM's own
 
+    @property
+    def headless(self) -> bool:
+        """Whether this is a node behind the first, which listens to nobody."""
+        return "--headless" in self.more
+
 
 def require_vllm(python: str) -> None:
-    """`ModelError` unless an interpreter's environment holds vLLM and this plugin."""
+    """`ModelError` unless an interpreter's environment holds vLLM and this plugin; `InputError` if it is none."""
     try:
         done = subprocess.run([python, "-P", "-c", LOOK], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        raise ModelError(
+        raise InputError(
             f"--python {python} is no Python interpreter that runs", "name the one of vLLM's environment"
         ) from None
     has_vllm, has_plugin = done.stdout.split()[-2:]
@@ -54,6 +64,36 @@ def require_vllm(python: str) -> None:
         raise ModelError(f"{python} has no vLLM", f"name the interpreter of one that has with --python, or {INSTALL}")
     if has_plugin != "True":
         raise ModelError(f"the vLLM of {python} does not know this program's DBRX", INSTALL)
+
+
+def require_free(host: str, port: int) -> None:
+    """`InputError` where nobody can listen; vLLM would say so in a traceback, after minutes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: {error.strerror}", "give an address of this machine and a free port"
+        ) from None
+
+
+def require_fitting(config: DbrxConfig, serving: Serving) -> None:
+    """`InputError` for sizes that a model does not have; vLLM would say so in a traceback, after minutes."""
+    ranks, stages = serving.tensor_parallel, serving.pipeline_parallel
+    kv_heads, width = config.attn_config.kv_n_heads, config.ffn_config.ffn_hidden_size
+    # Of more ranks than key and value heads, several hold the same one.
+    if config.n_heads % ranks or width % ranks or max(kv_heads, ranks) % min(kv_heads, ranks):
+        raise InputError(
+            f"--tensor-parallel-size {ranks} does not divide {config.n_heads} heads, {kv_heads} of keys and values, and"
+            f" experts {width} wide",
+            "give a number that does",
+        )
+    if stages > config.n_layers:
+        raise InputError(f"--pipeline-parallel-size {stages}: the model has {config.n_layers} layers", "give fewer")
+    if serving.context and serving.context > config.max_seq_len:
+        raise InputError(
+            f"--context {serving.context}: the model was made for {config.max_seq_len} tokens", "give no more than that"
+        )
 
 
 def require_readable(source: Path) -> None:
@@ -107,9 +147,7 @@ def companions(source: Path) -> Path:
 
 def command(python: str, source: Path, beside: Path, serving: Serving) -> list[str]:
     """The command line; of two flags with one name, the last one counts."""
-    head = (
-        [python, *HEADLESS, str(source)] if "--headless" in serving.more else [python, *SERVER, "--model", str(source)]
-    )
+    head = [python, *HEADLESS, str(source)] if serving.headless else [python, *SERVER, "--model", str(source)]
     flags: dict[str, object] = {
         "--served-model-name": serving.name,
         "--host": serving.host,
