@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.dev
 VLLM   ?= .venv-vllm
 LLM    ?= .venv-llm
+# Installed first, so that no range picks a newer build of several GB. Empty: the newest that pyproject.toml allows.
+TORCH  ?= torch==2.13.0
 NATIVE := model/native/lib/.ready
 PROMPT ?= What is the capital of France? Answer briefly.
 
@@ -87,6 +89,7 @@ $(READY): pyproject.toml | $(NATIVE)
 	@echo "The demo model comes with its first use: 0.1 GB to download, 0.9 GB of disk."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "pip>=25.1"
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
@@ -107,5 +110,6 @@ $(VLLM)/.ready:
 
 $(LLM)/.ready:
 	$(PYTHON) -m venv $(LLM)
+	$(if $(TORCH),$(LLM)/bin/python -m pip install --quiet $(TORCH))
 	$(LLM)/bin/python -m pip install --quiet --editable . llm
 	@touch $@
