@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.decode import prefill
 from model.kernels import choose, probe
 from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
+from model.prefill import prefill
 
 if TYPE_CHECKING:
     from model.causal_lm import DbrxForCausalLM

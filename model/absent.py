@@ -43,7 +43,7 @@ ABSENT = (
         "DbrxForCausalLM",
         "generate_batch init_continuous_batching continuous_batching_context_manager "
         "destroy_cached_continuous_batching_manager",
-        "`model.batch.Batch`, or `generate` with rows padded on the left",
+        "`model.scheduler.Scheduler`, or `generate` with rows padded on the left",
     ),
     (
         "DbrxForCausalLM",

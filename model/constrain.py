@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from torch import Tensor
 
-    from .decode import Drafter
+    from .sequence import Drafter
     from .tokenizer import Tokenizer
 
 MAX_SCHEMA = 4 * 1024 * 1024  # bytes
@@ -143,7 +143,7 @@ class ForcedDrafter:
         self._forced = False
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """See `decode.Drafter`."""
+        """See `Drafter`."""
         forced = self._mask.forced(0, ids[self._prompt :])[: max(0, most)]
         self._forced = bool(forced)
         if forced or self._otherwise is None:
@@ -151,7 +151,7 @@ class ForcedDrafter:
         return self._otherwise.draft(ids, most)
 
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
-        """See `decode.Drafter`."""
+        """See `Drafter`."""
         if not self._forced and self._otherwise is not None:
             self._otherwise.learn(drafted, accepted, seconds)
 

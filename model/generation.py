@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .decode import LogitsMask, Stopper, decode, prefill
 from .errors import ContextError
 from .generation_config import GenerationConfig, as_ids
 from .kv_cache import KVCache
+from .prefill import prefill
 from .sampling import DISTRIBUTION, SamplingParams
+from .scheduler import Scheduler
+from .sequence import LogitsMask, Sequence, Stopper
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -79,25 +82,33 @@ def generate(
         # As transformers has it: ids equal to the id of padding are padding, unless it also ends a reply.
         attention_mask = input_ids.ne(pad) if named is not None and named not in eos_ids else torch.ones_like(input_ids)
     keep = attention_mask.to(network.device)
-    cache = past_key_values
-    if cache is None:
-        cache = KVCache(network.config.n_layers, rows, seq + params.max_tokens)
+    cache = past_key_values if past_key_values is not None else KVCache(network.config.n_layers, rows)
     if len(set(cache.lengths)) > 1 or len(cache) >= seq:
         raise ValueError(f"past_key_values has rows of {cache.lengths} tokens: no front of input_ids [{rows}, {seq}]")
     known = len(cache)
     logits = prefill(network, input_ids[:, known:], cache, keep[:, known:])
-    prompts = [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, keep, strict=True)]
     generator = torch.Generator(network.device).manual_seed(seed) if seed is not None else None
-    steps = decode(
-        network,
-        prompts,
-        logits,
-        cache,
-        params,
-        eos_ids=eos_ids,
-        stopper=stopping,
-        mask=logits_mask,
-        generator=generator,
-    )
-    new = [[pad if token is None else token for token in step] for step in steps]
-    return torch.cat((input_ids, torch.tensor(new, device=network.device).T), dim=1)
+    scheduler = Scheduler(network, rows)
+    sequences = [
+        Sequence(
+            ids[kept.bool()].tolist(),
+            params,
+            kv=cache.rows[number],
+            logits=logits[number],
+            number=number,
+            eos_ids=eos_ids,
+            stopper=stopping,
+            mask=logits_mask,
+            generator=generator,
+        )
+        for number, (ids, kept) in enumerate(zip(input_ids, keep, strict=True))
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while len(scheduler):
+        scheduler.step()
+        for sequence in sequences:
+            if sequence.fault is not None:
+                raise sequence.fault
+    new = [torch.tensor(sequence.ids) for sequence in sequences]
+    return torch.cat((input_ids, pad_sequence(new, True, pad).to(network.device)), dim=1)

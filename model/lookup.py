@@ -22,7 +22,7 @@ class Lookup:
         self._indexed = SHORTEST
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """See `decode.Drafter`. From call to call the ids only grow."""
+        """See `Drafter`. From call to call the ids only grow."""
         for end in range(self._indexed, len(ids)):
             for n in range(SHORTEST, min(LONGEST, end) + 1):
                 self._next[tuple(ids[end - n : end])] = end
@@ -35,7 +35,7 @@ class Lookup:
         return []
 
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
-        """See `decode.Drafter`."""
+        """See `Drafter`."""
         self.drafted += drafted
         self.accepted += accepted
 
@@ -67,14 +67,14 @@ class AutoLookup(Lookup):
         self._next_pause = self.PAUSES[0]
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """See `decode.Drafter`."""
+        """See `Drafter`."""
         if self._plain_seconds is None or self._pause > 0:
             self._pause = max(0, self._pause - 1)
             return []
         return super().draft(ids, most)
 
     def learn(self, drafted: int, accepted: int, seconds: float) -> None:
-        """See `decode.Drafter`."""
+        """See `Drafter`."""
         super().learn(drafted, accepted, seconds)
         if not drafted:
             before = seconds if self._plain_seconds is None else self._plain_seconds

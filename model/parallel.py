@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from .config import DbrxConfig
 from .errors import InputError
 from .experts import ResidentExperts
-from .kv_cache import KVCache
+from .kv_cache import KVCache, KVRow
 from .transformer import DbrxBlock, DbrxModel
 from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix, Weights, WrappedWeights
 
@@ -31,11 +31,12 @@ PATIENCE = timedelta(days=7)  # a follower waits for as long as a person thinks 
 
 
 class Step(NamedTuple):
-    """What the leader is about to compute: ids [rows, seq], how many tokens its cache holds, and of which positions."""
+    """What the leader is about to compute: ids [rows, seq], which of them count, and what its cache holds."""
 
     ids: Tensor
     valid: Tensor | None
-    cached: list[int]
+    rows: list[int]  # a number for each row, the same one for as long as the leader has the row
+    lengths: list[int]  # tokens of each that come before
     last_only: bool
 
 
@@ -74,7 +75,10 @@ class Ranks:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def lead(self, network: DbrxForCausalLM) -> None:
-        """Tell the followers of every step of rank 0's network. Its cache is only appended to and trimmed."""
+        """Tell the followers of every step of rank 0's network. Rows are appended to and trimmed, and share nothing.
+
+        A row that is not in a step does not come again.
+        """
 
         signature = inspect.signature(DbrxModel.forward)
 
@@ -84,7 +88,8 @@ class Ranks:
             if cache is None:
                 raise ValueError("a network that is split over ranks needs a KVCache")
             last_only = given.get("last_only", False)
-            self.tell(Step(given["input_ids"], given.get("attention_mask"), cache.lengths, last_only))
+            rows = [id(row) for row in cache.rows]
+            self.tell(Step(given["input_ids"], given.get("attention_mask"), rows, cache.lengths, last_only))
 
         network.transformer.register_forward_pre_hook(announce, with_kwargs=True)
 
@@ -97,12 +102,14 @@ class Ranks:
 
     def follow(self, network: DbrxForCausalLM) -> None:
         """Compute what the leader computes, until it says None."""
-        cache = KVCache(network.config.n_layers)
+        held: dict[int, KVRow] = {}
         while (step := self.tell()) is not None:
-            if cache.rows != len(step.cached):
-                cache = KVCache(network.config.n_layers, len(step.cached))
-            for row, length in enumerate(step.cached):
-                cache.trim(row, length)
+            held = {number: held.get(number) or KVRow(network.config.n_layers) for number in step.rows}
+            rows = [held[number] for number in step.rows]
+            for row, length in zip(rows, step.lengths, strict=True):
+                row.trim(min(row.length, length))  # of a row with several tokens the first one tells where it ends
+            ahead = [length - row.length for row, length in zip(rows, step.lengths, strict=True)]
+            cache = KVCache.of(rows, ahead)
             with torch.inference_mode():
                 ids = step.ids.to(network.device)
                 network.transformer(ids, step.valid, past_key_values=cache, last_only=step.last_only)

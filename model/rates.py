@@ -23,13 +23,13 @@ from torch.nn.functional import linear
 
 from .causal_lm import DbrxForCausalLM
 from .config import DbrxConfig
-from .decode import prefill
 from .experts import PackedExperts
 from .formats import open_weights
 from .formats.write_quantized import Writer
 from .kernels import GluExpertKernel, PackedLinear
 from .kv_cache import KVCache
 from .placement import FORMATS
+from .prefill import prefill
 from .speed import Rates
 from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 

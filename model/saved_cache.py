@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import AttentionPlan
 from .errors import InputError
-from .kv_cache import KVCache
+from .kv_cache import KVRow
 from .safetensors_file import MAX_JSON
 
 if TYPE_CHECKING:
@@ -126,36 +125,30 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def cache_tensors(cache: KVCache, start: int, stop: int) -> dict[str, Tensor]:
-    """Keys and values of the only row's tokens from `start` to `stop`, [tokens, kv_heads, head_dim] each."""
-    return {
-        f"{kind}.{layer}": part[0, start:stop]
-        for layer, parts in enumerate(cache.layers())
-        for kind, part in zip("kv", parts, strict=True)
-    }
+def cache_tensors(row: KVRow, start: int, stop: int) -> dict[str, Tensor]:
+    """Keys and values of a row's tokens from `start` to `stop`, [tokens, kv_heads, head_dim] each."""
+    pairs = [row.read(layer, start, stop) for layer in range(row.n_layers)] if stop > start else []
+    return {f"{kind}.{layer}": part for layer, pair in enumerate(pairs) for kind, part in zip("kv", pair, strict=True)}
 
 
 @torch.inference_mode()
-def extend_cache(cache: KVCache, tensors: dict[str, Tensor], tokens: int, layout: Layout) -> None:
+def extend_row(row: KVRow, tensors: dict[str, Tensor], tokens: int, layout: Layout) -> None:
     """Append what `cache_tensors` gave; `UnusableState` if it is not of this layout. Empties `tensors` as it goes."""
-    shape, plan = (
-        (tokens, layout.kv_heads, layout.head_dim),
-        AttentionPlan(cache.lengths, tokens, None, torch.device("cpu")),
-    )
+    shape = tokens, layout.kv_heads, layout.head_dim
     for layer, device in enumerate(layout.devices):
         parts = [tensors.pop(f"{kind}.{layer}", None) for kind in "kv"]
         for part in parts:
             if part is None or part.shape != shape or part.dtype != layout.dtype:
                 raise UnusableState("holds keys and values of another shape")
-        k, v = (part[None].to(device) for part in parts if part is not None)
-        cache.append(layer, k, v, plan)
-    cache.advance(plan)
+        k, v = (part.to(device) for part in parts if part is not None)
+        row.write(layer, row.length, k, v)
+    row.length += tokens
 
 
 class SavedCache(NamedTuple):
     """Keys and values of `ids`, and what came out of the network after the first `logits_at` of them [1, vocab]."""
 
-    cache: KVCache
+    row: KVRow
     ids: list[int]
     logits_at: int
     logits: Tensor | None
@@ -163,7 +156,7 @@ class SavedCache(NamedTuple):
 
 def save_cache(file: BinaryIO, saved: SavedCache, made_by: Mapping[str, str]) -> None:
     """Write one row's keys and values as far as `ids` go, with all that they depend on: names -> values."""
-    tensors = {"ids": torch.tensor(saved.ids, dtype=torch.long), **cache_tensors(saved.cache, 0, len(saved.ids))}
+    tensors = {"ids": torch.tensor(saved.ids, dtype=torch.long), **cache_tensors(saved.row, 0, len(saved.ids))}
     if saved.logits is not None:
         tensors["logits"] = saved.logits
     metadata = {"made_by": json.dumps(dict(made_by)), "logits_at": str(saved.logits_at)}
@@ -178,11 +171,11 @@ def load_cache(file: BinaryIO, size: int, made_by: Mapping[str, str], layout: La
     require_same(block.metadata, made_by)
     tensors, device = block.tensors, layout.devices[-1]
     ids = tensors.pop("ids").tolist()
-    cache = KVCache(len(layout.devices), capacity=len(ids) + 256)
+    row = KVRow(len(layout.devices))
     logits = tensors.pop("logits", None)
-    extend_cache(cache, tensors, len(ids), layout)
+    extend_row(row, tensors, len(ids), layout)
     at = int(block.metadata["logits_at"])
-    return SavedCache(cache, ids, at, None if logits is None else logits.to(device))
+    return SavedCache(row, ids, at, None if logits is None else logits.to(device))
 
 
 def require_same(metadata: Mapping[str, str], made_by: Mapping[str, str]) -> None:

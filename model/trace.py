@@ -54,9 +54,9 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
     """Read ids through the network once, in a cache of its own, and keep what its routers say."""
     import torch
 
-    from .decode import prefill
     from .kv_cache import KVCache
     from .moe import DbrxRouter
+    from .prefill import prefill
 
     with _listening([m for m in network.modules() if isinstance(m, DbrxRouter)]) as heard:
         prefill(network, torch.tensor([list(ids)], device=network.device), KVCache(network.config.n_layers), whole=True)

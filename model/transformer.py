@@ -174,8 +174,8 @@ class DbrxModel(nn.Module):
         cache = past_key_values
         if cache is None and use_cache:
             cache = KVCache(len(self.blocks), batch)
-        if cache is not None and cache.rows != batch:
-            raise ValueError(f"past_key_values has {cache.rows} rows, the input {batch}")
+        if cache is not None and len(cache.rows) != batch:
+            raise ValueError(f"past_key_values has {len(cache.rows)} rows, the input {batch}")
         valid = None if attention_mask is None else attention_mask[:, -seq:].bool().to(x.device)
         plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
         head_dim, theta = self.config.head_dim, self.config.attn_config.rope_theta

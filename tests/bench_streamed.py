@@ -215,9 +215,11 @@ def run(network: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Read a random prompt, then tokens one by one."""
     import torch
 
-    from model.decode import decode, prefill
     from model.kv_cache import KVCache
+    from model.prefill import prefill
     from model.sampling import SamplingParams
+    from model.sequence import Sequence
+    from tests.decoding import one_by_one
 
     ids = torch.randint(0, network.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(1))
     cache = KVCache(network.config.n_layers)
@@ -229,7 +231,8 @@ def run(network: Any, args: argparse.Namespace) -> dict[str, Any]:
     steps, made, read = [], [], io("read_bytes")
     params = SamplingParams(temperature=0, max_tokens=args.tokens + 1)
     start = time.perf_counter()
-    for (token,) in decode(network, [ids[0].tolist()], logits, cache, params):
+    row = Sequence(ids[0].tolist(), params, kv=cache.rows[0], logits=logits[0])
+    for token in one_by_one(network, row):
         steps.append(time.perf_counter() - start)
         made.append(token)
         start = time.perf_counter()

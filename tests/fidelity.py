@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import DbrxConfig, DbrxForCausalLM, KVCache
 from model.attention.flash import FlashAttention
-from model.decode import prefill
+from model.prefill import prefill
 from tests import flash_stand_in
 from tests.weights import fingerprint, make_weights
 
@@ -77,7 +77,7 @@ def logits(case: Case) -> dict[str, float]:
 
 def _chunked(network: DbrxForCausalLM, ids: Tensor, chunk: int = 64) -> Tensor:
     """Logits [seq, vocab] of a prompt that is read in pieces into the cache."""
-    cache = KVCache(network.config.n_layers, capacity=16)
+    cache = KVCache(network.config.n_layers, block_tokens=16)
     parts = [network(part, past_key_values=cache).logits[0] for part in ids.split(chunk, dim=1)]
     return torch.cat(parts)
 

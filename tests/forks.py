@@ -16,7 +16,7 @@ from tests.cli import ROOT, environment
 
 SERVER = """
 import json, os, socket, sys
-import torch, model.causal_lm, model.decode, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
+import torch, model.causal_lm, model.scheduler, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
 import dbrx_cli.batch, dbrx_cli.repl.loop, dbrx_cli.repl.prompt
 from dbrx_cli.app import main
 asked = socket.socket(fileno=int(sys.argv[1]))

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from model import DbrxForCausalLM, KVCache, SamplingParams
-from model.batch import Batch, common_prefix
-from model.decode import LogitsMask, Row, decode, prefill
 from model.errors import InputError
+from model.prefill import prefill
+from model.sampling import sample
+from model.scheduler import Scheduler
+from model.sequence import LogitsMask, common_prefix
+from model.sequence import Sequence as Row
 from tests import fidelity
 
 torch.set_num_threads(1)
@@ -28,24 +31,26 @@ def network(request: pytest.FixtureRequest) -> DbrxForCausalLM:
 
 
 def alone(network: DbrxForCausalLM, prompt: list[int], params: SamplingParams, eos: Sequence[int] = ()) -> list[int]:
-    """The reply of the loop that decodes one conversation."""
-    cache = KVCache(network.config.n_layers)
+    """The reply of a plain loop: read, then feed each token."""
+    cache, ids = KVCache(network.config.n_layers), list[int]()
     logits = prefill(network, torch.tensor([prompt]), cache)
     generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
-    steps = decode(network, [prompt], logits, cache, params, eos_ids=eos, generator=generator)
-    return [token for (token,) in steps if token is not None]
+    while len(ids) < params.max_tokens and not {*ids[-1:]} & {*eos}:
+        ids.append(sample(logits[0].float(), params, generator))
+        with torch.inference_mode():
+            logits = network(torch.tensor([[ids[-1]]]), past_key_values=cache).logits[:, -1]
+    return ids
 
 
-def run(batch: Batch, rows: Sequence[Row]) -> None:
-    """All rows to their end; what `step` tells is what they hold."""
+def run(batch: Scheduler, rows: Sequence[Row], told_before: int = 0) -> None:
+    """All rows to their end; what `step` tells is what they hold, but for what they had `told_before`."""
     told: dict[int, list[int]] = {id(row): [] for row in rows}
     for row in rows:
         batch.add(row)
     while len(batch):
         for row, token in batch.step():
-            assert (token is None) == (row.fault is not None)
-            told[id(row)] += [token] if token is not None else []
-    assert [told[id(row)] for row in rows] == [row.ids for row in rows]
+            told[id(row)].append(token)
+    assert [told[id(row)] for row in rows] == [row.ids[told_before:] for row in rows]
     assert all(row.done for row in rows)
 
 
@@ -60,8 +65,8 @@ def prompts(network: DbrxForCausalLM, count: int, seed: int = 1) -> list[list[in
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_each_reply_is_that_of_its_prompt_alone(network: DbrxForCausalLM, size: int) -> None:
     texts = prompts(network, 11)
-    rows = [Row(network, text, replace(GREEDY, max_tokens=1 + i)) for i, text in enumerate(texts)]
-    run(Batch(network, size), rows)
+    rows = [Row(text, replace(GREEDY, max_tokens=1 + i)) for i, text in enumerate(texts)]
+    run(Scheduler(network, size), rows)
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         assert row.ids == alone(network, text, replace(GREEDY, max_tokens=1 + i))
 
@@ -69,8 +74,8 @@ def test_each_reply_is_that_of_its_prompt_alone(network: DbrxForCausalLM, size: 
 def test_rows_end_by_themselves_and_others_take_their_place(network: DbrxForCausalLM) -> None:
     texts = prompts(network, 6)
     eos = [alone(network, texts[0], GREEDY)[3], alone(network, texts[3], GREEDY)[0]]
-    rows = [Row(network, text, GREEDY, eos_ids=eos) for text in texts]
-    run(Batch(network, 2), rows)
+    rows = [Row(text, GREEDY, eos_ids=eos) for text in texts]
+    run(Scheduler(network, 2), rows)
     assert [row.ids for row in rows] == [alone(network, text, GREEDY, eos) for text in texts]
     assert {len(row.ids) for row in rows} > {1, 12} or min(len(row.ids) for row in rows) == 1
 
@@ -78,17 +83,17 @@ def test_rows_end_by_themselves_and_others_take_their_place(network: DbrxForCaus
 def test_what_prompts_have_in_common_is_read_once(network: DbrxForCausalLM) -> None:
     shared = [5, 9, 2, 7, 1, 1, 3, 8]
     texts = [[*shared, i] for i in range(10, 14)]
-    rows = [Row(network, text, GREEDY) for text in [*texts, texts[0]]]
-    run(Batch(network, 5), rows)
+    rows = [Row(text, GREEDY) for text in [*texts, texts[0]]]
+    run(Scheduler(network, 5), rows)
     assert [row.cached for row in rows] == [0, 8, 8, 8, 8]
     assert rows[0].ids == rows[4].ids == alone(network, texts[0], GREEDY)
     assert [row.ids for row in rows[1:4]] == [alone(network, text, GREEDY) for text in texts[1:]]
 
 
 def test_a_long_prompt_is_read_while_others_go_on(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.batch.PREFILL_CHUNK", 4)
-    first, second = Row(network, [3, 4], GREEDY), Row(network, list(range(30, 60)), GREEDY)
-    batch = Batch(network, 2)
+    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    first, second = Row([3, 4], GREEDY), Row(list(range(30, 60)), GREEDY)
+    batch = Scheduler(network, 2)
     batch.add(first)
     batch.step()
     batch.add(second)
@@ -104,16 +109,66 @@ def test_a_long_prompt_is_read_while_others_go_on(network: DbrxForCausalLM, monk
     assert second.ids == alone(network, list(range(30, 60)), GREEDY)
 
 
+def test_long_and_short_prompts_get_on_by_turns(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones do not wait for a long one that came before, nor the long one for short ones that come and come."""
+    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    rng, vocab = random.Random(4), network.config.vocab_size
+    texts = [[rng.randrange(vocab) for _ in range(60)], *([rng.randrange(vocab), i] for i in range(40))]
+    long, *short = (Row(text, replace(GREEDY, max_tokens=2)) for text in texts)
+    scheduler, steps, waited = Scheduler(network, 3), 0, list[int]()
+    scheduler.add(long)
+    for row in short:
+        scheduler.add(row)
+        begun = steps
+        while not row.done:
+            scheduler.step()
+            steps += 1
+        waited.append(steps - begun)
+        if long.done:
+            break
+    assert max(waited) <= 4 and long.done and steps <= 2 * 60 / 2
+    for row, text in zip([long, *short[:3]], texts, strict=False):
+        assert row.ids == alone(network, text, replace(GREEDY, max_tokens=2))
+
+
+@pytest.mark.parametrize("when", ["waiting", "reading", "decoding", "done"])
+def test_a_row_is_cancelled(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Wherever it is; it keeps what it has, the others go on, and the place is free."""
+    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    texts = [[3, 4], list(range(30, 60)), [9, 8, 7]]
+    rows = [Row(text, GREEDY) for text in texts]
+    scheduler = Scheduler(network, 1 if when == "waiting" else 2)
+    for row in rows:
+        scheduler.add(row)
+    gone = rows[1]
+    for _ in range({"waiting": 2, "reading": 3, "decoding": 14, "done": 30}[when]):
+        scheduler.step()
+    made = list(gone.ids)
+    assert (0 < len(made) < 12) == (when == "decoding") and gone.done == (when == "done")
+    scheduler.cancel(gone)
+    scheduler.cancel(gone)
+    while len(scheduler):
+        assert gone not in [row for row, _ in scheduler.step()]
+    assert gone.ids == made == alone(network, texts[1], GREEDY)[: len(made)]
+    assert [row.ids for row in (rows[0], rows[2])] == [alone(network, text, GREEDY) for text in (texts[0], texts[2])]
+    assert gone.kv is not None
+    if when != "done":
+        again = Row(texts[1], GREEDY, reply=made, kv=gone.kv)  # goes on from there
+        run(Scheduler(network, 1), [again], told_before=len(made))
+        assert again.ids == alone(network, texts[1], GREEDY)
+        assert (again.cached == 0) == (when == "waiting")
+
+
 def test_same_seed_same_text_whoever_else_is_there(network: DbrxForCausalLM) -> None:
     params = SamplingParams(temperature=1.3, top_p=0.95, max_tokens=10)
 
     def sampled(prompt: list[int], seed: int) -> Row:
-        return Row(network, prompt, params, generator=torch.Generator().manual_seed(seed))
+        return Row(prompt, params, generator=torch.Generator().manual_seed(seed))
 
     mine, other = sampled([4, 2, 6], 7), sampled([4, 2, 6], 8)
-    run(Batch(network, 6), [*(sampled(text, i) for i, text in enumerate(prompts(network, 5))), mine])
+    run(Scheduler(network, 6), [*(sampled(text, i) for i, text in enumerate(prompts(network, 5))), mine])
     assert mine.ids == alone(network, [4, 2, 6], replace(params, seed=7))
-    run(Batch(network, 1), [other])
+    run(Scheduler(network, 1), [other])
     assert other.ids != mine.ids
 
 
@@ -123,12 +178,12 @@ def test_each_row_has_its_own_sampling_mask_and_stopper(network: DbrxForCausalLM
         return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
 
     rows = [
-        Row(network, [1, 2, 3], GREEDY, mask=only_even),
-        Row(network, [1, 2, 3], GREEDY, stopper=lambda row, ids: len(ids) == 4),
-        Row(network, [1, 2, 3], replace(GREEDY, repetition_penalty=100.0, frequency_penalty=100.0)),
-        Row(network, [1, 2, 3], GREEDY),
+        Row([1, 2, 3], GREEDY, mask=only_even),
+        Row([1, 2, 3], GREEDY, stopper=lambda row, ids: len(ids) == 4),
+        Row([1, 2, 3], replace(GREEDY, repetition_penalty=100.0, frequency_penalty=100.0)),
+        Row([1, 2, 3], GREEDY),
     ]
-    run(Batch(network, 4), rows)
+    run(Scheduler(network, 4), rows)
     plain = alone(network, [1, 2, 3], GREEDY)
     assert not any(token % 2 for token in rows[0].ids)
     assert rows[1].ids == plain[:4] and rows[3].ids == plain
@@ -144,9 +199,9 @@ def test_a_row_whose_mask_lets_nothing_through_leaves_the_others_alone(network: 
 
         return mask
 
-    rows = [Row(network, [1, 2, 3], GREEDY, mask=stuck_after(0)), Row(network, [1, 2, 3], GREEDY),
-            Row(network, [4, 5], GREEDY, mask=stuck_after(3)), Row(network, [4, 5], GREEDY)]  # fmt: skip
-    run(Batch(network, 2), rows)
+    rows = [Row([1, 2, 3], GREEDY, mask=stuck_after(0)), Row([1, 2, 3], GREEDY),
+            Row([4, 5], GREEDY, mask=stuck_after(3)), Row([4, 5], GREEDY)]  # fmt: skip
+    run(Scheduler(network, 2), rows)
     assert [row.fault is not None for row in rows] == [True, False, True, False]
     assert rows[1].ids == alone(network, [1, 2, 3], GREEDY) and rows[3].ids == alone(network, [4, 5], GREEDY)
     assert rows[0].ids == [] and rows[2].ids == rows[3].ids[:3]
@@ -168,8 +223,8 @@ def test_a_token_that_leads_nowhere_is_taken_back(network: DbrxForCausalLM, para
     def only_even(row: int, ids: Sequence[int], logits: Tensor) -> Tensor:
         return logits.index_fill(0, torch.arange(1, len(logits), 2), -torch.inf)
 
-    rows = [Row(network, [1, 2, 3], params, mask=mask) for mask in (NeverOdd(), only_even)]
-    run(Batch(network, 2), rows)
+    rows = [Row([1, 2, 3], params, mask=mask) for mask in (NeverOdd(), only_even)]
+    run(Scheduler(network, 2), rows)
     assert len(rows[0].ids) == 12 and not any(token % 2 for token in rows[0].ids)
     if params is GREEDY:
         assert rows[0].ids == rows[1].ids
@@ -178,18 +233,18 @@ def test_a_token_that_leads_nowhere_is_taken_back(network: DbrxForCausalLM, para
         def leads_on(self, row: int, ids: Sequence[int]) -> bool:
             return False
 
-    run(Batch(network, 2), [nothing := Row(network, [1, 2, 3], params, mask=Nothing())])
+    run(Scheduler(network, 2), [nothing := Row([1, 2, 3], params, mask=Nothing())])
     assert nothing.fault is not None and nothing.ids == []
 
 
 def test_the_context_is_never_left(network: DbrxForCausalLM) -> None:
-    row = Row(network, [1, 2, 3], replace(GREEDY, max_tokens=100), max_context=9)
-    batch = Batch(network, 2)
+    row = Row([1, 2, 3], replace(GREEDY, max_tokens=100), max_context=9)
+    batch = Scheduler(network, 2)
     run(batch, [row])
     assert len(row.ids) == 6
     for length in (0, 9, 20):
         with pytest.raises(ValueError, match=f"prompt of {length} tokens"):
-            batch.add(Row(network, list(range(length)), GREEDY, max_context=9))
+            batch.add(Row(list(range(length)), GREEDY, max_context=9))
 
 
 def test_common_prefix() -> None:

@@ -87,14 +87,14 @@ def test_in_int8_and_in_three(open_engine: Callable[..., Any]) -> None:
 
 def say(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
     """Have the network's row say these ids, whatever it computes."""
-    from model.decode import Row
+    from model.sequence import Sequence as Row
 
     def choose(row: Any, logits: object) -> int:
         row.ids.append(ids[len(row.ids)])
         row.done = row._complete()
         return int(row.ids[-1])
 
-    monkeypatch.setattr(Row, "choose", choose)
+    monkeypatch.setattr(Row, "_choose", choose)
 
 
 def test_a_character_is_never_cut(
@@ -121,13 +121,13 @@ def test_ids_that_do_not_spell_the_text_are_left(open_engine: Callable[..., Any]
     engine = open_engine()
     text = "Red and green, and"
     ids = engine.tokenizer.encode(text)
-    asked = engine._parts(Request(ASKED.messages, GREEDY))[0]
+    asked = engine.parts(Request(ASKED.messages, GREEDY))[0]
     for wrong in ((), (5, 6), (10**6,), tuple(ids[:-1])):
         request = Request(ASKED.answer(Message("assistant", text, wrong)).messages, GREEDY, continue_final=True)
-        assert engine._parts(request) == (asked, ids, text)
+        assert engine.parts(request) == (asked, ids, text)
     other = tuple(engine.tokenizer.encode("Red and")) + tuple(engine.tokenizer.encode(" green, and"))
     request = Request(ASKED.answer(Message("assistant", text, other)).messages, GREEDY, continue_final=True)
-    assert engine._parts(request) == (asked, list(other), text)
+    assert engine.parts(request) == (asked, list(other), text)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from model.causal_lm import DbrxForCausalLM
-from model.decode import prefill
 from model.formats.databricks import DatabricksWeights
 from model.kv_cache import KVCache
+from model.prefill import prefill
 from model.weights import Extent
 from tests import full_size
 from tests.cli import ROOT, environment

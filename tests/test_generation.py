@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from model import DbrxForCausalLM, KVCache, SamplingParams
-from model.decode import decode, prefill
 from model.errors import ContextError, ModelError
 from model.generation_config import GenerationConfig
+from model.prefill import prefill
 from model.sampling import candidates
+from model.sequence import Sequence as Row
 from tests import fidelity
+from tests.decoding import one_by_one, reply
 
 torch.set_num_threads(1)
 
@@ -292,19 +294,18 @@ def test_numbers_that_are_not_finite_are_a_clear_error(bad: float) -> None:
 
 def test_an_interrupted_step_leaves_no_trace(case: fidelity.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = case.data["greedy_prompt"].tolist()
-    cache = KVCache(case.network.config.n_layers)
-    logits = prefill(case.network, torch.tensor([prompt]), cache)
-    steps = decode(case.network, [prompt], logits, cache, SamplingParams(temperature=0, max_tokens=40))
-    tokens = [next(steps)[0] for _ in range(3)]
+    row = Row(prompt, SamplingParams(temperature=0, max_tokens=40))
+    steps = one_by_one(case.network, row)
+    tokens = [next(steps) for _ in range(3)]
 
     last = case.network.transformer.blocks[-1]
     with monkeypatch.context() as patch:
         patch.setattr(last, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             next(steps)
-    assert len(cache) == len(prompt) + 2  # the third token was chosen, but not read
+    assert row.kv is not None and row.kv.length == len(prompt) + 2  # the third token was chosen, but not read
     with torch.inference_mode():
-        again = case.network(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0, -1]
+        again = case.network(torch.tensor([[tokens[-1]]]), past_key_values=KVCache.of([row.kv])).logits[0, -1]
     assert int(again.argmax()) == case.data["greedy_ids"][3]
 
 
@@ -313,26 +314,20 @@ def test_a_reply_is_taken_up_where_it_stopped(case: fidelity.Case, said: int) ->
     """Penalties count what was said, the limit includes it, and the generator goes on from its state."""
     prompt = case.data["greedy_prompt"].tolist()
     params = SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.5, max_tokens=12)
-    cache, generator = KVCache(case.network.config.n_layers), torch.Generator().manual_seed(2)
-    logits = prefill(case.network, torch.tensor([prompt]), cache)
-    whole: list[int | None] = []
+    generator = torch.Generator().manual_seed(2)
+    whole: list[int] = []
     state = generator.get_state()
-    for (token,) in decode(case.network, [prompt], logits, cache, params, generator=generator):
+    for token in one_by_one(case.network, Row(prompt, params, generator=generator)):
         whole.append(token)
         state = generator.get_state() if len(whole) == said else state
 
-    cache, other = KVCache(case.network.config.n_layers), torch.Generator()
+    other = torch.Generator()
     other.set_state(state)
-    first = [token for token in whole[:said] if token is not None]
-    logits = prefill(case.network, torch.tensor([prompt + first]), cache)
-    rest = decode(case.network, [prompt], logits, cache, params, replies=[first], generator=other)
-    assert first + [token for (token,) in rest] == whole
+    first = whole[:said]
+    assert first + reply(case.network, prompt, params, reply=first, generator=other) == whole
 
 
 def test_a_reply_that_is_whole_gets_no_more(case: fidelity.Case) -> None:
     prompt, said = case.data["greedy_prompt"].tolist(), [3, 4, 5]
-    cache = KVCache(case.network.config.n_layers)
-    logits = prefill(case.network, torch.tensor([prompt + said]), cache)
     for options in ({"eos_ids": [5]}, {"stopper": lambda row, ids: len(ids) == 3}, {"max_context": len(prompt) + 3}):
-        steps = decode(case.network, [prompt], logits, cache, SamplingParams(), replies=[said], **options)  # type: ignore[arg-type]
-        assert list(steps) == []
+        assert reply(case.network, prompt, SamplingParams(), reply=said, **options) == []

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def test_rows_hold_their_tokens_without_gaps() -> None:
     rng = torch.Generator().manual_seed(3)
-    cache, rows = KVCache(2, rows=3, capacity=2), [[], [], []]
+    cache, rows = KVCache(2, rows=3, block_tokens=2), [[], [], []]
     for step in range(12):
         seq = 1 + step % 4
         valid = torch.rand(3, seq, generator=rng) > 0.4 if step % 3 else None
@@ -56,20 +56,20 @@ def test_trim_forgets_and_append_overwrites() -> None:
 
 
 def test_growing_keeps_what_is_there() -> None:
-    cache = KVCache(1, capacity=1)
+    cache = KVCache(1, block_tokens=8)
     for i in range(20):
         plan = AttentionPlan(cache.lengths, 1, None, CPU)
         keys, _ = cache.append(0, torch.full((1, 1, 1, 1), float(i)), torch.zeros(1, 1, 1, 1), plan)
         cache.advance(plan)
     assert keys.flatten().tolist() == list(range(20))
-    assert cache.capacity == 32 and cache.nbytes == 2 * 32 * 4
+    assert cache.nbytes == 2 * 24 * 4
 
 
 def test_rows_join_are_copied_and_leave() -> None:
     """Random additions, copies, drops and appends, against lists."""
     rng = random.Random(5)
-    cache, rows = KVCache(2, rows=1, capacity=1), [list[float]()]
-    other = KVCache(2, rows=2, capacity=8)
+    cache, rows = KVCache(2, rows=1, block_tokens=4), [list[float]()]
+    other = KVCache(2, rows=2, block_tokens=4)
     theirs = [[-1.0 - i for i in range(6)], [-11.0 - i for i in range(6)]]
     plan = AttentionPlan(other.lengths, 6, None, CPU)
     for layer in range(2):
@@ -104,6 +104,6 @@ def test_rows_join_are_copied_and_leave() -> None:
                     assert keys[row, : len(ids)].flatten().tolist() == pytest.approx(ids)
                     mine = [i for i, value in enumerate(ids) if value >= 0]  # the others' values are zeros
                     assert values[row].flatten()[mine].tolist() == pytest.approx([-ids[i] for i in mine])
-        assert cache.lengths == [len(ids) for ids in rows] and cache.rows == len(rows)
-    with pytest.raises(ValueError, match="cannot copy"):
+        assert cache.lengths == [len(ids) for ids in rows] and len(cache.rows) == len(rows)
+    with pytest.raises(ValueError, match="cannot take"):
         cache.copy(0, other, 0, 7)

@@ -14,10 +14,16 @@ from torch import Tensor
 
 from dbrx_cli.options import SamplingOptions
 from model import KVCache, SamplingParams
-from model.decode import Drafter, decode, prefill
+from model.attention import AttentionPlan
 from model.errors import InputError
+from model.kv_cache import KVRow
 from model.lookup import LONGEST, SHORTEST, AutoLookup, Lookup
+from model.prefill import prefill
+from model.scheduler import Scheduler
+from model.sequence import Drafter
+from model.sequence import Sequence as Row
 from tests import fidelity
+from tests.decoding import one_by_one
 
 torch.set_num_threads(1)
 
@@ -102,25 +108,21 @@ def run(case: fidelity.Case, drafter: Drafter | None, prompt: Sequence[int], **o
     """Decode one row; after each id the cache must agree with what is known."""
     keywords = {key: options.pop(key) for key in ("mask", "stopper", "max_context", "eos_ids") if key in options}
     params = SamplingParams(**{"temperature": 0, "max_tokens": 40} | options)
-    cache = KVCache(case.network.config.n_layers)
-    logits = prefill(case.network, torch.tensor([prompt]), cache)
-    generator = torch.Generator().manual_seed(3)
+    row = Row(prompt, params, drafter=drafter, generator=torch.Generator().manual_seed(3), **keywords)
     reply: list[int] = []
-    for (token,) in decode(
-        case.network, [prompt], logits, cache, params, drafter=drafter, generator=generator, **keywords
-    ):
-        assert token is not None
+    for token in one_by_one(case.network, row):
         reply.append(token)
         known = [*prompt, *reply]
         # What was read of the known ids is really theirs: reading them afresh gives the same keys.
         if len(reply) in (3, 8):
             fresh = KVCache(case.network.config.n_layers)
             prefill(case.network, torch.tensor([known]), fresh)
-            count = min(len(cache), len(known))
-            assert count >= len(known) - 1
-            for (k, v), (fresh_k, fresh_v) in zip(cache.layers(), fresh.layers(), strict=True):
-                torch.testing.assert_close(k[:, :count], fresh_k[:, :count], atol=1e-4, rtol=0)
-                torch.testing.assert_close(v[:, :count], fresh_v[:, :count], atol=1e-4, rtol=0)
+            assert row.kv is not None
+            count = min(row.kv.length, len(known))
+            assert count >= len(known) - 1 and row.kv.length <= len(row.known)
+            for layer in range(case.network.config.n_layers):
+                for mine, theirs in zip(row.kv.read(layer, 0, count), fresh.rows[0].read(layer, 0, count), strict=True):
+                    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
     return reply
 
 
@@ -178,10 +180,36 @@ def test_greedy_text_is_the_same_with_real_lookups(case: fidelity.Case, most: in
     assert lookup.drafted > lookup.accepted > 0
 
 
-def test_drafts_are_for_one_row(case: fidelity.Case) -> None:
-    steps = decode(case.network, [[1], [2]], torch.zeros(2, 8), KVCache(1, rows=2), SamplingParams(), drafter=Lookup(3))
-    with pytest.raises(ValueError, match="one row"):
-        next(steps)
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9}], ids=["greedy", "sampled"])
+def test_each_row_of_a_batch_has_its_drafts(case: fidelity.Case, params: dict[str, Any]) -> None:
+    """Texts that end at different places, with drafts that are right, sometimes right, and none."""
+    prompt = case.data["greedy_prompt"].tolist()
+    prompts = [prompt, prompt[3:], prompt[::-1], prompt[2:9], [5]]
+    options = [params | {"max_tokens": 9 + 5 * i} for i in range(len(prompts))]
+    expected = [run(case, None, each, **option) for each, option in zip(prompts, options, strict=True)]
+    wrongs = [10**6, 3, None, 1, 4]
+    drafters = [
+        Oracle([*each, *text], wrong) if wrong else None
+        for each, text, wrong in zip(prompts, expected, wrongs, strict=True)
+    ]
+    rows = [
+        Row(
+            each,
+            SamplingParams(**{"temperature": 0} | option),
+            drafter=drafter,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for each, option, drafter in zip(prompts, options, drafters, strict=True)
+    ]
+    scheduler = Scheduler(case.network, len(rows))
+    for row in rows:
+        scheduler.add(row)
+    told: dict[Row, list[int]] = {row: [] for row in rows}
+    while len(scheduler):
+        for row, token in scheduler.step():
+            told[row].append(token)
+    assert [told[row] for row in rows] == [row.ids for row in rows] == expected
+    assert all(sum(right for _, right in drafter.steps) for drafter in (drafters[0], drafters[1]) if drafter)
 
 
 class Table:
@@ -189,12 +217,13 @@ class Table:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        self.config = SimpleNamespace(max_seq_len=100)
+        self.config = SimpleNamespace(max_seq_len=100, n_layers=1)
+        self.device = torch.device("cpu")
         self.calls = 0
 
     def __call__(self, ids: Tensor, past_key_values: KVCache) -> SimpleNamespace:
         self.calls += 1
-        past_key_values.lengths = [past_key_values.lengths[0] + ids.shape[1]]
+        past_key_values.advance(AttentionPlan(past_key_values.lengths, ids.shape[1], None, self.device))
         return SimpleNamespace(logits=self.logits[ids])
 
 
@@ -227,10 +256,9 @@ def test_sampled_texts_have_the_same_distribution(options: dict[str, Any], draft
     generator = torch.Generator().manual_seed(17)
     counts = dict.fromkeys(itertools.product(range(3), repeat=3), 0)
     for _ in range(draws):
-        cache = KVCache(1)
-        cache.lengths = [1]
-        steps = decode(network, [[1]], logits[[1]], cache, params, drafter=Fixed(draft), generator=generator)
-        a, b, c = (token for (token,) in steps if token is not None)
+        (kv := KVRow(1)).length = 1
+        row = Row([1], params, kv=kv, logits=logits[1], drafter=Fixed(draft), generator=generator)
+        a, b, c = one_by_one(network, row)
         counts[a, b, c] += 1
     assert network.calls < 1.95 * draws  # drafts were taken
     chi_square = 0.0

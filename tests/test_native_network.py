@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from model import DbrxForCausalLM, KVCache, kernels, native
-from model.decode import prefill
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.native_block import NativeBlock
 from model.kernels.native_linear import NativeLinear
 from model.native.abi import GEMV_MAX_ROWS
+from model.prefill import prefill
 from model.quantization import SCHEMES, int4, int8
 from tests.cli import Cli
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
 PROMPT = torch.arange(100, 140)[None]
 STEPS = 5
-CAPACITY = 21  # twice that is full in the middle of the steps, and grows
+BLOCK = 21  # two of these are full in the middle of the steps
 FORMS = [("float32", 0), ("bfloat16", 0), ("int8", 0), *(("int4", group) for group in SCHEMES["int4"].groups)]
 CLOSE = {
     "float32": 1e-6,
@@ -51,7 +51,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @torch.inference_mode()
 def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits of the prompt, after it, and after each of some tokens; and these: the likeliest, or those of `follow`."""
-    cache = KVCache(network.config.n_layers, capacity=CAPACITY)
+    cache = KVCache(network.config.n_layers, block_tokens=BLOCK)
     rows, ids = [network(PROMPT).logits[0].float()], []
     rows.append(prefill(network, PROMPT, cache).float())
     for step in range(STEPS):
@@ -138,6 +138,26 @@ def test_a_row_of_a_batch_is_the_row_alone(tiny_checkpoint: Path) -> None:
         for row, cache in enumerate(alone):
             assert torch.equal(network(column[row : row + 1], past_key_values=cache).logits[0], logits[row])
         column = logits[:, -1].argmax(-1)[:, None]
+
+
+@needs_native
+@torch.inference_mode()
+@pytest.mark.parametrize("quantize", ["int8", "none"])
+def test_drafted_tokens_are_those_of_decoding_one_by_one(tiny_checkpoint: Path, quantize: str) -> None:
+    """To the bit: several tokens of one row in one step, beside another row, in blocks that end within the step."""
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantize, pack=True)
+    caches = [KVCache(network.config.n_layers, block_tokens=BLOCK) for _ in range(4)]
+    for cache, length in zip(caches, (19, 5, 19, 5), strict=True):
+        prefill(network, PROMPT[:, :length], cache)
+    column = torch.tensor([[5], [6], [7], [8], [9]])
+    (mine,), (other,) = caches[0].rows, caches[1].rows
+    together = network(column, past_key_values=KVCache.of([mine, mine, mine, mine, other], [0, 1, 2, 3, 0])).logits
+    for i, token in enumerate(column):
+        assert torch.equal(network(token[None], past_key_values=caches[2 if i < 4 else 3]).logits[0], together[i])
+    assert mine.length == 23 and other.length == 6
+    for layer in range(network.config.n_layers):
+        for ours, theirs in zip(mine.read(layer, 0, 23), caches[2].rows[0].read(layer, 0, 23), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @needs_native

@@ -14,9 +14,10 @@ from dbrx_cli.engine import Done, Request
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.options import ModelOptions, OutputOptions
 from dbrx_cli.report import Report
-from model import KVCache, Message, SamplingParams
+from model import Message, SamplingParams
 from model.errors import ResourceError
 from model.kernels.native_linear import NativeLinear
+from model.kv_cache import KVRow
 from tests.cli import Cli
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -61,7 +62,7 @@ def tensor_bytes() -> int:
     return sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
 
 
-@pytest.mark.parametrize("where", [(NativeLinear, "run"), (KVCache, "room")], ids=["product", "cache"])
+@pytest.mark.parametrize("where", [(NativeLinear, "run"), (KVRow, "pointers")], ids=["product", "cache"])
 def test_at_every_call(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]) -> None:
     """Each product, or each look for room in the cache, fails once: in prefill, in decode, with another turn kept."""
     engine = LocalEngine.load(ModelOptions(model=str(tiny_checkpoint)), Report(OutputOptions(quiet=True)))

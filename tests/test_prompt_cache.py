@@ -186,7 +186,7 @@ def test_no_flipped_byte_is_trusted(saved: tuple[Path, Done], tiny_checkpoint: P
             assert str(path) in notices.pop()
         except InputError as error:  # not even known as one of ours
             assert "no file of saved keys" in error.message and place < 64
-    assert not engine._cached and not notices
+    assert not engine.session.ids and not notices
 
 
 def test_no_shortened_or_lengthened_file_is_trusted(saved: tuple[Path, Done], tiny_checkpoint: Path) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from model import DbrxForCausalLM, KVCache, kernels
-from model.decode import prefill
 from model.errors import DbrxError, InputError, ModelError, ResourceError
 from model.experts import PackedExperts, ResidentExperts
 from model.formats import open_weights
@@ -26,6 +25,7 @@ from model.kernels.torch_glu import LinearsGlu
 from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
+from model.prefill import prefill
 from model.quantization import int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert

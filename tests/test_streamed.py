@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from model.causal_lm import DbrxForCausalLM
-from model.decode import decode, prefill
 from model.errors import ModelError, ResourceError
 from model.experts.streamed import open_store
 from model.formats import open_weights
@@ -29,6 +28,7 @@ from model.kernels import FloatGlu
 from model.kv_cache import KVCache
 from model.load_plan import LoadOptions, Stored, plan_load
 from model.placement import FORMATS, Device, Machine, capacity, sizes
+from model.prefill import prefill
 from model.sampling import SamplingParams
 from model.streaming import HostSource
 from model.streaming.reader import DiskSource
@@ -37,6 +37,7 @@ from model.streaming.source import Ticket, data_in, layout, slot_size
 from model.weights import Extent
 from tests.cli import ROOT, Cli
 from tests.conftest import TINY
+from tests.decoding import reply
 from tests.weights import make_checkpoint
 
 EXPERT = 3 * 48 * 40 * 2  # bytes of one of TINY's experts in bfloat16
@@ -57,11 +58,11 @@ def streamed(folder: Path, places: int = 8, **options: Any) -> DbrxForCausalLM:
     return DbrxForCausalLM.from_pretrained(folder, offload="disk", expert_cache=places * SLOT, **options)
 
 
-def answer(network: DbrxForCausalLM, chunk: int | None = None) -> tuple[Tensor, list[int | None]]:
+def answer(network: DbrxForCausalLM, chunk: int | None = None) -> tuple[Tensor, list[int]]:
     """Logits behind the prompt, and greedy tokens."""
     cache = KVCache(network.config.n_layers)
     logits = prefill(network, torch.tensor([PROMPT]), cache, chunk=chunk)
-    return logits, [row[0] for row in decode(network, [PROMPT], logits, cache, GREEDY)]
+    return logits, reply(network, PROMPT, GREEDY, kv=cache.rows[0], logits=logits[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -430,7 +431,7 @@ def test_a_gpu_computes_the_same_tokens(tiny: Path, offload: str) -> None:
     )
     cache = KVCache(LAYERS)
     logits = prefill(network, torch.tensor([PROMPT], device="cuda:0"), cache)
-    tokens = [row[0] for row in decode(network, [PROMPT], logits, cache, GREEDY)]
+    tokens = reply(network, PROMPT, GREEDY, kv=cache.rows[0], logits=logits[0])
     assert tokens == expected
     assert network.expert_store is not None and network.expert_store.counters.misses > 48
 

@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from model.causal_lm import DbrxForCausalLM
-from model.decode import decode, prefill
 from model.errors import ModelError
 from model.experts.streamed import READING_AHEAD
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.torch_stored import StoredInt8Glu
 from model.kv_cache import KVCache
+from model.prefill import prefill
 from model.quantization import int8
 from model.sampling import SamplingParams
 from model.streaming import slot_size
 from model.weights import QuantizedExpert, QuantizedMatrix
 from tests.conftest import TINY
+from tests.decoding import reply
 from tests.gguf_files import CONFIG, write_gguf
 from tests.weights import make_checkpoint
 
@@ -38,11 +39,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(folder, TINY | {"vocab_size": 500}, seed=7, dtype="bfloat16")
 
 
-def answer(source: Path, **options: Any) -> tuple[Tensor, list[int | None], DbrxForCausalLM]:
+def answer(source: Path, **options: Any) -> tuple[Tensor, list[int], DbrxForCausalLM]:
     network = DbrxForCausalLM.from_pretrained(source, **options)
     cache = KVCache(network.config.n_layers)
     logits = prefill(network, torch.tensor([PROMPT]), cache)
-    tokens = [row[0] for row in decode(network, [PROMPT], logits, cache, GREEDY)]
+    tokens = reply(network, PROMPT, GREEDY, kv=cache.rows[0], logits=logits[0])
     return logits, tokens, network
 
 

@@ -38,7 +38,6 @@ class Reply:
         self.ids = list(begun)
         self.begun = len(begun)
         self.cached = 0  # tokens of the prompt that were not read anew
-        self.reading = False  # whether the cache has become this conversation's
         self.kept = self.begun  # tokens of the reply that were made before
         self.seed = seed if seed is not None else randbits(32)
         self.top = request.logprobs
@@ -92,7 +91,7 @@ class Reply:
         return self.text[shown:]
 
     def watch(self, row: int, token: int, logits: Tensor) -> None:
-        """Note how likely a token is (see `decode.Watcher`)."""
+        """Note how likely a token is (see `Watcher`)."""
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(min(self.top or 0, len(logprobs)))
         top = [self._likelihood(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -108,17 +107,18 @@ class Reply:
         first = self._first_token_at or now
         prefill_s, decode_s = first - self._started, (self._last_token_at or now) - first
         store = engine.network.expert_store
-        made, read = len(self.ids) - self.kept, len(self.prompt) + self.begun - self.cached
+        made, given = len(self.ids) - self.kept, len(self.prompt) + self.begun
+        cached = min(self.cached, given)
         done = Done(
             text=self.text[len(self._before) :],
             token_ids=self.ids[self.begun :],
             finish_reason=reason,
-            usage=Usage(len(self.prompt) + self.begun, self.cached, len(self.ids) - self.begun),
+            usage=Usage(given, cached, len(self.ids) - self.begun),
             timings=Timings(
                 load_s=engine.load_s,
                 prefill_s=prefill_s,
                 decode_s=decode_s,
-                prefill_tokens_per_s=read / prefill_s if prefill_s else 0.0,
+                prefill_tokens_per_s=(given - cached) / prefill_s if prefill_s else 0.0,
                 decode_tokens_per_s=max(0, made - 1) / decode_s if decode_s else 0.0,
                 drafted_tokens=self.drafter.drafted if self.drafter else 0,
                 accepted_tokens=self.drafter.accepted if self.drafter else 0,

@@ -26,13 +26,13 @@ from dbrx_cli.engine.reply import Reply
 from dbrx_cli.engine.saved import faults, refuse_foreign
 from dbrx_cli.private import open_private
 from model.errors import InputError
-from model.kv_cache import KVCache
+from model.kv_cache import KVRow
 from model.saved_cache import (
     Block,
     Layout,
     UnusableState,
     cache_tensors,
-    extend_cache,
+    extend_row,
     read_block,
     require_same,
     write_block,
@@ -47,7 +47,7 @@ class _Progress(NamedTuple):
 
     reply: Reply
     ids: int
-    cache: KVCache
+    kv: KVRow
     tokens: int
     generator: Tensor | None
 
@@ -68,7 +68,7 @@ class Journal:
         self.logprobs: list[TokenLogprob] = []
         self.generator: Tensor | None = None
         self.finished: FinishReason | None = None
-        self.cache = KVCache(len(layout.devices))
+        self.kv = KVRow(len(layout.devices))
         self._layout = layout
         self._notice = notice
         self._failed = False
@@ -83,7 +83,7 @@ class Journal:
             except BaseException:
                 self._file.close()
                 raise
-        self._written = (len(self.ids), len(self.cache))  # ids, and tokens of the cache, that the file holds
+        self._written = (len(self.ids), self.kv.length)  # ids, and tokens whose keys and values the file holds
 
     def _locked(self) -> BinaryIO:
         file = os.fdopen(open_private(self.path), "r+b")
@@ -132,20 +132,20 @@ class Journal:
         tensors = block.tensors
         ids, generator = tensors.pop("ids").tolist(), tensors.pop("generator", self.generator)
         if tensors:
-            extend_cache(self.cache, tensors, len(tensors["k.0"]), self._layout)
+            extend_row(self.kv, tensors, len(tensors["k.0"]), self._layout)
         self.ids += ids
         self.generator = generator
         self.logprobs += [_logprob(values) for values in json.loads(block.metadata["logprobs"])]
         self.finished = cast("FinishReason | None", block.metadata.get("finished"))
 
-    def note(self, reply: Reply, cache: KVCache, generator: Tensor | None) -> None:
+    def note(self, reply: Reply, kv: KVRow, generator: Tensor | None) -> None:
         """Hear that a chunk of the prompt was read, or that the reply has a token more. Writes if it is time.
 
         generator: its state after the newest token, None before the first.
         """
         # The newest token is left to be read, alone: the run that goes on takes the very steps of one that never ended.
-        tokens = min(len(cache), len(reply.prompt) + len(reply.ids) - 1)
-        self._new = _Progress(reply, len(reply.ids), cache, tokens, generator)
+        tokens = min(kv.length, len(reply.prompt) + len(reply.ids) - 1)
+        self._new = _Progress(reply, len(reply.ids), kv, tokens, generator)
         start = time.monotonic()
         if start >= self._due:
             self._write()
@@ -175,7 +175,7 @@ class Journal:
         if new is not None:
             ids, tokens = self._written
             if new.tokens > tokens:
-                tensors |= cache_tensors(new.cache, tokens, new.tokens)
+                tensors |= cache_tensors(new.kv, tokens, new.tokens)
             if new.generator is not None:
                 tensors["generator"] = new.generator
             tensors["ids"] = torch.tensor(new.reply.ids[ids : new.ids], dtype=torch.long)

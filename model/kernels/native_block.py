@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, byref, c_void_p, cast, sizeof
-from typing import TYPE_CHECKING, Any
+from ctypes import POINTER, byref, c_void_p, cast
+from typing import TYPE_CHECKING
 from typing import cast as typed
 
 import torch
@@ -21,7 +21,7 @@ from .native_linear import NativeLinear
 if TYPE_CHECKING:
     from ..causal_lm import DbrxForCausalLM
     from ..config import DbrxConfig
-    from ..kv_cache import KVCache
+    from ..kv_cache import KVCache, Pointers
 
 KV_FORMATS = {torch.float32: Format.F32, torch.bfloat16: Format.BF16}
 
@@ -101,42 +101,35 @@ def _is_decoding(step: Step) -> bool:
     return cached and plan.one_each and len(plan.starts) <= GEMV_MAX_ROWS
 
 
-def _room(block: NativeBlock, step: Step) -> tuple[Tensor, Tensor]:
-    return typed("KVCache", step.cache).room(block.layer, block.key, step.plan.kv_len)
+def _room(block: NativeBlock, step: Step) -> list[Pointers]:
+    rows = zip(typed("KVCache", step.cache).rows, step.plan.lengths, strict=True)
+    return [row.pointers(block.layer, block.key, stop) for row, stop in rows]
 
 
 class _Table:
-    """Where keys and values lie: a `native.KV` for each row of each layer, with a table of one block."""
+    """Where keys and values lie: a `native.KV` for each token of a step in each layer."""
 
     def __init__(self, key: Tensor, layers: int = 1) -> None:
         self.rows = (KV * (layers * GEMV_MAX_ROWS))()
         self._each = list(self.rows)
-        self._pointers = (c_void_p * (2 * len(self.rows)))()  # of keys and values, row by row
-        for i, row in enumerate(self._each):
-            row.keys, row.values = (self._pointer(2 * i + part) for part in range(2))
+        for row in self._each:
             row.format = KV_FORMATS[key.dtype]
         self._angles = key.shape[-1] * torch.float32.itemsize
-        self._of: list[int] = []  # what it points to
+        self._of: list[Pointers] = []  # what it points to
 
-    def point(self, layers: Sequence[tuple[Tensor, Tensor]], starts: list[int], cos: Tensor, sin: Tensor) -> None:
-        """layers: keys, values [rows, capacity, kv_heads, head_dim] of a cache; cos, sin [rows, 1, 1, head_dim]."""
-        n = len(starts)
-        of = [n, layers[0][0].shape[1], *(part.data_ptr() for parts in layers for part in parts)]
-        if of != self._of:
-            self._of = of
-            for i, (row, (keys, values)) in enumerate((row, parts) for parts in layers for row in range(n)):
-                self._pointers[2 * i] = keys.data_ptr() + row * keys.stride(0) * keys.element_size()
-                self._pointers[2 * i + 1] = values.data_ptr() + row * values.stride(0) * values.element_size()
-                kv = self._each[i]
-                kv.block_tokens, kv.token_stride, kv.head_stride = keys.shape[1], keys.stride(1), keys.stride(2)
+    def point(self, layers: Sequence[Sequence[Pointers]], starts: Sequence[int], cos: Tensor, sin: Tensor) -> None:
+        """layers: in each, the blocks of each token's row; starts: its place there; cos, sin [n, 1, 1, head_dim]."""
+        n, pointers = len(starts), [each for layer in layers for each in layer]
+        if pointers != self._of:
+            self._of = pointers
+            for kv, each in zip(self._each, pointers):  # noqa: B905  # there are more places than rows
+                kv.keys, kv.values = cast(each.keys, POINTER(c_void_p)), cast(each.values, POINTER(c_void_p))
+                kv.block_tokens = each.room // len(each.keys)
+                kv.token_stride, kv.head_stride = each.strides
         at_cos, at_sin = cos.data_ptr(), sin.data_ptr()
         for i, start in enumerate(starts):
             for kv in self._each[i : n * len(layers) : n]:
                 kv.position, kv.cos, kv.sin = start, at_cos + i * self._angles, at_sin + i * self._angles
-
-    def _pointer(self, i: int) -> Any:
-        at = c_void_p.from_buffer(self._pointers, i * sizeof(c_void_p))
-        return cast(byref(at), POINTER(c_void_p))
 
 
 def decode_natively(network: DbrxForCausalLM) -> None:

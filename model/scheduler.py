@@ -1,0 +1,186 @@
+"""Continuous batching: each step gives every row of a batch its next ids; rows join and leave while the others go on.
+
+A lone conversation is a batch of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Ids
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache, KVRow
+from .prefill import PREFILL_CHUNK
+from .sampling import MAX_LOOKUP
+from .sequence import Sequence, common_prefix
+
+if TYPE_CHECKING:
+    from .causal_lm import DbrxForCausalLM
+
+GEMV_ROWS = 16  # tokens of a step up to which each is computed as it would be alone; drafts of a batch leave it there
+
+
+class Scheduler:
+    """Up to `rows` sequences that are decoded together, and any number that wait for a free place.
+
+    `add` rows, call `step` until none is left (`len`), `cancel` a row between two steps; all in one thread. A row that
+    is `done` has left; its `kv` holds what was read of its ids. An exception from `step` is of the whole batch (memory
+    that ran out, an interrupt): its rows keep what they have, and the scheduler is not used again.
+
+    Prompts are read a chunk a step, so that a long one holds the others up no longer than that. What a prompt has in
+    common with a row that is there (a system message, a document) is taken over, not read.
+    """
+
+    def __init__(self, network: DbrxForCausalLM, rows: int) -> None:
+        self._network = network
+        self._rows = rows
+        self._waiting: list[Sequence] = []
+        self._reading: list[Sequence] = []  # their prompts; the one that came first in front
+        self._active: list[Sequence] = []
+        self._oldest_first = False
+
+    def __len__(self) -> int:
+        """Rows that are not complete."""
+        return len(self._waiting) + len(self._reading) + len(self._active)
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of the rows that have a place, to tell their size."""
+        return KVCache.of([_kv(row) for row in (*self._reading, *self._active)])
+
+    def add(self, row: Sequence) -> None:
+        """Line up for a free place; nothing for a row that is done. `ValueError` for a prompt that leaves no room."""
+        config = self._network.config
+        row.max_context = min(row.max_context, config.max_seq_len)
+        row.kv = row.kv or KVRow(config.n_layers)
+        if row.done:
+            return
+        if not row.prompt or row.left <= 0:
+            raise ValueError(f"a prompt of {len(row.prompt)} tokens leaves {row.left} to be made")
+        self._waiting.append(row)
+
+    def cancel(self, row: Sequence) -> None:
+        """Let a row leave, wherever it is; nothing for one that has left."""
+        row.done = True
+        self._let_go()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, int]]:
+        """Decode, then read one chunk of the prompts that wait; returns the new ids with their rows, in their order.
+
+        A row gets none while its prompt is read or where a fault ended it, several where drafts were right.
+        """
+        new = self._decode()
+        self._admit()
+        new += self._read()
+        self._let_go()
+        return new
+
+    def _let_go(self) -> None:
+        for rows in (self._waiting, self._reading, self._active):
+            rows[:] = [row for row in rows if not row.done]
+
+    def _decode(self) -> list[tuple[Sequence, int]]:
+        """A step of all active rows. A drafted id is computed as a row of its own would be, with its row's keys."""
+        if not self._active:
+            return []
+        alone = len(self._active) == 1
+        most = MAX_LOOKUP if alone else max(0, GEMV_ROWS - len(self._active)) // len(self._active)
+        begun = time.perf_counter()
+        drafts = [row.draft(most) for row in self._active]
+        counts = [1 + len(draft) for draft in drafts]
+        tokens = [[token] for row, draft in zip(self._active, drafts, strict=True) for token in (row.ids[-1], *draft)]
+        rows = [_kv(row) for row, count in zip(self._active, counts, strict=True) for _ in range(count)]
+        cache = KVCache.of(rows, [ahead for count in counts for ahead in range(count)])
+        logits = self._network(torch.tensor(tokens, device=self._network.device), past_key_values=cache).logits[:, -1]
+        for row, draft in zip(self._active, drafts, strict=True):
+            _kv(row).length -= len(draft)  # of these each counts when it is verified: an interrupt leaves no wrong keys
+        parts = zip(self._active, drafts, logits.split(counts), strict=True)
+        new = [(row, token) for row, draft, scores in parts for token in row.verify(draft, scores, begun)]
+        self._let_go()
+        return new
+
+    def _admit(self) -> None:
+        """Give those that wait the free places, with what they can take over."""
+        for row in list(self._waiting):
+            if len(self._active) + len(self._reading) == self._rows:
+                return
+            known, kv = row.known, _kv(row)
+            if kv.length != len(known):
+                row.logits = None
+            shared = [(common_prefix(known, other.known), _kv(other)) for other in (*self._active, *self._reading)]
+            ready, source = max(
+                ((min(common, theirs.length), theirs) for common, theirs in shared), key=itemgetter(0), default=(0, kv)
+            )
+            later, ready = max((common for common, _ in shared), default=0), max(ready, min(kv.length, len(known)))
+            # What another row is about to read is worth a wait: anything while none is decoded (what all share is read
+            # once), then only much of what this row would read (or they would come one by one).
+            if later - ready > ((len(known) - ready) // 4 if self._active else 0):
+                continue
+            if ready > kv.length:
+                kv.take(source, ready)
+            kv.trim(min(kv.length, len(known) - (row.logits is None)))  # without its logits the last is read again
+            row.cached = kv.length
+            self._waiting.remove(row)
+            self._reading.append(row)
+
+    def _read(self) -> list[tuple[Sequence, int]]:
+        """Read a chunk of some prompts, and choose the first ids of those that are whole."""
+        if group := self._group():
+            hidden = self._read_chunk(group)
+            whole = [i for i, row in enumerate(group) if _unread(row) == 0]
+            # Only for these: [rows, 100352] floats.
+            for i, logits in zip(whole, self._network.lm_head(hidden[whole]), strict=True):
+                group[i].logits = logits
+            for row in group:
+                if row.on_read is not None:
+                    row.on_read()
+        ready = [(row, row.logits) for row in self._reading if row.logits is not None]
+        self._reading = [row for row in self._reading if row.logits is None]
+        self._active += [row for row, _ in ready]
+        return [(row, token) for row, logits in ready for token in row.verify((), logits[None])]
+
+    def _read_chunk(self, group: Ids[Sequence]) -> Tensor:
+        """Read the next ids of each, padded on the left; hidden states [rows, d_model] of the last ones."""
+        parts = [row.known[_kv(row).length :][: self._chunk(len(group))] for row in group]
+        width = max(map(len, parts))
+        fills = [[0] * (width - len(part)) for part in parts]
+        device = self._network.device
+        ids = torch.tensor([[*fill, *part] for fill, part in zip(fills, parts, strict=True)], device=device)
+        mask = torch.tensor([fill + [1] * len(part) for fill, part in zip(fills, parts, strict=True)], device=device)
+        cache = KVCache.of([_kv(row) for row in group])
+        hidden: Tensor = self._network.transformer(ids, mask, past_key_values=cache, last_only=True).last_hidden_state
+        return hidden[:, -1]
+
+    def _group(self) -> list[Sequence]:
+        """Whose prompts are read together now. In turn the oldest and the shortest is among them for certain.
+
+        The shorter ones are padded to the longest; only so many join that this is no more than half of the work.
+        """
+        waiting = [row for row in self._reading if row.logits is None]
+        order = sorted(waiting, key=_unread)
+        if self._oldest_first:
+            order.sort(key=lambda row: row is not waiting[0])
+        self._oldest_first = not self._oldest_first
+        group: list[Sequence] = []
+        for row in order:
+            counts = [min(_unread(each), self._chunk(len(group) + 1)) for each in (*group, row)]
+            if len(counts) * max(counts) <= 2 * sum(counts):
+                group.append(row)
+        return group
+
+    def _chunk(self, rows: int) -> int:
+        return max(1, (self._network.prefill_chunk or PREFILL_CHUNK) // rows)
+
+
+def _kv(row: Sequence) -> KVRow:
+    assert row.kv is not None  # `add` saw to it
+    return row.kv
+
+
+def _unread(row: Sequence) -> int:
+    return len(row.prompt) + len(row.ids) - _kv(row).length
