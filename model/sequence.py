@@ -200,7 +200,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 def _finite(logits: Tensor) -> Tensor:
     """Refuse numbers that no sound network makes; -inf is a mask's."""
-    if not math.isfinite(float(logits.max())):  # NaN is the largest
+    if not math.isfinite(logits.numpy(force=True).max()):  # NaN is the largest; NumPy wakes no threads
         raise NotFiniteError(
             "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",
             "check the files with `dbrx download MODEL --verify`, or try --dtype float32",
