@@ -17,6 +17,7 @@ from rich.style import Style
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from rich.text import Text
 
+from dbrx_cli.repl.prompt import PLACEHOLDER
 from tests.terminal import Terminal
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -66,8 +67,8 @@ def record(picture: Picture, data: str) -> None:
     program = [sys.executable, "-m", "dbrx_cli", *COMMAND.split()[1:]]
     size = {"columns": picture.columns, "rows": picture.rows}
     terminal = Terminal(program, variables={"DBRX_DATA": data}, **size)
-    for number, line in enumerate(picture.lines, start=1):
-        _wait(terminal, number)
+    for line in picture.lines:
+        _wait(terminal)
         for letter in [line] if line.startswith("\x1b") else line:  # a paste comes at once
             terminal.type(letter)
             time.sleep(0.02)
@@ -75,7 +76,7 @@ def record(picture: Picture, data: str) -> None:
     if picture.shows:
         terminal.until(picture.shows, seconds=PATIENCE_S)
     else:
-        _wait(terminal, len(picture.lines) + 1)
+        _wait(terminal)
     themes = {"": SVG_EXPORT_THEME} | ({"-light": DEFAULT_TERMINAL_THEME} if picture.light else {})
     for suffix, theme in themes.items():
         console = Console(record=True, width=picture.columns, file=open("/dev/null", "w"), force_terminal=True)
@@ -83,7 +84,7 @@ def record(picture: Picture, data: str) -> None:
         (DOCS / f"{picture.name}{suffix}.svg").write_text(console.export_svg(title=COMMAND, theme=theme), "utf-8")
     if picture.shows:
         terminal.type("\x03")
-        _wait(terminal, len(picture.lines) + 1)
+        _wait(terminal)
     terminal.type("\x04")
     terminal.leave()
 
@@ -99,9 +100,14 @@ def draw(screen: pyte.Screen) -> Text:
     return text
 
 
-def _wait(terminal: Terminal, prompts: int) -> None:
-    """Until there were so many prompts and the last one is drawn whole."""
-    terminal.until(lambda text: terminal.received.count(b"\x1b[?2004h") >= prompts, seconds=PATIENCE_S)
+def _wait(terminal: Terminal) -> None:
+    """Until an empty prompt stands there, with its bar, and is drawn whole."""
+
+    def ready(text: str) -> bool:
+        row = terminal.screen.display[terminal.screen.cursor.y].rstrip().removesuffix(PLACEHOLDER).rstrip()
+        return row == ">>>" and " tokens" in text.splitlines()[-1]
+
+    terminal.until(ready, seconds=PATIENCE_S)
     end = time.monotonic() + 1
     terminal.until(lambda text: time.monotonic() > end)
 

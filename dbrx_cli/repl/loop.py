@@ -32,7 +32,7 @@ from model.sampling import SamplingParams
 
 HASTE_S = 0.5
 NARROW = 70  # columns below which a name and its explanation do not fit on one line
-WELCOME = "Enter sends, Ctrl-C stops a reply, Ctrl-D leaves, Tab completes; /help lists the commands"
+WELCOME = "Enter sends, Ctrl-C stops, Ctrl-D leaves, Tab completes, /help lists more"  # fits 80 columns
 
 
 class Reader(Protocol):
@@ -117,7 +117,7 @@ class Repl:
     def run(self) -> None:
         """Take turns until the user leaves, the script ends, or a signal ends the program."""
         if self.interactive:
-            toy = "; a toy that answers at once, and often wrongly" if self.name in DEMOS else ""
+            toy = "; a toy: quick, and often wrong" if self.name in DEMOS else ""
             self.report.notice(f"{self.name}, {self.engine.context:,} tokens of context{toy}")
             self.report.notice(WELCOME)
         try:
