@@ -101,9 +101,12 @@ def draw(screen: pyte.Screen) -> Text:
 
 
 def _wait(terminal: Terminal) -> None:
-    """Until an empty prompt stands there, with its bar, and is drawn whole."""
+    """Until an empty prompt stands there, with its bar, and is drawn whole: one more than when this was called."""
+    before = terminal.received.count(b"\x1b[?2004h")
 
     def ready(text: str) -> bool:
+        if terminal.received.count(b"\x1b[?2004h") == before:
+            return False
         row = terminal.screen.display[terminal.screen.cursor.y].rstrip().removesuffix(PLACEHOLDER).rstrip()
         return row == ">>>" and " tokens" in text.splitlines()[-1]
 
