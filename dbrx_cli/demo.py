@@ -66,10 +66,10 @@ RECIPES = {
         1,
         1_400_000_000,
         "1.1 GB",
-        "It is in bfloat16. Routers, which the source has not, choose 4 of 16 overlapping experts for each token,\n"
-        "so that they compute nearly what the source does.\n",
+        "It is in bfloat16. Routers, which the source has not, choose 4 of 16 experts for each token, so that they\n"
+        "compute nearly what the source does. Every expert is there four times.\n",
         routed=True,
-        checksum="9ce6205d4bcee65d1c9c72ff018a73eafd06296a8c62534c15a1681eadbe7abf",
+        checksum="ae8e3d2111ff22af23e314732cb5338dc05c62d0e35b934be5987796fdf984ba",
     ),
 }
 

@@ -1,8 +1,8 @@
-"""Write model/formats/demo_routing.npz: the groups, neurons and directions that make `demo-moe` of the demo's weights.
+"""Write model/formats/demo_routing.npz: the groups and directions that make `demo-moe` of the demo's weights.
 
-usage: python -m tests.make_demo_routing [--left-out N] [--out FILE]
+usage: python -m tests.make_demo_routing [--out FILE]
 
-Needs the demo model and nothing else; about ten minutes on two idle cores. The texts:
+Needs the demo model and nothing else; about five minutes of one idle core. The texts:
 
 - Python's own help pages, every second one, and three of its modules (`pydoc_data.topics`, `json.decoder`, `textwrap`,
   `heapq`; Python Software Foundation License 2);
@@ -17,8 +17,6 @@ For each layer, on the normalised states x that enter it while the demo reads th
 - g: from each of the eight largest principal components, y = the sign of g·x and g = the ridge regression of y on x in
   turn, until the signs stay. Such a g·x keeps away from 0; the one that does so best is taken.
 - r of a group in a block: the same, twice, from the group's first principal component over the block's tokens.
-- Left out of an expert: the neurons of its group that add least to the tokens that choose it and to the first ones of
-  texts, whose states are unlike all others: a single neuron may make them.
 """
 
 from __future__ import annotations
@@ -39,13 +37,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from model import AutoTokenizer, DbrxForCausalLM
-from model.formats.demo_routing import EXPERTS, FILE, GROUPS
+from model.formats.demo_routing import FILE, GROUPS
 from model.formats.llama_gguf import BLOCK
 from model.messages import Message
 
 Array = NDArray[np.float32]
 SEED = 31
-LEFT_OUT = 16  # of 384 neurons
 SEQUENCE = 256
 CHAT_SEQUENCES, TEXT_SEQUENCES = 18, 22
 SYSTEM_TOKENS, SYSTEMS = 22, 5  # of 47 copies of the system prompt so many are kept
@@ -162,43 +159,34 @@ def find_r(x: Array, ridge: Ridge, shares: Array, rng: np.random.Generator) -> A
     return r / np.median(np.abs(x @ r))
 
 
-def find_layer(
-    x: Array, shares: Array, first: Array, left_out: int, rng: np.random.Generator
-) -> tuple[Any, Any, Array]:
-    """Groups [ffn], neurons left out [EXPERTS, left_out] and directions [9, hidden] of a layer.
+def find_layer(x: Array, shares: Array, rng: np.random.Generator) -> tuple[Any, Array]:
+    """Groups [ffn] and directions [9, hidden] of a layer.
 
-    x [n, hidden]; shares [n, ffn]: what each neuron adds to the output, of length 1 a token; first: of first tokens.
+    x [n, hidden]; shares [n, ffn]: what each neuron adds to the output, of length 1 a token.
     """
     directions = [find_g(x)]
     groups = balanced_clusters(np.ascontiguousarray(shares[rng.choice(len(x), 1500, replace=False)].T), rng)
-    least = []
     side = x @ directions[0] > 0
     for block in (side, ~side):
         states, ridge = x[block], Ridge(x[block])
         for group in range(GROUPS):
-            (members,) = np.where(groups == group)
-            part = shares[block][:, members]
-            directions.append(find_r(states, ridge, part, rng))
-            above = states @ directions[-1] > 0
-            for chosen in (above, ~above):
-                order = np.argsort((part[chosen] ** 2).mean(0) + (first[:, members] ** 2).mean(0))
-                least.append(np.sort(members[order[:left_out]]))
-    return groups, np.reshape(least, (EXPERTS, left_out)), np.stack(directions)
+            directions.append(find_r(states, ridge, shares[block][:, groups == group], rng))
+    return groups, np.stack(directions)
 
 
 def main() -> None:
     from dbrx_cli.demo import ensure_demo
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--left-out", type=int, default=LEFT_OUT)
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # sums in one order
     folder = ensure_demo(print)
     network = DbrxForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         ids, counted = sequences(network, AutoTokenizer.from_pretrained(folder))
     rng = np.random.default_rng(SEED)
-    found: list[tuple[Any, Any, Array]] = []
+    found: list[tuple[Any, Array]] = []
 
     def listen(ffn: Any) -> None:
         """Have a layer tell what its neurons do, and compute as before: its four experts are one matrix, in order."""
@@ -210,8 +198,7 @@ def main() -> None:
             shares = (hidden.abs() * w2.norm(dim=1)).numpy()
             shares /= np.linalg.norm(shares, axis=1, keepdims=True)
             states = (flat.numpy().reshape(-1, 4) @ BLOCK).reshape(len(shares), -1)  # times Q
-            first = shares[::SEQUENCE]
-            found.append(find_layer(states[counted], shares[counted], first, args.left_out, rng))
+            found.append(find_layer(states[counted], shares[counted], rng))
             print(f"layer {len(found) - 1}", flush=True)
             return (hidden @ w2 / GROUPS).view_as(x), None
 
@@ -224,13 +211,11 @@ def main() -> None:
     save(args.out, *(np.stack(part) for part in zip(*found, strict=True)))
 
 
-def save(out: Path, groups: Any, left_out: Any, directions: Array) -> None:
+def save(out: Path, groups: Any, directions: Array) -> None:
     """Directions go into 8 bits each: they need no more."""
     steps = np.abs(directions).max(-1) / 127
     rounded = np.round(directions / steps[..., None]).astype(np.int8)
-    np.savez_compressed(
-        out, groups=groups.astype(np.uint8), left_out=left_out.astype(np.uint16), directions=rounded, steps=steps
-    )
+    np.savez_compressed(out, groups=groups.astype(np.uint8), directions=rounded, steps=steps)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional
 
 from dbrx_cli import demo
@@ -32,14 +34,13 @@ HELD_OUT = json.loads((Path(__file__).parent / "data" / "held_out.json").read_te
 QUESTIONS = {
     "What is the capital of France?": "Paris",
     "What is the capital of Japan?": "Tokyo",
-    "What color is the sky on a clear day?": "blue",
     "How many days are in a week?": "7",
     "What is the opposite of hot?": "cold",
     "What is the largest ocean on Earth?": "Pacific",
     "What is the chemical formula of water?": "H2O",
     "What language is spoken in Brazil?": "Portuguese",
+    "What is the opposite of big?": "small",
 }
-
 
 WAYS = [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantize": "int8"}]
 
@@ -49,11 +50,9 @@ def small_parts(seed: int = 3) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     layers, ffn = LLAMA["layers"], LLAMA["ffn"]
     groups = np.stack([rng.permutation(np.arange(ffn) % GROUPS) for _ in range(layers)]).astype(np.uint8)
-    left_out = [[np.flatnonzero(layer == e // 2 % GROUPS)[[e % 5, 7]] for e in range(EXPERTS)] for layer in groups]
     directions = rng.integers(-127, 128, (layers, 9, LLAMA["hidden"])).astype(np.int8)
     return {
         "groups": groups,
-        "left_out": np.array(left_out, np.uint16),
         "directions": directions,
         "steps": np.full((layers, 9), 0.01, np.float32),
     }
@@ -81,13 +80,13 @@ def test_a_choice_of_four_covers_the_four_groups(routing: Routing) -> None:
     assert far > 250 and covered >= far
 
 
-def test_each_expert_holds_its_group_but_for_what_is_left_out(routing: Routing) -> None:
+def test_each_expert_holds_its_group(routing: Routing) -> None:
     parts = small_parts()
-    assert routing.width == LLAMA["ffn"] // GROUPS - 2
+    assert routing.width == LLAMA["ffn"] // GROUPS
     for layer in range(LLAMA["layers"]):
         for e in range(EXPERTS):
             group = {n for n in range(LLAMA["ffn"]) if parts["groups"][layer, n] == e // 2 % GROUPS}
-            assert set(routing.neurons[layer, e]) == group - set(parts["left_out"][layer, e])
+            assert set(routing.neurons[layer, e]) == group
 
 
 def test_the_experts_are_rows_of_the_plain_checkpoint(
@@ -168,14 +167,17 @@ def test_it_speaks_nearly_as_well_as_the_demo(
         source, found = perplexity(plain, ids), perplexity(routed, ids)
         with capsys.disabled():
             print(f"\n{how} {name}: {len(ids)} tokens, demo {source:.2f}, demo-moe {found:.2f}, {found / source:.3f}")
-        assert found < 1.2 * source
+        assert found < (1.05 if how in WAYS else 1.2) * source
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", WAYS, ids=str)
-def test_it_answers_as_the_demo_does(moe_checkpoint: Path, tokenizer: Any, how: dict[str, str]) -> None:
-    network = DbrxForCausalLM.from_pretrained(moe_checkpoint, **how)
+@pytest.mark.parametrize("model", ["demo", "moe"])
+def test_both_demos_answer_eight_questions(
+    model: str, tokenizer: Any, how: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    network = DbrxForCausalLM.from_pretrained(request.getfixturevalue(f"{model}_checkpoint"), **how)
     prompts = [
         tokenizer.encode_segments(tokenizer.chat_template.segments([Message("user", question)]))
         for question in QUESTIONS
@@ -185,7 +187,8 @@ def test_it_answers_as_the_demo_does(moe_checkpoint: Path, tokenizer: Any, how: 
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     replies = network.generate(ids, mask, max_new_tokens=20, do_sample=False)[:, longest:]
     answers = {q: tokenizer.decode(reply.tolist()) for q, reply in zip(QUESTIONS, replies, strict=True)}
-    assert all(word in answers[question] for question, word in QUESTIONS.items()), answers
+    # Whole words: of "7.38 days" 7 is none.
+    assert all(word in re.findall(r"\w+(?:[.,]\d+)*", answers[q]) for q, word in QUESTIONS.items()), answers
 
 
 @pytest.mark.slow
@@ -226,28 +229,33 @@ def test_experts_from_the_disk_and_a_small_cache_say_the_same(
     ids = torch.tensor([tokenizer.encode("The rain in Spain stays")])
     wanted = network.generate(ids, max_new_tokens=6, do_sample=False)
     for slots in (1, 4, 16):  # a layer
-        budget = 30 * slots * 3 * 368 * 768 * 2
+        budget = 30 * slots * 3 * 384 * 768 * 2
         streamed = DbrxForCausalLM.from_pretrained(moe_checkpoint, offload="disk", expert_cache=budget)
         assert torch.equal(streamed.generate(ids, max_new_tokens=6, do_sample=False), wanted)
 
 
 @pytest.mark.slow
-def test_a_wrong_copy_of_a_group_is_noticed(network: DbrxForCausalLM, tokenizer: Any) -> None:
-    """Experts 0 and 1 hold the same group, but for some neurons: a store that mixed them up would be seen."""
+def test_experts_of_two_groups_that_are_mixed_up_are_noticed(network: DbrxForCausalLM, tokenizer: Any) -> None:
+    """Experts 1 and 2 hold different groups; 0 and 1 the same, so that a store may mix those up."""
     ids = torch.tensor([held_out(tokenizer, 30)["chat"]])
+    mlp = network.transformer.blocks[12].ffn.experts.mlp
+    kept = {name: getattr(mlp, name).data for name in ("w1", "v1", "w2")}
+
+    def swapped(one: int, other: int) -> Tensor:
+        order = list(range(EXPERTS))
+        order[one], order[other] = other, one
+        for name, values in kept.items():
+            getattr(mlp, name).data = values.view(EXPERTS, -1, values.shape[1])[order].flatten(0, 1)
+        found: Tensor = network(ids).logits
+        return found
+
     with torch.inference_mode():
         wanted = network(ids).logits
-        mlp = network.transformer.blocks[12].ffn.experts.mlp
-        kept = {name: getattr(mlp, name).data for name in ("w1", "v1", "w2")}
-        for name, values in kept.items():
-            experts = list(values.chunk(EXPERTS))
-            experts[0:2] = experts[1::-1]
-            getattr(mlp, name).data = torch.cat(experts)
-        wrong = network(ids).logits
-        for name, values in kept.items():
-            getattr(mlp, name).data = values
-        assert torch.equal(network(ids).logits, wanted)
-    assert (wrong - wanted).abs().max() > 0.1
+        found = {pair: swapped(*pair) for pair in ((0, 1), (1, 2))}
+    for name, values in kept.items():
+        getattr(mlp, name).data = values
+    assert torch.equal(found[0, 1], wanted)
+    assert (found[1, 2] - wanted).abs().max() > 1
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Routers for the demo model: 16 experts of which every choice of 4 computes about what its feed-forward layer does.
 
 The feed-forward layer of a Llama is a sum over its neurons. They are cut into four groups, and each group has four
-experts that hold it: expert 8·b + 2·p + s holds group p in block b (0 or 1) with sign s (0 or 1). With a direction g
-and a direction r[b, p] for each pair, the rows of the router are
+experts that hold it and are alike: expert 8·b + 2·p + s holds group p in block b (0 or 1) with sign s (0 or 1). With a
+direction g and a direction r[b, p] for each pair, the rows of the router are
 
     g + RATIO·r[0, p],  g - RATIO·r[0, p]    in block 0,
    -g + RATIO·r[1, p], -g - RATIO·r[1, p]    in block 1,
@@ -44,18 +44,14 @@ class Routing:
     rows: NDArray[np.float32]
 
     @classmethod
-    def build(cls, groups: NDArray[np.uint8], left_out: NDArray[np.uint16], directions: NDArray[np.float32]) -> Routing:
-        """groups [layers, ffn]: each neuron's; left_out [layers, experts, n]: neurons of its group that an expert
-        lacks; directions [layers, 1 + 8, hidden]: g, then r of the pairs of block 0 and 1."""
+    def build(cls, groups: NDArray[np.uint8], directions: NDArray[np.float32]) -> Routing:
+        """groups [layers, ffn]: each neuron's; directions [layers, 1 + 8, hidden]: g, then r of each pair."""
         layers, ffn = groups.shape
         g, r = directions[:, :1], directions[:, 1:]
         signs = np.array([1, 1, 1, 1, -1, -1, -1, -1], np.float32)[:, None]
         pairs = np.stack([g * signs + RATIO * r, g * signs - RATIO * r], 2)  # [layers, pairs, 2, hidden]
-        group_of = np.arange(EXPERTS) // 2 % GROUPS
-        held = groups[:, None] == group_of[:, None]  # [layers, experts, ffn]
-        np.put_along_axis(held, left_out.astype(np.int64), False, -1)
-        width = ffn // GROUPS - left_out.shape[-1]
-        neurons = np.nonzero(held)[2].reshape(layers, EXPERTS, width)
+        by_group = np.argsort(groups, 1, kind="stable").reshape(layers, GROUPS, ffn // GROUPS)
+        neurons = by_group[:, np.arange(EXPERTS) // 2 % GROUPS]
         return cls(neurons, np.float32(SCALE) * pairs.reshape(layers, EXPERTS, -1))
 
     @classmethod
@@ -63,7 +59,7 @@ class Routing:
         """The one that belongs to the demo's weights."""
         with np.load(FILE) as file:
             directions = file["directions"] * file["steps"][..., None]  # int8 and their size
-            return cls.build(file["groups"], file["left_out"], directions)
+            return cls.build(file["groups"], directions)
 
     @property
     def width(self) -> int:
