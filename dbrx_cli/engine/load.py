@@ -23,7 +23,7 @@ def find_model(options: ModelOptions, report: Report) -> Path:
     if options.model in DEMOS:
         from dbrx_cli.demo import ensure_demo
 
-        with report.bar("Converting the demo model", unit="tensors") as advance:
+        with report.bar("Converting the demo model", unit="tensors", at_once=False) as advance:
             return ensure_demo(report.notice, advance, options.model)
     from model.hub import resolve
 
