@@ -38,7 +38,7 @@ SEQUENCES = (
     "\x08", "\u202e", "\u2066", "\u2028", "\x85", "\x0b", "\x00", "\x1b[?1049h", "\x90q\x9c",
 )  # fmt: skip
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
-OWN = re.compile("\x1b\\[[0-9;]*m|\x1b\\[\\?25[lh]|\r|\x1b\\[2K|\x1b\\[1A")  # colours, and how bars move
+OWN = re.compile("\x1b\\[[0-9;]*m|\x1b\\[\\?25[lh]|\r|\x1b\\[2?K|\x1b\\[1A")  # colours, and how bars move
 SEED = 20_240_327
 
 

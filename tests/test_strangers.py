@@ -83,6 +83,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("default")  # which become notices
 @soak(25, 500)
 def test_defects_of_checkpoints(cli: Cli, small: Path, tmp_path: Path, count: int) -> None:
     """Each costs less than 3 s of CPU and 200 MB, both beyond what a sound one does."""
@@ -191,6 +192,7 @@ def line(chance: random.Random, group: Any) -> list[str]:
     return [*words, *(value(chance) for _ in range(chance.randrange(3)))]
 
 
+@pytest.mark.filterwarnings("default")
 @soak(25, 500)
 def test_random_command_lines(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     from dbrx_cli.app import app
