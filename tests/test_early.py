@@ -40,7 +40,7 @@ def test_ctrl_c_in_imports_is_quiet(count: int) -> None:
     chance = random.Random(count)
     for _ in range(count):
         arguments = chance.choice([["--version"], ["sessions", "list"], ["tokenize", "hi"]])
-        code = INTERRUPTED_IMPORT.format(n=chance.randint(1, 150), arguments=arguments)
+        code = INTERRUPTED_IMPORT.format(n=chance.randint(1, 40), arguments=arguments)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=environment())
         assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
