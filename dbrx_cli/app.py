@@ -192,10 +192,10 @@ def _run() -> int:
         return _fault(error.one_line, error.exit_code)
     except TyperException as error:
         context = getattr(error, "ctx", None)
-        message = with_origin(context, error.format_message().rstrip("."))
+        message = error.format_message().rstrip(".")
         if not message:  # no command was typed, and the help was shown
             return error.exit_code
-        return _fault(_reworded(message, context), error.exit_code)
+        return _fault(_advised(with_origin(context, _reworded(message)), context), error.exit_code)
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
             raise
@@ -220,14 +220,19 @@ def _fit_help() -> None:
         formatter.write_dl = partialmethod(formatter.write_dl, col_max=columns // 4)  # long flags get their own line
 
 
-def _reworded(message: str, context: typer.Context | None) -> str:
-    """What the library that parses says, in one line of this program's words, with what to type."""
-    words = sys.argv[1:]
+def _reworded(message: str) -> str:
+    """What the library that parses says, in one line of this program's words."""
     if message.startswith("Missing option"):
         missing, _, choices = message.partition("Choose from:")
         message = missing.rstrip(". ") + (f" ({', '.join(choices.replace(',', ' ').split())})" if choices else "")
     for pattern, ours in REWORDED:
         message = re.sub(pattern, ours, message)
+    return message
+
+
+def _advised(message: str, context: typer.Context | None) -> str:
+    """The message of a fault in what was typed, with what to type."""
+    words = sys.argv[1:]
     if context is not None and context.parent is None and words and message.startswith("No such"):
         if words[0] in ("help", "version"):
             return f"{message}; type dbrx --{words[0]}"

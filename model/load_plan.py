@@ -265,7 +265,7 @@ class _Planner:
         plan = self._place()
         stored, options, told = self.stored, self.options, list(plan.notices)
         if stored.scheme == plan.scheme == "none" and stored.float_type is None and options.dtype == "auto":
-            told.append(f"the files hold {stored.dtype} weights, which become {plan.dtype}; --dtype chooses another")
+            told.append(f"the files hold {stored.dtype} weights, which become {plan.format}; --dtype chooses another")
         if plan.streamed and options.offload == "auto":
             told.append(f"the experts do not fit into memory and are read when they are needed; {kept(plan)}")
         return replace(plan, notices=tuple(told))
@@ -319,7 +319,9 @@ class _Planner:
         if wanted is not None and wanted > left:
             return replace(self.nothing, fault=_not_free(wanted, max(0, left)))
         if count < 2:
-            return replace(self.nothing, fault=_too_little(wanted, overhead + 2 * each, parts.total, self.layout.name))
+            needed, limited = overhead + 2 * each, self.options.max_memory is not None
+            fault = _too_little(wanted, needed, parts.total, self.layout.name, limited)
+            return replace(self.nothing, fault=fault)
         weights = {home.name: dense} | ({"cpu": n * parts.experts} if away == "cpu" else {})
         return replace(
             self._laid_out((Layer(home.name, away),) * n),
@@ -429,7 +431,7 @@ def _not_free(wanted: int, free: int) -> ResourceError:
     )
 
 
-def _too_little(wanted: int | None, needed: int, total: int, form: str) -> ResourceError:
+def _too_little(wanted: int | None, needed: int, total: int, form: str, limited: bool) -> ResourceError:
     """The cache holds fewer than two experts: one that computes, and the next one on its way."""
     if wanted is not None:
         return ResourceError(
@@ -439,5 +441,5 @@ def _too_little(wanted: int | None, needed: int, total: int, form: str) -> Resou
     return ResourceError(
         f"the weights take {total / 1e9:.1f} GB in {form}, and {needed / 1e9:.1f} GB for two experts of this model "
         "are not free beside the rest",
-        "free memory, or see `dbrx plan` for what fits",
+        f"{'raise --max-memory' if limited else 'free memory'}, or see `dbrx plan` for what fits",
     )

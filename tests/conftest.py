@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from dbrx_cli import early
+from dbrx_cli.output import PLAIN
 from tests.cli import Cli
 from tests.forks import Forks
 from tests.stub_server import Server
@@ -103,7 +104,7 @@ def forks(_nothing_of_the_users: None, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
     """The command line inside this process, with sessions and settings of its own."""
     for name in [name for name in os.environ if name.startswith("DBRX_") and name != "DBRX_CACHE"]:
         monkeypatch.delenv(name)
@@ -111,7 +112,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "dbrx.toml"))
     for name, value in EXACT.items():
         monkeypatch.setenv(name, value)
-    return Cli(monkeypatch, capsys)
+    before = dict(os.environ)
+    yield Cli(monkeypatch, capsys)
+    for name in ("NO_COLOR", PLAIN):  # what flags tell the process
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture

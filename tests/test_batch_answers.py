@@ -15,6 +15,7 @@ import pytest
 
 from dbrx_cli.batch import stream_jobs
 from dbrx_cli.engine import Delta, Done, Request, Timings, Usage
+from dbrx_cli.engine.remote import RemoteEngine
 from model.errors import ConnectionFault, ContextError, DbrxError, InputError
 from model.sampling import SamplingParams
 from tests.cli import Cli, Result, start
@@ -23,7 +24,7 @@ from tests.stub_server import Server
 DONE = Done("", [], "stop", Usage(1, 0, 1), Timings(0, 0, 0, 0, 0), "m", None, "remote", "remote", "remote", 0)
 
 
-class Engine:
+class Engine(RemoteEngine):
     """Answers with the prompt, but where it names a fault."""
 
     name = "named by the server"

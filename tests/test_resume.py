@@ -193,9 +193,9 @@ def test_foreign_files_links_and_two_at_once_are_refused(
     assert (tmp_path / "diary").read_text() == "Dear diary"
     state = tmp_path / "state"
     busy = forks.start("generate", "-m", tiny_checkpoint, "--raw", "-n", "500", "--resume", state, "x")
-    while not state.exists():
-        time.sleep(0.01)
-    time.sleep(0.1)
+    while not (state.exists() and state.stat().st_size):
+        time.sleep(0.001)
+    os.kill(busy.pid, signal.SIGSTOP)  # amid the reply, with the file in use
     result = cli(*command_of(tiny_checkpoint, state))
     os.kill(busy.pid, signal.SIGKILL)
     busy.wait()

@@ -48,7 +48,8 @@ def run_command(repl: Repl, line: str) -> None:
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else "/help lists the commands"
-        raise InputError(f"there is no command {name}", f"{advice} (a message may begin with a space)")
+        repl.report.error(InputError(f"there is no command {name}", f"{advice} (a message may begin with a space)"))
+        return
     command.run(repl, rest[0].strip() if rest else "")
 
 
