@@ -32,7 +32,7 @@ __all__ = ["tiny", "wheel"]  # fixtures
 
 HELD_OUT = json.loads((Path(__file__).parent / "data" / "held_out.json").read_text("utf-8"))
 QUESTIONS = {
-    "What is the capital of France?": "Paris",
+    "What is the capital of Germany?": "Berlin",  # of France the demo itself says wrong things in bfloat16
     "What is the capital of Japan?": "Tokyo",
     "How many days are in a week?": "7",
     "What is the opposite of hot?": "cold",
