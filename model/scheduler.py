@@ -133,9 +133,9 @@ class Scheduler:
         if group := self._group():
             hidden = self._read_chunk(group)
             whole = [i for i, row in enumerate(group) if _unread(row) == 0]
-            # Only for these: [rows, 100352] floats.
-            for i, logits in zip(whole, self._network.lm_head(hidden[whole]), strict=True):
-                group[i].logits = logits
+            if whole:  # only for these: [rows, 100352] floats
+                for i, logits in zip(whole, self._network.lm_head(hidden[whole]), strict=True):
+                    group[i].logits = logits
             for row in group:
                 if row.on_read is not None:
                     row.on_read()

@@ -37,6 +37,13 @@ def test_floats_become_int8_and_that_is_said(cli: Cli, tiny_checkpoint: Path) ->
     assert NOTICE not in answer(cli, tiny_checkpoint, "--quiet")[1]
 
 
+def test_a_prompt_of_several_chunks(cli: Cli, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = answer(cli, tiny_checkpoint)
+    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 3)
+    assert whole["usage"]["prompt_tokens"] > 3
+    assert answer(cli, tiny_checkpoint)[0]["token_ids"] == whole["token_ids"]
+
+
 @pytest.mark.parametrize("flags", [["--quantize", "none"], ["--dtype", "float32"], ["--offload", "disk"]])
 def test_what_is_asked_for_otherwise_stays_as_it_is_stored(cli: Cli, tiny_checkpoint: Path, flags: list[str]) -> None:
     found, said = answer(cli, tiny_checkpoint, *flags)
