@@ -251,6 +251,20 @@ class ModelOptions(WhichModel):
             limits[int(device) if device.isdigit() else device] = amount
         return limits
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """All that decides a `LoadPlan`, by the names of `LoadOptions` and of `from_pretrained`."""
+        return {
+            "dtype": self.dtype,
+            "quantize": self.quantize,
+            "pack": True,
+            "device_map": self.device_map,
+            "max_memory": self.memory_limits,
+            "offload": self.offload,
+            "expert_cache": self.expert_cache_bytes,
+            "context": self.context,
+        }
+
 
 @dataclass(frozen=True)
 class EngineOptions(ModelOptions):

@@ -53,7 +53,7 @@ class Question:
             )
         found = _find(name, options.revision)
         machine = parse_devices(devices) if devices else this_machine(found.experts)
-        question = cls(name, found.config, found.stored, machine, load_options(options))
+        question = cls(name, found.config, found.stored, machine, LoadOptions(**options.loading))
         plan = question.plan
         if options.attn == "flash" and (not plan.machine.gpus or plan.dtype == "float32"):
             raise ModelError("flash attention needs an NVIDIA GPU, and bfloat16 or float16", "leave out --attn")
@@ -86,20 +86,6 @@ class Question:
         if self.rates is None or (self.plan.on_disk and not self.plan.as_stored):
             return None
         return predict(self.plan, self.rates)
-
-
-def load_options(options: ModelOptions) -> LoadOptions:
-    """A command line's options, as a plan takes them."""
-    return LoadOptions(
-        dtype=options.dtype,
-        quantize=options.quantize,
-        pack=True,
-        device_map=options.device_map,
-        max_memory=options.memory_limits,
-        offload=options.offload,
-        expert_cache=options.expert_cache_bytes,
-        context=options.context,
-    )
 
 
 def advice(question: Question) -> Iterator[str]:

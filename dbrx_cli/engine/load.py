@@ -52,18 +52,11 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
     with report.bar("Reading the weights") as advance, damage_named(folder):
         network = DbrxForCausalLM.from_pretrained(
             folder,
-            dtype=options.dtype,
-            quantize=options.quantize,
-            pack=True,
-            device_map=options.device_map,
-            max_memory=options.memory_limits,
             attn_implementation=options.attn,
-            offload=options.offload,
-            expert_cache=options.expert_cache_bytes,
-            context=options.context,
             ranks=ranks,
             adapter=options.adapter,
             progress=advance,
+            **options.loading,
         )
     assert network.load_plan is not None
     for notice in network.load_plan.notices:
