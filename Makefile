@@ -33,8 +33,9 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(DEV)  ## write docs/cli.md and the tables of machines and of adapter options from the program
+docs: $(DEV)  ## write docs/cli.md, docs/api.md and the tables of machines and of adapter options from the program
 	$(BIN)/python -m tests.make_cli_docs
+	$(BIN)/python -m tests.make_api_docs
 	$(BIN)/python -m tests.make_plan_table
 	$(BIN)/python -m tests.make_adapter_table
 

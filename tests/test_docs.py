@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from dbrx_cli.app import app
-from tests import fidelity, make_cli_docs
+from tests import fidelity, make_api_docs, make_cli_docs
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("README.md"), ROOT / "CHANGELOG.md"])
+PAGES = sorted([*DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -32,6 +33,10 @@ REDIRECTION = re.compile(r"[<>]+&?")
 
 def test_the_command_lines_page_is_what_the_program_says() -> None:
     assert make_cli_docs.PAGE.read_text("utf-8") == make_cli_docs.page(), "run `make docs`"
+
+
+def test_the_librarys_page_is_what_its_docstrings_say() -> None:
+    assert make_api_docs.PAGE.read_text("utf-8") == make_api_docs.page(), "run `make docs`"
 
 
 def prose(path: Path) -> str:
@@ -54,6 +59,23 @@ def test_relative_links_resolve(path: Path) -> None:
         target = path.parent / name if name else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def sections(path: Path) -> dict[str, str]:
+    """The text under each heading of the second level, by its anchor; "" is what stands before the first."""
+    parts = re.split(r"^## (.+)\n", path.read_text("utf-8"), flags=re.MULTILINE)
+    anchored = (heading.lower().replace(" ", "-") for heading in parts[1::2])
+    return {"": parts[0], **dict(zip(anchored, parts[2::2], strict=True))}
+
+
+def test_the_arabic_page_follows_the_english_one() -> None:
+    """Its sections name what they translate, and the checksum that it had; what is newer is named with its new one."""
+    page = (DOCS / "ar" / "README.md").read_text("utf-8")
+    english = {name: sha256(text.encode()).hexdigest()[:8] for name, text in sections(ROOT / "README.md").items()}
+    translated = dict(re.findall(r"^<!-- README\.md#([\w-]*) (\w+) -->$", page, re.MULTILINE))
+    assert translated, "docs/ar/README.md does not say what it translates"
+    newer = {name: english.get(name) for name, of in translated.items() if english.get(name) != of}
+    assert not newer, "these sections of README.md are newer: translate them, then write their checksums into docs/ar"
 
 
 def test_every_page_can_be_reached() -> None:
