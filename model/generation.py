@@ -46,8 +46,9 @@ def generate(
     Greedy unless `do_sample` is true here or in the checkpoint's generation_config.json. At most `max_new_tokens`
     new ones, or up to `max_length` in all; 1024 if neither is given, and never more than the context. A row ends at
     one of `eos_token_id` (default: the checkpoint's) or when `stopping(row, new_ids)` is true, and is filled with
-    `pad_token_id`. `past_key_values` holds what an earlier call read of the front of input_ids. Sampling:
-    temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, seed.
+    `pad_token_id`. `past_key_values` holds, row by row, what an earlier call read of the front of input_ids, without
+    its padding. Sampling: temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty,
+    seed.
     """
     unknown = sorted(set(sampling) - set(DISTRIBUTION))
     if unknown:
@@ -63,15 +64,21 @@ def generate(
         raise ValueError(f"input_ids holds ids that are none of the network's {network.config.vocab_size}")
     wanted = max_new_tokens if max_new_tokens is not None else (max_length - seq if max_length is not None else None)
     if wanted is not None and wanted < 1:
-        raise ValueError(f"max_length {max_length} leaves no room behind a prompt of {seq} tokens")
+        bound = f"max_length {max_length}" if max_new_tokens is None else f"max_new_tokens {max_new_tokens}"
+        raise ValueError(f"{bound} leaves no room behind a prompt of {seq} tokens")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask {[*attention_mask.shape]} is not of the shape of input_ids {[rows, seq]}")
+    if attention_mask is not None and not attention_mask[:, -1:].all():
+        raise ValueError("attention_mask has padding behind a prompt: pad on the left")
 
-    given = {key: value for key, value in (sampling | {"max_tokens": wanted}).items() if value is not None}
+    asked = sampling | {"max_tokens": wanted, "seed": seed}
+    asked = {key: value for key, value in asked.items() if value is not None}
     if do_sample is not None:
         config = replace(config, do_sample=do_sample)
     if not config.do_sample:
-        given["temperature"] = 0.0
+        asked["temperature"] = 0.0
     defaults = config.sampling(SamplingParams(temperature=1.0, top_p=1.0))
-    params = defaults.under(**given)
+    params = defaults.under(**asked)
     params = replace(params, max_tokens=min(params.max_tokens, room - seq))
     eos_ids = config.eos_token_id if eos_token_id is None else as_ids(eos_token_id)
     named = config.pad_token_id if pad_token_id is None else pad_token_id
@@ -81,17 +88,22 @@ def generate(
     if attention_mask is None:
         # As transformers has it: ids equal to the id of padding are padding, unless it also ends a reply.
         attention_mask = input_ids.ne(pad) if named is not None and named not in eos_ids else torch.ones_like(input_ids)
-    keep = attention_mask.to(network.device)
+    keep = attention_mask.to(network.device).bool()
     cache = past_key_values if past_key_values is not None else KVCache(network.config.n_layers, rows)
-    if len(set(cache.lengths)) > 1 or len(cache) >= seq:
-        raise ValueError(f"past_key_values has rows of {cache.lengths} tokens: no front of input_ids [{rows}, {seq}]")
-    known = len(cache)
-    logits = prefill(network, input_ids[:, known:], cache, keep[:, known:])
+    if len(cache.rows) != rows:
+        raise ValueError(f"past_key_values has {len(cache.rows)} rows, the input {rows}")
+    known, given = keep.new_tensor(cache.lengths, dtype=torch.long), keep.cumsum(1)
+    if (known >= given[:, -1]).any():
+        lengths = f"rows of {cache.lengths} tokens, the input of {given[:, -1].tolist()}"
+        raise ValueError(f"past_key_values has {lengths}: no front of it")
+    unread = keep & (given > known[:, None])
+    first = int(unread.any(0).int().argmax())
+    logits = prefill(network, input_ids[:, first:], cache, unread[:, first:])
     generator = torch.Generator(network.device).manual_seed(seed) if seed is not None else None
     scheduler = Scheduler(network, rows)
     sequences = [
         Sequence(
-            ids[kept.bool()].tolist(),
+            ids[kept].tolist(),
             params,
             kv=cache.rows[number],
             logits=logits[number],

@@ -241,7 +241,8 @@ class KVCache:
 def _buffers(like: Tensor, tokens: int) -> Pair:
     # A head's tokens one behind the other, which is how attention reads them: on a CPU in half the time.
     shape = like.shape[-2], tokens, like.shape[-1]
-    return like.new_empty(shape).transpose(0, 1), like.new_empty(shape).transpose(0, 1)
+    with torch.inference_mode(False):  # what is made inside of it cannot be written into outside
+        return like.new_empty(shape).transpose(0, 1), like.new_empty(shape).transpose(0, 1)
 
 
 def _joined(parts: tuple[Tensor, ...]) -> Tensor:

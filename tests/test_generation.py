@@ -95,6 +95,31 @@ def test_a_kept_cache_goes_on_where_it_stopped(case: fidelity.Case) -> None:
     assert torch.equal(again, expected)
 
 
+def test_a_padded_batch_goes_on_with_its_cache(case: fidelity.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several lengths, with padding that is wider than a chunk; then a plain forward goes on, too."""
+    network, ids = case.network, case.data["input_ids"].tolist()
+    prompts, width = [ids[:30], ids[30:37], ids[40:51]], 30
+    monkeypatch.setattr(network, "prefill_chunk", 4)
+    batch, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width)
+    for row, prompt in enumerate(prompts):
+        batch[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+    cache = KVCache(network.config.n_layers, 3)
+    for _ in range(2):
+        batch = network.generate(batch, mask, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        mask = torch.cat((mask, torch.ones(3, 3)), dim=1)
+    for row, prompt in enumerate(prompts):
+        assert batch[row, width:].tolist() == recomputed(network, prompt, 6)
+    with torch.no_grad():
+        behind = network(batch[:, -1:], past_key_values=cache).logits[:, -1].argmax(-1)
+    assert behind.tolist() == [recomputed(network, prompt, 7)[-1] for prompt in prompts]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 11), torch.ones(2, 12), torch.ones(12), torch.arange(12)[None] < 9])
+def test_a_mask_of_another_shape_or_with_padding_behind_is_refused(case: fidelity.Case, mask: Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask"):
+        case.network.generate(case.data["greedy_prompt"][None], mask, max_new_tokens=2)
+
+
 def test_forward_with_past_key_values_as_in_transformers(case: fidelity.Case) -> None:
     ids = case.data["input_ids"][None, :20]
     with torch.no_grad():
@@ -129,8 +154,9 @@ def test_stopping_and_lengths(case: fidelity.Case) -> None:
     assert case.network.generate(prompt, max_new_tokens=9, do_sample=False, stopping=stop).shape[1] == 12 + 3
     assert seen == [(0, 1), (0, 2), (0, 3)]
     assert case.network.generate(prompt, max_length=30, do_sample=False).shape[1] == 30
-    with pytest.raises(ValueError, match="leaves no room"):
-        case.network.generate(prompt, max_length=12)
+    for given in ({"max_length": 12}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} .* leaves no room"):
+            case.network.generate(prompt, **given)
     with pytest.raises(TypeError, match="num_beams"):
         case.network.generate(prompt, num_beams=3)
 
