@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -57,7 +57,7 @@ def takes(**groups: type) -> Callable[[Command], Command]:
             values.pop("profile")
             try:
                 if values.get("url") is not None:
-                    _refuse_with_url(context)
+                    refuse_typed(context, UNHEARD, "has no effect with --url", "leave it out, or load the model here")
                 for name, group in groups.items():
                     values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
                 command(**values)
@@ -280,13 +280,12 @@ class EngineOptions(ModelOptions):
 UNHEARD = {field.name for field in fields(ModelOptions)} - {"model", "context"} | {"lookup", "prompt_cache", "resume"}
 
 
-def _refuse_with_url(context: typer.Context) -> None:
-    """`InputError` for a flag that was typed and that no server hears of."""
+def refuse_typed(context: typer.Context, names: Collection[str], why: str, hint: str) -> None:
+    """`InputError` for one of these that was typed; what environment and settings file say is passed over."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in UNHEARD and source is not None and source.name == "COMMANDLINE":
-            flag = max(parameter.opts, key=len)
-            raise InputError(f"{flag} has no effect with --url", "leave it out, or load the model here")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{max(parameter.opts, key=len)} {why}", hint)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Ids
 from typing import Protocol, runtime_checkable
 
@@ -79,6 +79,7 @@ class Sequence:
         eos_ids: Ids[int] = (),
         stopper: Stopper | None = None,
         mask: LogitsMask | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         watcher: Watcher | None = None,
         drafter: Drafter | None = None,
         on_read: Callable[[], None] | None = None,
@@ -88,7 +89,8 @@ class Sequence:
         """reply: what it has said already. kv: keys and values of ids at its front, which are not read again.
 
         logits [vocab]: what the network gave behind prompt and reply, if kv holds all of these. number: what stopper,
-        mask and watcher are told. on_read: hears when a chunk of the prompt was read.
+        mask and watcher are told. logit_bias: added to the logits of these ids, behind penalties. on_read: hears when a
+        chunk of the prompt was read.
         """
         self.prompt = prompt
         self.ids = list(reply)
@@ -102,6 +104,7 @@ class Sequence:
         self.fault: DbrxError | None = None  # that ended it
         self._number, self._generator = number, generator
         self._stopper, self._mask, self._watcher = stopper, mask, watcher
+        self._bias = logit_bias or {}
         self._ends = frozenset(eos_ids)
         self._penalized = params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
         self._occurred: tuple[Tensor, Tensor] | None = None  # what `penalize` asks for: seen, counts
@@ -150,6 +153,9 @@ class Sequence:
     def _choose(self, logits: Tensor) -> int:
         raw = logits.float()
         scores = self._penalize(raw) if self._penalized else raw
+        if self._bias:
+            ids = torch.tensor([*self._bias], device=scores.device)
+            scores = scores.index_add(0, ids, scores.new_tensor([*self._bias.values()]))
         if self._mask is not None:
             scores = self._mask(self._number, self.ids, scores)
         token = self._pick(scores)

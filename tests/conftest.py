@@ -65,6 +65,18 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a vocabulary of 320, a token for each byte: to write and to read DBRX's own takes seconds."""
+    from model.chat_template import CHATML
+    from tests.test_tokenizer_files import folder_of, small_json
+    from tests.weights import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "small"
+    make_checkpoint(folder, TINY | {"d_model": 96, "vocab_size": 320}, seed=1, shards=1, eos_token_id=[256])
+    return folder_of(folder, small_json(), tokenizer_class="GPT2Tokenizer", chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     """The demo model, fetched and converted once for all runs."""
     from dbrx_cli.demo import ensure_demo

@@ -17,16 +17,14 @@ import torch
 
 from dbrx_cli.vllm_plugin import launch
 from dbrx_cli.vllm_plugin.weights import experts, place
+from model.chat_template import CHATML
 from model.config import DbrxConfig
 from model.tokenizer import Tokenizer
 from tests.cli import ROOT, Cli
-from tests.conftest import TINY
 from tests.test_imports import loaded_by
-from tests.test_tokenizer_files import check_read_alike, folder_of, small_json
-from tests.weights import make_checkpoint
+from tests.test_tokenizer_files import check_read_alike
 
 REQUIRE_FREE = launch.require_free
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 
 
 @pytest.fixture
@@ -44,12 +42,9 @@ def became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     return seen
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a small vocabulary: to write DBRX's own takes seconds."""
-    folder = tmp_path_factory.mktemp("serve") / "small"
-    make_checkpoint(folder, TINY | {"d_model": 96, "vocab_size": 320}, seed=1, shards=1, eos_token_id=[256])
-    return folder_of(folder, small_json(), tokenizer_class="GPT2Tokenizer", chat_template=CHATML)
+@pytest.fixture
+def small(small_checkpoint: Path) -> Path:
+    return small_checkpoint
 
 
 @pytest.fixture
@@ -100,9 +95,19 @@ def test_nodes_behind_the_first_serve_nobody() -> None:
     assert tuple(words[-7:]) == more and "--max-model-len" not in words
 
 
-def test_without_an_engine_it_says_what_is_missing(cli: Cli) -> None:
-    told = cli("serve")
-    assert told.code == 2 and "no server of its own yet; --engine vllm" in told.fault
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--engine", "vllm", "--parallel", "2"], "--parallel has no effect with --engine vllm; flags of vLLM's own"),
+        (["--engine", "vllm", "--quantize", "int8"], "--quantize has no effect with --engine vllm"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size needs --engine vllm; leave it out"),
+        (["small"], "small is no flag of this server's; -m names the model"),
+        (["--timeout", "soon"], "--timeout soon is no length of time; give one such as 90s, 30m or 1h"),
+    ],
+)
+def test_flags_of_the_other_engine_are_told(cli: Cli, flags: list[str], said: str) -> None:
+    told = cli("serve", *flags)
+    assert told.code == 2 and said in told.fault
 
 
 @pytest.mark.parametrize(

@@ -1,69 +1,134 @@
-"""`dbrx serve`: an OpenAI-compatible server, by vLLM."""
+"""`dbrx serve`: an OpenAI-compatible server, by this program or by vLLM."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dbrx_cli.options import DtypeName, ModelOptions, OutputOptions, WhichModel, option, takes
+from dbrx_cli.engine.follower import needs_one_process
+from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, option, refuse_typed, takes
 from dbrx_cli.report import Report
+from dbrx_cli.server.options import ServerOptions, seconds_of
 from model.errors import InputError
 
-EngineName = Literal["vllm"]
-SERVER = "Server"
+if TYPE_CHECKING:
+    from dbrx_cli.engine.local import LocalEngine
+
+EngineName = Literal["dbrx", "vllm"]
+VLLM = "With --engine vllm"
+KEY = "DBRX_API_KEY"
 
 
-@takes(model=WhichModel, output=OutputOptions)
+@dataclass(frozen=True)
+class VllmOptions:
+    """What vLLM alone can do."""
+
+    python: Annotated[
+        str | None,
+        option("--python", panel=VLLM, metavar="PATH", help="Python of vLLM's environment (default: this one)."),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", rich_help_panel=VLLM, min=1, help="Devices that share each layer."),
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel-size", rich_help_panel=VLLM, min=1, help="Groups of layers, one behind the other."
+        ),
+    ] = 1
+
+
+# vLLM has its own way with all else.
+NOT_VLLMS = {field.name for group in (ServerOptions, ModelOptions) for field in fields(group)} - {
+    "host", "port", "model", "revision", "dtype", "context",
+}  # fmt: skip
+
+
+@takes(server=ServerOptions, vllm=VllmOptions, model=ModelOptions, output=OutputOptions)
 def serve(
+    typed: typer.Context,
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- FLAGS", help="Flags of vLLM's own, passed on.", show_default=False),
     ] = None,
     *,
-    engine: Annotated[EngineName | None, typer.Option(help="What computes.", show_default=False)] = None,
-    python: Annotated[
-        str | None,
-        option("--python", panel=SERVER, metavar="PATH", help="Python of vLLM's environment (default: this one)."),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Devices that share each layer.")] = 1,
-    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of layers, one behind the other.")] = 1,
-    dtype: Annotated[DtypeName, typer.Option(help="Of weights and activations; auto: as stored.")] = "auto",
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of prompt and reply (default: the model's).", show_default=False)
-    ] = None,
-    model: WhichModel,
+    engine: Annotated[EngineName, typer.Option(help="What computes.")] = "dbrx",
+    server: ServerOptions,
+    vllm: VllmOptions,
+    model: ModelOptions,
     output: OutputOptions,
 ) -> None:
-    """Serve a model over HTTP in OpenAI's protocol, computed by vLLM. Clients need the key in DBRX_API_KEY, if set.
+    """Serve a model over HTTP in OpenAI's protocol. Clients need the key in DBRX_API_KEY, if it is set.
+
+    dbrx serve -m demo
 
     dbrx serve --engine vllm -m ./dbrx-instruct --tensor-parallel-size 8
     """
-    if engine is None:
-        raise InputError(
-            "this program has no server of its own yet", "--engine vllm starts vLLM's with DBRX (docs/scale.md)"
-        )
+    if engine == "vllm":
+        refuse_typed(typed, NOT_VLLMS, "has no effect with --engine vllm", "flags of vLLM's own stand behind --")
+        _become_vllm(more or [], server, vllm, model, output)
+        return
+    refuse_typed(typed, {field.name for field in fields(VllmOptions)}, "needs --engine vllm", "leave it out")
+    if more:
+        raise InputError(f"{more[0]} is no flag of this server's", "-m names the model")
+    needs_one_process("dbrx serve")
+    sys.exit(_serve(server, model, Report(output)))
+
+
+def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
+    from dbrx_cli.engine.load import find_model
+    from dbrx_cli.server.run import Place, listen, serve
+    from dbrx_cli.server.safety import Guard
+    from dbrx_cli.server.service import Limits
+
+    guard = Guard(options.host, os.environ.get(KEY) or None, options.allow_origin or ())
+    limits = Limits(options.parallel, options.queue, seconds_of(options.timeout, "--timeout"))
+    idle = None if options.idle_timeout is None else seconds_of(options.idle_timeout, "--idle-timeout")
+    drain = seconds_of(options.drain, "--drain")
+    with listen(options.host, options.port) as listening:
+        find_model(model, report)  # a model that is not there is told before anything listens
+        place = Place(options.host, listening.getsockname()[1], drain, idle)
+
+        def load() -> LocalEngine:
+            from dbrx_cli.engine.local import LocalEngine
+
+            return LocalEngine.load(model, report)
+
+        return serve(load, _names(model, options), place, listening, limits, guard, report)
+
+
+def _names(model: WhichModel, options: ServerOptions) -> list[str]:
+    """What clients may call the model, the name that is listed first: of a path its last part, of an id the id."""
+    path = Path(model.model)
+    first = path.resolve().name.removesuffix(".gguf") if path.exists() else model.model
+    return [*dict.fromkeys([first, model.model, first.rpartition("/")[2], *(options.alias or ())])]
+
+
+def _become_vllm(
+    more: list[str], server: ServerOptions, vllm: VllmOptions, model: ModelOptions, output: OutputOptions
+) -> None:
     if more and not more[0].startswith("-"):
         raise InputError(f"{more[0]} is no flag of vLLM's", "-m names the model; flags of vLLM's own stand behind --")
     from dbrx_cli.engine.load import find_model
     from dbrx_cli.vllm_plugin import launch
     from model.config import DbrxConfig
 
-    interpreter = shutil.which(python or sys.executable) or python or sys.executable
+    interpreter = shutil.which(vllm.python or sys.executable) or vllm.python or sys.executable
     launch.require_vllm(interpreter)
     name = Path(model.model).resolve().name if Path(model.model).exists() else model.model
-    serving = launch.Serving(
-        name, host, port, dtype, context, tensor_parallel_size, pipeline_parallel_size, tuple(more or ())
-    )
+    sizes = vllm.tensor_parallel_size, vllm.pipeline_parallel_size
+    serving = launch.Serving(name, server.host, server.port, model.dtype, model.context, *sizes, tuple(more))
     if not serving.headless:
-        launch.require_free(host, port)
+        launch.require_free(server.host, server.port)
     report = Report(output)
-    source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
+    source = find_model(model, report)
     launch.require_readable(source)
     launch.require_fitting(DbrxConfig.from_json(source / "config.json"), serving)
     words = launch.command(interpreter, source, launch.companions(source), serving)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -36,6 +36,8 @@ class Request:
     continue_final: bool = False  # go on with the last message, an assistant's, instead of answering
     constraint: Constraint | None = None
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token; None tells nothing
+    prompt_ids: Sequence[int] | None = None  # the prompt as it is read, where that is known
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
     resume: Path | None = None  # where the reply is kept as it comes, and taken up when the process was killed
     # Hears how many of the tokens that must be read are: (0, total) before the first, then behind each piece.
     on_read: Callable[[int, int], None] | None = field(default=None, compare=False)

@@ -71,6 +71,7 @@ class Job:
             eos_ids=engine.tokenizer.eos_token_ids,
             stopper=self._hear,
             mask=self._mask,
+            logit_bias=request.logit_bias,
             watcher=reply.watch if reply.top is not None else None,
             drafter=self._drafter(),
             on_read=self._hear_reading,

@@ -151,6 +151,8 @@ class LocalEngine:
         It goes on as if it had never ended: from the ids that were sampled, behind the prompt that it answers, so that
         penalties count them as the reply's. Where they are not known, or of another tokenizer, from those of its text.
         """
+        if request.prompt_ids is not None:
+            return list(request.prompt_ids), [], ""
         if not request.continue_final or isinstance(request.prompt, str):
             return self._encode(request.prompt), [], ""
         *asked, reply = request.prompt
@@ -169,9 +171,10 @@ class LocalEngine:
 
     def _encode(self, prompt: Sequence[Message] | str, continue_final: bool = False) -> list[int]:
         asked = (prompt if isinstance(prompt, str) else tuple(prompt), continue_final)
-        if self._encoded is None or self._encoded[0] != asked:
-            self._encoded = asked, self._encode_anew(prompt, continue_final)
-        return list(self._encoded[1])
+        found = self._encoded  # read once: a server's threads ask at the same time
+        if found is None or found[0] != asked:
+            found = self._encoded = asked, self._encode_anew(prompt, continue_final)
+        return list(found[1])
 
     def _encode_anew(self, prompt: Sequence[Message] | str, continue_final: bool) -> list[int]:
         if isinstance(prompt, str):

@@ -60,6 +60,11 @@ class Reply:
         return self._detokenizer.stopped
 
     @property
+    def stop_string(self) -> str | None:
+        """The one that has come."""
+        return self._detokenizer.stop_string
+
+    @property
     def known(self) -> list[int]:
         """Prompt and reply so far."""
         return self.prompt + self.ids

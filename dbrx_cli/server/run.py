@@ -1,0 +1,145 @@
+"""The life of a server: listen, load, answer, and end when a signal says so or nobody has asked for long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.types import ASGIApp, Scope
+
+from dbrx_cli import early
+from dbrx_cli.server.app import create_app
+from dbrx_cli.server.safety import Guard
+from dbrx_cli.server.service import Limits, Service
+from model.errors import InputError
+
+if TYPE_CHECKING:
+    from dbrx_cli.engine.local import LocalEngine
+    from dbrx_cli.report import Report
+
+LOOK_SECONDS = 0.5  # how often it is seen whether the time is over
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server listens, and for how long."""
+
+    host: str
+    port: int
+    drain_seconds: float  # in which replies may still end
+    idle_seconds: float | None  # without a request, after which it ends
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; `InputError` where nobody can. Port 0 takes a free one."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (")[0]  # Python repeats the address behind it
+        raise InputError(
+            f"--host {host} --port {port}: {reason}", "give an address of this machine and a free port"
+        ) from None
+
+
+def serve(
+    load: Callable[[], LocalEngine], names: Sequence[str], place: Place, listening: socket.socket, limits: Limits,
+    guard: Guard, report: Report,
+) -> int:  # fmt: skip
+    """Serve until the end; the exit code. The fault of loading is raised."""
+    return asyncio.run(_Life(load, names, place, limits, guard, report).run(listening))
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's, which leaves signals to `_Life`. It logs no requests."""
+
+    def __init__(self, app: Callable[[Callable[[Scope], None]], ASGIApp], drain_seconds: float) -> None:
+        """app: makes the application, of what cuts the connection of a request."""
+        config = uvicorn.Config(
+            app(self.cut), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, timeout_graceful_shutdown=int(drain_seconds),
+        )  # fmt: skip
+        super().__init__(config)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def cut(self, scope: Scope) -> None:
+        """Break off the connection of a request. Closing it would wait until the client has taken all."""
+        for connection in self.server_state.connections:
+            if getattr(connection, "scope", None) is scope:
+                connection.transport.abort()
+
+
+class _Life:
+    def __init__(
+        self, load: Callable[[], LocalEngine], names: Sequence[str], place: Place, limits: Limits, guard: Guard,
+        report: Report,
+    ) -> None:  # fmt: skip
+        self._load, self._names, self._limits, self._guard = load, names, limits, guard
+        self._place, self._report = place, report
+        self._code = 0
+
+    async def run(self, listening: socket.socket) -> int:
+        self._service = service = Service(self._load, self._names, self._limits)
+        self._server = HttpServer(partial(create_app, service, self._guard), self._place.drain_seconds)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._end, number)
+        service.worker.start()
+        serving = asyncio.create_task(self._server.serve([listening]))
+        try:
+            await self._until_loaded(serving)
+            if service.worker.fault is None:
+                await self._until_idle(serving)
+        finally:
+            self._server.should_exit = True
+            await serving
+            service.close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+        if service.worker.fault is not None:
+            raise service.worker.fault
+        if service.worker.engine is not None:
+            await asyncio.to_thread(service.worker.thread.join)
+        return self._code
+
+    async def _until_loaded(self, serving: asyncio.Task[None]) -> None:
+        loading = asyncio.create_task(self._service.worker.ready.wait())
+        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        loading.cancel()
+        if self._service.worker.engine is not None and not self._service.draining:
+            self._report.notice(f"{self._names[0]} is served at {self._place.url}/v1; Ctrl-C ends it")
+
+    async def _until_idle(self, serving: asyncio.Task[None]) -> None:
+        """Return when the server ends, which it does by itself when nobody has asked for long."""
+        while not serving.done():
+            await asyncio.wait({serving}, timeout=LOOK_SECONDS)
+            idle = time.monotonic() - self._service.last_used
+            if self._place.idle_seconds is not None and not self._service.open and idle > self._place.idle_seconds:
+                self._report.notice(f"nobody has asked for {self._place.idle_seconds:g} s: the server ends")
+                self._server.should_exit = True
+                return
+
+    def _end(self, number: int) -> None:
+        """At the first signal take no more requests and let replies end; at the second, or while loading, end."""
+        code = early.INTERRUPTED if number == signal.SIGINT else 0
+        if self._service.draining or self._service.worker.engine is None:
+            os._exit(code or 128 + number)
+        self._service.draining, self._server.should_exit, self._code = True, True, code
+        if self._service.open:
+            self._report.notice(f"replies on their way: {self._service.open}; Ctrl-C again ends them at once")

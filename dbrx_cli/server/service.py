@@ -1,0 +1,113 @@
+"""What routes ask for: places in the queue, tickets that are computed, replies that come. All in HTTP's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dbrx_cli.engine import Request
+from dbrx_cli.engine.job import Job
+from dbrx_cli.server.errors import ApiError, of_request
+from dbrx_cli.server.metrics import Metrics
+from dbrx_cli.server.tickets import Mailbox, OverTime, Ticket
+from dbrx_cli.server.worker import Worker
+from model.errors import DbrxError
+
+if TYPE_CHECKING:
+    from dbrx_cli.engine.local import LocalEngine
+
+PREPARING = 4  # threads that encode prompts and compile schemas: a slow one holds up none of the others
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes."""
+
+    rows: int = 8  # replies at once
+    queue: int = 64  # that wait beside these
+    seconds: float = 3600.0  # from a request to the end of its reply
+
+
+class Service:
+    """One model and its clients."""
+
+    def __init__(self, load: Callable[[], LocalEngine], names: Sequence[str], limits: Limits) -> None:
+        """names: of the model, the one that is listed first. Make it inside a running event loop."""
+        self.names, self.limits = names, limits
+        self.worker = Worker(load, limits.rows, asyncio.get_running_loop())
+        self.metrics = Metrics(self.worker)
+        self.created = int(time.time())
+        self.draining = False
+        self.last_used = time.monotonic()
+        self.open = 0  # choices that are asked for and have not ended
+        self._preparing = ThreadPoolExecutor(PREPARING, "prepare")
+
+    @property
+    def engine(self) -> LocalEngine:
+        """The loaded model; `ApiError` while there is none."""
+        if self.worker.engine is None or not self.worker.ready.is_set():
+            raise ApiError("the model is being loaded", 503, code="loading", headers={"retry-after": "5"})
+        return self.worker.engine
+
+    def named(self, name: str | None) -> str:
+        """The listed name of the model that a request names; `ApiError` if it is another one."""
+        if name is not None and name not in self.names:
+            told = f"the model {name[:200]!r} is not served here: {self.names[0]} is"
+            raise ApiError(told, 404, param="model", code="model_not_found")
+        return self.names[0]
+
+    @asynccontextmanager
+    async def tickets(self, requests: Sequence[Request], mailbox: Mailbox, param: str) -> AsyncIterator[list[Ticket]]:
+        """Tickets under way. Those that have no result at the end are cancelled."""
+        self._admit(len(requests))
+        self.open += len(requests)
+        tickets = [Ticket(request, i, mailbox) for i, request in enumerate(requests)]
+        loop = asyncio.get_running_loop()
+        limit = loop.call_later(self.limits.seconds, mailbox.wake, OverTime())
+        added: list[Ticket] = []
+        try:
+            for ticket in tickets:
+                ticket.job = await loop.run_in_executor(self._preparing, self._job, ticket.request, param)
+            for ticket in tickets:
+                ticket.added = time.monotonic()
+                self.worker.add(ticket)
+                added.append(ticket)
+            yield tickets
+        finally:
+            limit.cancel()
+            for ticket in added:
+                if not ticket.ended:
+                    self.worker.cancel(ticket)
+            self.open -= len(requests)
+            self.last_used = time.monotonic()
+
+    def _job(self, request: Request, param: str) -> Job:
+        engine = self.engine
+        ids = request.prompt_ids or ()
+        size = engine.network.config.vocab_size
+        for token in (*ids, *request.logit_bias):
+            if token >= size:
+                raise ApiError(f"{token} is no id of a token: there are {size}", param=param)
+        try:
+            return Job(engine, request, alone=False)
+        except DbrxError as fault:
+            raise of_request(fault, param) from None
+
+    def _admit(self, count: int) -> None:
+        if self.draining:
+            raise ApiError("the server is about to end", 503, code="draining", headers={"connection": "close"})
+        if self.open + count > self.limits.rows + self.limits.queue:
+            seconds = max(1, math.ceil(self.worker.seconds_to_place()))
+            told = f"{self.open} replies are made or waited for, and no more are taken; try again in {seconds} s"
+            raise ApiError(told, 429, code="queue_full", headers={"retry-after": str(seconds)})
+
+    def close(self) -> None:
+        """End the threads."""
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self.worker.stop()
