@@ -8,6 +8,7 @@ import re
 import tempfile
 from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, AnyStr
 
 from .errors import InputError, ModelError
-from .panics import panics_unheard
+from .panics import panics_told
 
 # How text is cut into pieces before merging. cl100k_base as DBRX was trained with it; GPT-2's.
 CL100K_PATTERN = (
@@ -149,19 +150,15 @@ def check_size(size: int) -> None:
 
 
 def _unpanicked(encoding: Any, text: str, pattern: str) -> list[int]:
-    """Encode; a panic inside tiktoken (a pattern that backtracks without end) is not an `Exception` of Python."""
-    ranks: list[int]
-    try:
-        if pattern in (CL100K_PATTERN, GPT2_PATTERN):
-            ranks = encoding.encode_ordinary(text)
-        else:
-            with panics_unheard():
-                ranks = encoding.encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"the tokenizer's pattern cannot deal with this text: {error}") from None
+    """Encode; of other patterns than the known ones, some backtrack without end, at which tiktoken panics."""
+    known = pattern in (CL100K_PATTERN, GPT2_PATTERN)
+    with nullcontext() if known else panics_told(_unfit):
+        ranks: list[int] = encoding.encode_ordinary(text)
     return ranks
+
+
+def _unfit(why: str) -> InputError:
+    return InputError(f"the tokenizer's pattern cannot deal with this text: {why}")
 
 
 @lru_cache(maxsize=2)  # a quarter of a second for cl100k_base, each time that DBRX's tokenizer is loaded

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import InputError
+from .errors import InputError, ModelError
 from .json_schema import CONTROL, ROOT, overlapping, parts, rewritten, strings
+from .panics import panics_told
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -241,13 +242,18 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> _Vocabulary:
     from llguidance import LLTokenizer, TokenizerWrapper
 
     tokens = _Tokens(tokenizer, vocab_size)
-    made = LLTokenizer(
-        TokenizerWrapper(tokens),
-        n_vocab=vocab_size + 1,
-        eos_token=[*tokenizer.eos_token_ids] or [tokens.eos_token_id],
-        slices=LLTokenizer.json_slices(),
-    )
+    with panics_told(_unfit):
+        made = LLTokenizer(
+            TokenizerWrapper(tokens),
+            n_vocab=vocab_size + 1,
+            eos_token=[*tokenizer.eos_token_ids] or [tokens.eos_token_id],
+            slices=LLTokenizer.json_slices(),
+        )
     return _Vocabulary(made, torch.tensor([bool(t) and not t.strip() for t in tokens.tokens[:vocab_size]]))
+
+
+def _unfit(why: str) -> ModelError:
+    return ModelError(f"this tokenizer's tokens cannot be kept to a grammar: {why}", "leave the schema or grammar out")
 
 
 def _grammar(schema: Mapping[str, Any], name: str) -> str:

@@ -1,12 +1,26 @@
-"""Libraries in Rust: what they write on stderr when they panic, before Python hears of it."""
+"""Libraries in Rust: where they panic on what others wrote, that is a fault like any other, told in our words."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .errors import DbrxError
+
 STDERR = 2
+
+
+@contextmanager
+def panics_told(fault: Callable[[str], DbrxError]) -> Iterator[None]:
+    """A panic inside ends as `fault` of what it says: it is no `Exception` of Python."""
+    try:
+        with panics_unheard():
+            yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise fault(str(error)) from None
 
 
 @contextmanager

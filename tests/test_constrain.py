@@ -24,7 +24,7 @@ from model.constrain import (
     read_regex,
     read_schema,
 )
-from model.errors import InputError
+from model.errors import InputError, ModelError
 from model.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
@@ -357,3 +357,13 @@ def test_time_of_a_mask() -> None:
     late = micro[int(len(micro) * 0.95)]
     print(f"\nmask: median {statistics.median(micro):.0f} us, p95 {late:.0f} us, {len(micro)} masks")
     assert statistics.median(micro) < 3000
+
+
+def test_a_panic_of_the_parser_is_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its tree of tokens takes no token of thousands of bytes."""
+    long = [b"a" * 2**i for i in range(1, 12)]
+    pieces = [bytes([byte]) for byte in BYTE_OF_CHARACTER.values()] + long
+    tokenizer = Tokenizer(Vocabulary(GPT2_PATTERN, pieces, {piece: i for i, piece in enumerate(pieces)}))
+    with pytest.raises(ModelError, match="tokens cannot be kept to a grammar: assertion failed"):
+        GrammarMask(read_regex("a+", "--regex"), tokenizer, len(pieces))
+    assert capfd.readouterr().err == ""
