@@ -18,6 +18,7 @@ from model.kernels import choose, probe
 from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
 from model.prefill import prefill
+from model.sequence import finite
 
 if TYPE_CHECKING:
     from model.causal_lm import DbrxForCausalLM
@@ -89,6 +90,7 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
         logits = prefill(network, ids, cache)
         _synchronize(network)
         reading.append(time.perf_counter() - start)
+    finite(logits.float())
     steps = _decode(network, logits, cache, new_tokens)
     seconds = statistics.median(steps)
     per_token = bytes_per_token(network, prompt_tokens + new_tokens // 2)

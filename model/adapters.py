@@ -22,7 +22,8 @@ from .adapter_config import CONFIG, MAX_RANK, MERGE, LoraConfig, other_adapter
 from .checkpoint import FLOATS, Checkpoint
 from .config import DbrxConfig
 from .errors import ModelError
-from .safetensors_file import shown
+from .quantization import is_finite
+from .safetensors_file import damaged, shown
 from .weights import Weights, WrappedWeights
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def read_adapter(folder: str | Path, config: DbrxConfig) -> Changes:
                 raise ModelError(
                     f"{folder / WEIGHTS}: {shown(name)} is for no layer of this model, or of no float type"
                 )
-            pairs.setdefault(found[1], {})[found[3]] = checkpoint.read(name).float()
+            part = checkpoint.read(name).float()
+            if not is_finite(part):
+                raise damaged(info.file, f"{shown(name)} holds numbers that are not finite")
+            pairs.setdefault(found[1], {})[found[3]] = part
     changes: Changes = {}
     for module, pair in pairs.items():
         name, change = _change(module, pair, settings, config, folder / WEIGHTS)

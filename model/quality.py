@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import KVCache
+from .sequence import finite
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -34,7 +35,7 @@ def log_probabilities(network: DbrxForCausalLM, ids: Sequence[int], chunk: int =
     cache = KVCache(network.config.n_layers)
     parts = torch.split(torch.tensor([list(ids)], device=network.device), chunk, dim=1)
     logits = (network(part, past_key_values=cache).logits[0] for part in parts)
-    return torch.cat([part.float().log_softmax(-1).cpu() for part in logits])
+    return torch.cat([finite(part.float()).log_softmax(-1).cpu() for part in logits])
 
 
 @torch.inference_mode()

@@ -167,7 +167,7 @@ class Sequence:
 
     def _pick(self, scores: Tensor) -> int:
         """A token, one behind which the reply can go on."""
-        token = sample(_finite(scores), self.params, self._generator)
+        token = sample(finite(scores), self.params, self._generator)
         if isinstance(self._mask, LooksAhead):
             while not self._mask.leads_on(self._number, [*self.ids, token]):
                 scores = scores.index_fill(0, torch.tensor([token], device=scores.device), float("-inf"))
@@ -204,8 +204,8 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return low
 
 
-def _finite(logits: Tensor) -> Tensor:
-    """Refuse numbers that no sound network makes; -inf is a mask's."""
+def finite(logits: Tensor) -> Tensor:
+    """Logits as they are; `NotFiniteError` for numbers that no sound network makes. -inf is a mask's."""
     if not math.isfinite(logits.numpy(force=True).max()):  # NaN is the largest; NumPy wakes no threads
         raise NotFiniteError(
             "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",

@@ -51,15 +51,20 @@ class Trace:
 
 
 def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
-    """Read ids through the network once, in a cache of its own, and keep what its routers say."""
+    """Read ids through the network once, in a cache of its own, and keep what its routers say.
+
+    `NotFiniteError` where its weights are damaged: routers choose for NaN, too.
+    """
     import torch
 
     from .kv_cache import KVCache
     from .moe import DbrxRouter
     from .prefill import prefill
+    from .sequence import finite
 
     with _listening([m for m in network.modules() if isinstance(m, DbrxRouter)]) as heard:
-        prefill(network, torch.tensor([list(ids)], device=network.device), KVCache(network.config.n_layers), whole=True)
+        cache = KVCache(network.config.n_layers)
+        finite(prefill(network, torch.tensor([list(ids)], device=network.device), cache, whole=True).float())
     weights, chosen, foreseen = (
         torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in range(3)
     )

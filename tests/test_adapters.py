@@ -410,6 +410,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
         holding(**{f"{B1}norm_attn_norm__attn__out_proj__lora_A__weight": torch.ones(4, 48).int()}),
         "no float type",
     ),
+    "not_finite": (
+        holding(**{f"{B1}norm_attn_norm__attn__out_proj__lora_A__weight": torch.full((4, 48), math.nan)}),
+        "out_proj.lora_A.weight holds numbers that are not finite",
+    ),
     "truncated": (cut, "is truncated"),
 }  # fmt: skip
 

@@ -188,7 +188,7 @@ def run_on_terminal(pty: Pty, monkeypatch: pytest.MonkeyPatch, arguments: list[s
     return pty.shows(do)
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [25, pytest.param(500, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_names_on_the_command_line(pty: Pty, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int) -> None:
     print(f"seed {SEED}")
     monkeypatch.setenv("DBRX_DATA", str(tmp_path / "data"))

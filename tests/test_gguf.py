@@ -250,8 +250,11 @@ def test_numbers_that_are_not_finite_are_told_by_tensor_and_file(
             "generate", "-q", "--no-log", "-m", model, "--quantize", quantize, *flags, stdin='{"prompt": "hello"}\n'
         )
         assert ran.code == 3 and ran.fault.startswith(f"dbrx: {file}: {tensor} holds numbers that are not finite")
-    ran = cli("quantize", "-q", path, tmp_path / "out", "--to", "int4")
-    assert ran.code == 3 and ran.fault.startswith(f"dbrx: {path}: {info.name} holds numbers")
+    out = tmp_path / "out"
+    for arguments in (["quantize", path, out, "--to", "int8"], ["quantize", path, out, "--to", "int4"],
+                      ["convert", path, out], ["trace", "-m", path, "--quantize", quantize, "hello"]):  # fmt: skip
+        ran = cli(*arguments, "-q")
+        assert ran.code == 3 and ran.fault.startswith(f"dbrx: {path}: {info.name} holds numbers")
 
 
 def test_a_llama_is_refused_with_the_way_to_the_demo(tmp_path: Path, cli: Cli) -> None:

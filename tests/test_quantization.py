@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.prefill import prefill
-from model.quantization import int4, int8
+from model.quantization import SCHEMES, int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert
 from tests.cli import Cli
@@ -125,11 +126,12 @@ def test_numbers_that_are_not_finite_stay_so(build: type, rows: int) -> None:
     if kernel.quantization != "none":
         with pytest.raises(ModelError, match="not finite"):
             kernel.pack(torch.full((16, 32), torch.nan))
-    if kernel.quantization == "int8":
-        stored = kernel.quantize(torch.ones(16, 32))
-        stored.scale[7] = torch.nan
-        with pytest.raises(ModelError, match="not finite"):
-            kernel.load(stored)
+        parts = [part for part in ("scale", "zero") if part in SCHEMES[kernel.quantization].parts]
+        for part, bad in product(parts, (torch.nan, torch.inf, -torch.inf)):
+            stored = kernel.quantize(torch.ones(16, 32))
+            getattr(stored, part)[7] = bad
+            with pytest.raises(ModelError, match="not finite"):
+                kernel.load(stored)
 
 
 def test_a_kernel_that_computes_wrong_numbers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

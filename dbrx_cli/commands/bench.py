@@ -57,18 +57,21 @@ def bench(
     report = Report(output)
     settle_waiting()
     from dbrx_cli import bench as measuring
+    from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model, load_network
 
     folder = find_model(options, report)
     machine = measuring.measure_machine(options.threads)  # before the model's memory counts
-    compared = _quality(folder, options, report, quality, quality_tokens) if quality is not None else None
+    with damage_named(folder):
+        compared = _quality(folder, options, report, quality, quality_tokens) if quality is not None else None
     start = time.perf_counter()
     network = load_network(folder, options, report)
     load_s = time.perf_counter() - start
     longest = lengths[-1] + new_tokens
     if longest > network.config.max_seq_len:
         raise InputError(f"{longest} tokens are more than the model's {network.config.max_seq_len}", "ask for fewer")
-    results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
+    with damage_named(folder):
+        results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
     if plot is not None:
         write_private(plot, measuring.plot(results, machine), over=True)
     if json_output:

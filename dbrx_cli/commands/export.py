@@ -31,6 +31,7 @@ def export(
 
     dbrx export dbrx.gguf --type q8_0 -m ./dbrx-instruct
     """
+    from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
     from model.machine import parse_size
 
@@ -44,7 +45,7 @@ def export(
     from model.tokenizer import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    with open_weights(source) as weights, report.bar("Writing") as advance:
+    with open_weights(source) as weights, damage_named(source), report.bar("Writing") as advance:
         files = write_gguf(weights, tokenizer, out, kind, size, advance)
     for file in files:
         say(str(file))

@@ -56,6 +56,7 @@ def trace(
         raise InputError("--raw has no system message", "leave out -s")
     text = _prompt(prompt, input_errors)
     report = Report(output)
+    from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.local import LocalEngine
     from model.trace import record
 
@@ -66,8 +67,9 @@ def trace(
             f"the prompt has {len(ids)} tokens, the reply up to {new_tokens}, and the context is {engine.context}",
             "shorten the prompt, or lower -n",
         )
-    reply = _reply(engine, ids, new_tokens) if new_tokens else []
-    recorded = record(engine.network, [*ids, *reply])
+    with damage_named(engine.source):
+        reply = _reply(engine, ids, new_tokens) if new_tokens else []
+        recorded = record(engine.network, [*ids, *reply])
     _show(recorded, engine.tokenizer, len(ids), model, report, html, json_output)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import expected_tensors, listed
 from ..config import DbrxConfig
+from ..quantization import is_finite
 from ..safetensors_file import TensorInfo, damaged, give_back
 from ..weights import Extent, FloatExpert
 from .gguf_file import OTHER_TYPE, open_gguf
@@ -133,7 +134,7 @@ class GgufWeights:
                     return None
                 fill(part, self._raw(info, expert), info.dtype)
                 self._forget(info, expert)
-                if not part.isfinite().all():
+                if not is_finite(part):
                     return info
         return None
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import expected_tensors
-from ..errors import ModelError
+from ..errors import ModelError, NotFiniteError
+from ..quantization import is_finite
 from ..weights import Weights
 from .scratch import put_in_place, scratch_folder
 
@@ -75,6 +76,9 @@ def write_checkpoint(
             starts = [_write_header(shard, i, places, weights, dtype) for i, shard in enumerate(shards)]
             done = 0
             for name, offset, tensor in _pieces(weights, dtype):
+                if not is_finite(tensor):
+                    why = f"{name} holds numbers that are not finite, or too large for {NAMES[dtype]}"
+                    raise NotFiniteError(why, "check the files with `dbrx download MODEL --verify`")
                 shard, start = places[name]
                 _write_at(shards[shard], starts[shard] + start + offset, tensor)
                 done += tensor.nbytes

@@ -18,6 +18,7 @@ from ..bpe import merges_of, pattern_of
 from ..checkpoint import expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
+from ..quantization import is_finite, not_finite
 from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import fillers, spelled
@@ -140,6 +141,8 @@ def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType) -> Iterator
 
 
 def _packed(rows: Tensor, kind: GGMLQuantizationType) -> Bytes:
+    if not is_finite(rows):
+        raise not_finite()
     if kind.name in ("F32", "BF16"):
         dtype = torch.float32 if kind.name == "F32" else torch.bfloat16
         return rows.to(dtype).contiguous().view(torch.uint8).numpy()

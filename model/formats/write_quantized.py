@@ -21,7 +21,7 @@ from ..kernels import choose, experts_of
 from ..machine import available_memory
 from ..packing import at_once, in_order, read_expert, threads
 from ..quantization import DENSE as DENSE_SCHEME
-from ..quantization import SCHEMES
+from ..quantization import SCHEMES, is_finite, not_finite
 from ..safetensors_file import BITS, opened, read_header
 from ..weights import QuantizedMatrix, Weights
 from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
@@ -142,6 +142,8 @@ class Writer:
                 _write_header(file, {name: self._entries[name] for name in names}, self.metadata)
                 for expected, (name, tensor) in zip(names, self._tensors(shard, names), strict=True):
                     assert expected == name and tensor.nbytes == self._nbytes(name)
+                    if not is_finite(tensor):
+                        raise not_finite()
                     file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..quantization import not_finite
+from ..quantization import is_finite, not_finite
 
 if TYPE_CHECKING:
     from ..weights import FloatExpert, QuantizedExpert, QuantizedMatrix
@@ -122,6 +122,7 @@ def paired(rows: Sequence[T], matrices: Sequence[Packed]) -> Iterable[tuple[T, P
 
 
 def check_scales(parts: Iterable[QuantizedMatrix]) -> None:
-    """`ModelError` if a scale is not finite."""
-    if not all(bool(part.scale.isfinite().all()) for part in parts):
-        raise not_finite()
+    """`ModelError` if a scale or a zero point is not finite."""
+    for _, *ranges in parts:
+        if not all(is_finite(numbers) for numbers in ranges if numbers is not None):
+            raise not_finite()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..native.tensors import Experts
 from ..quantization.equalize import equalizer
-from .base import Packed, check_scales
+from .base import Packed
 from .native_call import ACTIVATIONS, CALL, function, quantize, room
 from .native_linear import NativeLinear
 
@@ -39,9 +39,7 @@ class NativeGlu:
     def pack(self, expert: FloatExpert) -> Packed:
         if self.quantization == "none":
             return self.linear.pack(expert.w1, expert.v1, expert.w2.t())
-        stored = self.quantize(expert)
-        check_scales(stored)
-        return self.load(stored)
+        return self.load(self.quantize(expert))
 
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
         """Equalized, as `quantize_expert` does."""

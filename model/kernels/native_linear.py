@@ -29,9 +29,7 @@ class NativeLinear:
     def pack(self, *weights: Tensor) -> Packed:
         if self.quantization == "none":
             return tuple(float_matrix(weight.to(getattr(torch, self.form))) for weight in weights)
-        stored = [self.quantize(weight) for weight in weights]
-        check_scales(stored)
-        return self.load(*stored)
+        return self.load(*map(self.quantize, weights))
 
     def quantize(self, weight: Tensor) -> QuantizedMatrix:
         if self.quantization == "none":
@@ -39,9 +37,8 @@ class NativeLinear:
         return quantize(self.form, self.group, weight)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
-        """As they are stored. One scale an output is soon checked; those of groups, a fifth of a file, are not."""
-        if not SCHEMES[self.form].groups:
-            check_scales(stored)
+        """As they are stored."""
+        check_scales(stored)
         return tuple(quantized_matrix(self.form, self.group, each) for each in stored)
 
     def nbytes(self, outputs: int, inputs: int) -> int:

@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from ..errors import NotFiniteError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = {"I8": 8, "U8": 8, "F32": 32, "BF16": 16}  # of safetensors' types
 
@@ -48,6 +52,11 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     }
 )
 DENSE = "int8"  # of attention and head, whatever the experts have
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: by their bounds, which are NaN where one is: isfinite() takes twenty times as long."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def not_finite() -> NotFiniteError:
