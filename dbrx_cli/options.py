@@ -233,10 +233,7 @@ class ModelOptions(WhichModel):
             return None
         from model.machine import parse_size
 
-        try:
-            return parse_size(self.expert_cache)
-        except InputError as error:
-            raise InputError(f"--expert-cache: {error.message}", error.hint) from None
+        return parse_size(self.expert_cache, "--expert-cache")
 
     @property
     def memory_limits(self) -> dict[int | str, int | str] | None:
@@ -264,6 +261,12 @@ class ModelOptions(WhichModel):
             "expert_cache": self.expert_cache_bytes,
             "context": self.context,
         }
+
+
+def require_context(context: int | None, limit: int) -> None:
+    """`InputError` for a context that the model does not have."""
+    if context is not None and context > limit:
+        raise InputError(f"--context {context} is more than the {limit} tokens that the model was made for")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from dbrx_cli.cores import settle_waiting
-from dbrx_cli.options import DEMOS, ModelOptions
+from dbrx_cli.options import DEMOS, ModelOptions, require_context
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
 from model.hub import resolve
@@ -52,6 +52,7 @@ class Question:
                 "leave it out, or give auto, balanced, sequential or cpu",
             )
         found = _find(name, options.revision)
+        require_context(options.context, found.config.max_seq_len)
         machine = parse_devices(devices) if devices else this_machine(found.experts)
         question = cls(name, found.config, found.stored, machine, LoadOptions(**options.loading))
         plan = question.plan

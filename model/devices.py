@@ -72,4 +72,4 @@ def find_device(place: str | int | torch.device) -> torch.device:
     )
     if not there:
         raise ModelError(f"there is no device {str(device)!r} here", "leave out the device, or name cpu")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device  # "cpu:0" is the same one

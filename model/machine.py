@@ -41,11 +41,11 @@ PROBE = 256 * 2**20  # bytes that a measurement reads
 LONGEST = 16 * 2**20  # of an expert's matrix
 
 
-def parse_size(text: str) -> int:
-    """Bytes from 8GiB, 24GB, 1.5T or a plain number; `InputError` otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+def parse_size(text: str, flag: str) -> int:
+    """Bytes from 8GiB, 24GB, 1.5T or a plain number; `InputError` names the flag that gave something else."""
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?I?)B?", text.strip().upper())
     if not match:
-        raise InputError(f"{text.strip()!r} is not a size", "write it like 24GiB or 80GB")
+        raise InputError(f"{flag}: {text.strip()!r} is not a size", "write it like 24GiB or 80GB")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -61,7 +61,8 @@ def parse_devices(text: str) -> Machine:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if equals and name == "cpu":
             memory, _, rate = value.partition("@")
-            cpu = Device("cpu", int(parse_size(memory) * CPU_USABLE), _rate(rate) if rate else CPU_BANDWIDTH)
+            size = int(parse_size(memory, "--devices") * CPU_USABLE)
+            cpu = Device("cpu", size, _rate(rate) if rate else CPU_BANDWIDTH)
         elif equals and name == "disk":
             disk = replace(disk, bandwidth=_rate(value))
         elif equals or not name:
@@ -82,7 +83,7 @@ def _gpus(text: str, first: int) -> list[Device]:
         memory, rate = GPUS[key]
         size, bandwidth = memory * GIB, rate * GB
     elif re.fullmatch(r"[\d.]+[KMGT]?I?B?", key):
-        size, bandwidth = parse_size(key), GPU_BANDWIDTH
+        size, bandwidth = parse_size(key, "--devices"), GPU_BANDWIDTH
     else:
         raise InputError(f"--devices: {match[2]!r} is not a known GPU", f"give its memory, or one of {', '.join(GPUS)}")
     bandwidth = _rate(match[3]) if match[3] else bandwidth
@@ -91,7 +92,7 @@ def _gpus(text: str, first: int) -> list[Device]:
 
 
 def _rate(text: str) -> float:
-    rate = parse_size(text.strip().removesuffix("/s"))
+    rate = parse_size(text.strip().removesuffix("/s"), "--devices")
     if not rate:
         raise InputError(f"--devices: {text!r} is no bandwidth", "write it like 900GB/s")
     return float(rate)
@@ -127,7 +128,7 @@ def _torch_gpus() -> Iterator[Device]:
 
 def limited(machine: Machine, limits: Mapping[int | str, int | str]) -> Machine:
     """The same machine with --max-memory: device number or "cpu" -> the most that it may take; others as they are."""
-    most = {str(name): parse_size(str(amount)) for name, amount in limits.items()}
+    most = {str(name): parse_size(str(amount), "--max-memory") for name, amount in limits.items()}
     numbers = {gpu.name: gpu.name.removeprefix("cuda:") for gpu in machine.gpus}
     gpus = tuple(replace(gpu, memory=min(gpu.memory, most.get(numbers[gpu.name], gpu.memory))) for gpu in machine.gpus)
     cpu = replace(machine.cpu, memory=min(machine.cpu.memory, most.get("cpu", machine.cpu.memory)))

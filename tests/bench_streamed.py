@@ -60,7 +60,7 @@ def limited(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.bench_streamed", *sys.argv[1:], "--inside"]
     if args.what == "llama.cpp":
         command = ["node", f"{PEERS}/llama_cpp.mjs", str(args.path.resolve()), str(args.prompt), str(args.tokens)]
-    with group(parse_size(args.limit)) as folder:
+    with group(parse_size(args.limit, "--limit")) as folder:
         before = time.perf_counter()
         done = subprocess.run(
             ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh", *command],
@@ -154,7 +154,7 @@ def dbrx(args: argparse.Namespace) -> dict[str, Any]:
 
     start = time.perf_counter()
     network = DbrxForCausalLM.from_pretrained(
-        args.path, offload="disk", expert_cache=args.cache and parse_size(args.cache), dtype=args.dtype
+        args.path, offload="disk", expert_cache=args.cache and parse_size(args.cache, "--cache"), dtype=args.dtype
     )
     load = time.perf_counter() - start
     store = network.expert_store

@@ -222,7 +222,7 @@ def test_words_for_machines() -> None:
     assert machine.gpus[0].bandwidth == 3350e9 and machine.gpus[2].bandwidth == 500e9
     assert machine.cpu.bandwidth == 100e9 and machine.disk.bandwidth == 7e9
     assert limited(machine, {1: "70GiB", "cpu": "8GB"}).gpus[1].memory == 70 * GIB
-    assert [parse_size(text) for text in ("1.5k", "2KiB", "3 GB", "7")] == [1500, 2048, 3 * 10**9, 7]
+    assert [parse_size(text, "--split") for text in ("1.5k", "2KiB", "3 GB", "7")] == [1500, 2048, 3 * 10**9, 7]
 
 
 NO_MACHINES = ["", "x", "4x", "0xH100", "gpu=3", "cpu=", "cpu=x", "disk=0", "24GiB@", "24GiB@0", ","]
@@ -271,6 +271,34 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
 def test_nothing_is_planned_that_is_refused_when_it_runs(cli: Cli, options: tuple[str, ...], named: str) -> None:
     result = cli("plan", "databricks/dbrx-instruct", *options)
     assert result.code == 3 and named in result.err and not result.out
+
+
+def test_a_context_that_the_model_has_not_is_refused_before_anything_is_read(
+    cli: Cli, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("dbrx_cli.engine.local.load_network")
+    for command in (("plan", "--devices", "cpu=8GiB"), ("generate", "hi")):
+        result = cli(*command, "-m", tiny_checkpoint, "--context", "641")
+        assert result.code == 2 and "--context 641 is more than the 640 tokens" in result.fault
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max-memory", "cpu=-1"),
+        ("--max-memory", "cpu=1e9"),
+        ("--max-memory", "cpu=" + 400 * "9"),
+        ("--expert-cache", "nan"),
+        ("--expert-cache", 400 * "9"),
+        ("--devices", "cpu=much"),
+        ("--devices", "cpu=8GiB,disk=fast"),
+        ("--devices", f"24GiB@{400 * '9'}GB/s"),
+    ],
+)
+def test_a_size_that_is_none_is_told_with_its_flag(cli: Cli, flag: str, value: str) -> None:
+    machine = () if flag == "--devices" else ("--devices", "cpu=8GiB")
+    result = cli("plan", "databricks/dbrx-instruct", *machine, flag, value)
+    assert result.code == 2 and result.fault.startswith(f"dbrx: {flag}: ")
 
 
 def test_a_map_that_is_given_is_not_planned(cli: Cli) -> None:

@@ -89,6 +89,13 @@ def test_a_device_that_is_not_there_is_a_clear_error(tiny_checkpoint: Path) -> N
         encoded.to("cuda")
 
 
+def test_the_cpu_by_its_number_is_the_cpu(tiny_checkpoint: Path) -> None:
+    for device in ("cpu:0", torch.device("cpu", 0)):
+        network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, device_map=device, quantize="int8")
+        assert network.load_plan is not None and network.load_plan.scheme == "int8"
+        assert {*network.load_plan.device_map.values()} == {"cpu"}
+
+
 def test_loading_gives_the_weights_in_their_dtype_or_cast(tmp_path: Path) -> None:
     facts = fidelity.GOLDEN["like_dbrx"]
     folder = make_checkpoint(tmp_path, facts["config"], facts["seed"], dtype="bfloat16", shards=3)

@@ -37,7 +37,7 @@ def export(
 
     if out.suffix != ".gguf":
         raise InputError(f"{out} does not end in .gguf", f"name it {out}.gguf")
-    size = parse_size(split) if split is not None else None
+    size = parse_size(split, "--split") if split is not None else None
     report = Report(output)
     source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
     from model.formats import open_weights

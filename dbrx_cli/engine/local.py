@@ -13,7 +13,7 @@ from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.job import Job
 from dbrx_cli.engine.load import check_source, find_model, load_network
 from dbrx_cli.engine.memory import memory_fault
-from dbrx_cli.options import ModelOptions
+from dbrx_cli.options import ModelOptions, require_context
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
 from model.errors import InputError, ResourceError
@@ -53,8 +53,7 @@ class LocalEngine:
         from model.session import Session
 
         limit = network.config.max_seq_len
-        if context is not None and context > limit:
-            raise InputError(f"--context {context} is more than the {limit} tokens that the model was made for")
+        require_context(context, limit)
         self.network = network
         self.tokenizer = tokenizer
         self.name = name
@@ -78,6 +77,7 @@ class LocalEngine:
 
         ranks = lead(options)
         config = check_source(folder)  # what is no model is told so before all else
+        require_context(options.context, config.max_seq_len)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.require_rows(config.vocab_size, folder)
         network = load_network(folder, options, report, ranks)
