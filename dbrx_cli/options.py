@@ -24,6 +24,8 @@ from .complete import model_names, profile_names
 from .output import PLAIN
 from .stdin import check_argument
 
+AUTO = "auto"  # --url: a server of this machine, if one computes the same
+KEY = "DBRX_API_KEY"
 DEFAULT_MODEL = "databricks/dbrx-instruct"
 DEMOS = ("demo", "demo-moe")  # made by dbrx_cli/demo.py
 
@@ -56,7 +58,9 @@ def takes(**groups: type) -> Callable[[Command], Command]:
             context = values[own_context] if own_context else values.pop(CONTEXT)
             values.pop("profile")
             try:
-                if values.get("url") is not None:
+                if values.get("url") == AUTO:
+                    _take_running(values)
+                elif values.get("url") is not None:
                     refuse_typed(context, UNHEARD, "has no effect with --url", "leave it out, or load the model here")
                 for name, group in groups.items():
                     values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
@@ -275,12 +279,29 @@ class EngineOptions(ModelOptions):
 
     url: Annotated[
         str | None,
-        option("--url", panel=MODEL, metavar="URL", help="An OpenAI-compatible server, instead of a model here."),
+        option(
+            "--url",
+            panel=MODEL,
+            metavar="URL",
+            help="An OpenAI-compatible server, or auto: a `dbrx serve` of this model.",
+        ),
     ] = None
 
 
 # Of these no server hears. What environment and settings file say of them is for models here, and is passed over.
 UNHEARD = {field.name for field in fields(ModelOptions)} - {"model", "context"} | {"lookup", "prompt_cache", "resume"}
+
+
+def _take_running(values: dict[str, Any]) -> None:
+    """Ask a server of this machine that computes the same, if there is one; else load the model here."""
+    from .running import serving
+
+    settings = {field.name: values[field.name] for field in fields(ModelOptions)}
+    here = any(values.get(name) for name in UNHEARD - settings.keys())  # what no server does
+    found = None if here else serving(settings, has_key=bool(os.environ.get(KEY)))
+    values["url"] = found and found.url
+    if found is not None:
+        values["model"] = found.name
 
 
 def refuse_typed(context: typer.Context, names: Collection[str], why: str, hint: str) -> None:

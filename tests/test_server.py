@@ -20,6 +20,8 @@ from model.tokenizer import Tokenizer
 from tests.conftest import TINY
 from tests.served import Served
 
+# Letters only: a random network writes what is no text.
+TEXT = {str(i): -100 for i in (*range(48), *range(123, 320))}
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
@@ -275,3 +277,15 @@ def test_the_document_fits_what_is_answered(served: Served) -> None:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({"messages": user("x")} | body, asked)
     assert served.client.delete("models").headers["allow"] in ("GET, HEAD", "HEAD, GET")
+
+
+def test_a_conversation_goes_on_from_the_ids_that_were_sampled(served: Served) -> None:
+    talk = user("Hello")
+    known: list[int] = []
+    for _ in range(4):
+        told = served.post("chat/completions", messages=talk, logit_bias=TEXT, return_token_ids=True, **settings())
+        ids = told.json()["prompt_token_ids"]
+        assert ids[: len(known)] == known
+        known = ids + choice(told.json())["token_ids"]
+        talk += [choice(told.json())["message"], *user("And then?")]
+    assert told.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0

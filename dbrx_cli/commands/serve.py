@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dbrx_cli import running
 from dbrx_cli.engine.follower import needs_one_process
-from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, option, refuse_typed, takes
+from dbrx_cli.options import KEY, ModelOptions, OutputOptions, WhichModel, option, refuse_typed, takes
 from dbrx_cli.report import Report
 from dbrx_cli.server.options import ServerOptions, seconds_of
 from model.errors import InputError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 EngineName = Literal["dbrx", "vllm"]
 VLLM = "With --engine vllm"
-KEY = "DBRX_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -79,29 +79,43 @@ def serve(
     if more:
         raise InputError(f"{more[0]} is no flag of this server's", "-m names the model")
     needs_one_process("dbrx serve")
-    sys.exit(_serve(server, model, Report(output)))
+    report = Report(output)
+    if server.stop:
+        given = typed.get_parameter_source("port")
+        ended = running.stop(server.port if given is not None and given.name == "COMMANDLINE" else None)
+        report.notice(f"{ended.name} at {ended.url} has ended")
+        return
+    sys.exit(_serve(server, model, report))
 
 
 def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
     from dbrx_cli.engine.load import find_model
-    from dbrx_cli.server.run import Place, listen, serve
+    from dbrx_cli.server import background
+    from dbrx_cli.server.run import Ends, listen, serve, url_of
     from dbrx_cli.server.safety import Guard
     from dbrx_cli.server.service import Limits
 
-    guard = Guard(options.host, os.environ.get(KEY) or None, options.allow_origin or ())
+    key = os.environ.get(KEY) or None
+    guard = Guard(options.host, key, options.allow_origin or ())
     limits = Limits(options.parallel, options.queue, seconds_of(options.timeout, "--timeout"))
     idle = None if options.idle_timeout is None else seconds_of(options.idle_timeout, "--idle-timeout")
-    drain = seconds_of(options.drain, "--drain")
+    ends = Ends(seconds_of(options.drain, "--drain"), idle)
     with listen(options.host, options.port) as listening:
-        find_model(model, report)  # a model that is not there is told before anything listens
-        place = Place(options.host, listening.getsockname()[1], drain, idle)
+        find_model(model, report)  # what is not there is told at once
+        port = listening.getsockname()[1]
+        if options.background and (pid := background.leave_terminal(port)):
+            report.notice(background.told(background.wait_until_ready(pid, port, report)))
+            return 0
 
         def load() -> LocalEngine:
             from dbrx_cli.engine.local import LocalEngine
 
             return LocalEngine.load(model, report)
 
-        return serve(load, _names(model, options), place, listening, limits, guard, report)
+        name, *aliases = _names(model, options)
+        settings = running.settings_of(vars(model))
+        record = running.Record(os.getpid(), url_of(options.host, port), name, settings, key is not None)
+        return serve(load, record, aliases, ends, listening, limits, guard, report)
 
 
 def _names(model: WhichModel, options: ServerOptions) -> list[str]:

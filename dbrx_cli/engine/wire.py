@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from dbrx_cli.options import KEY
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.hub.patience import FEW_TRIES, Patience, Transient
 from model.json_text import LISTING, parse
 
 T = TypeVar("T")
 
-KEY = "DBRX_API_KEY"
 CONNECT_SECONDS = 6.0  # for the connection, and once more for TLS
 HEAD_SECONDS = 20.0  # for the head of an answer, from its first byte on
 LIST_SECONDS = 15.0  # for the list of models

@@ -40,6 +40,12 @@ class ServerOptions:
         str | None,
         _server("--idle-timeout", "End when nobody has asked for so long.", metavar="TIME", show_default=False),
     ] = None
+    background: Annotated[
+        bool, _server("--background", "Load the model, then go on without a terminal.", metavar="", show_default=False)
+    ] = False
+    stop: Annotated[
+        bool, _server("--stop", "End the server that runs (at --port, of several).", metavar="", show_default=False)
+    ] = False
     allow_origin: Annotated[
         list[str] | None,
         _server("--allow-origin", "Let web pages of this origin ask (repeatable).", metavar="URL", show_default=False),

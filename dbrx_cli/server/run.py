@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp, Scope
 
 from dbrx_cli import early
+from dbrx_cli.running import Record, recorded
 from dbrx_cli.server.app import create_app
 from dbrx_cli.server.safety import Guard
 from dbrx_cli.server.service import Limits, Service
@@ -30,17 +31,17 @@ LOOK_SECONDS = 0.5  # how often it is seen whether the time is over
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a server listens, and for how long."""
+class Ends:
+    """How long a server goes on."""
 
-    host: str
-    port: int
     drain_seconds: float  # in which replies may still end
     idle_seconds: float | None  # without a request, after which it ends
 
-    @property
-    def url(self) -> str:
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+def url_of(host: str, port: int) -> str:
+    """How others on this machine reach it."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,11 +57,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    load: Callable[[], LocalEngine], names: Sequence[str], place: Place, listening: socket.socket, limits: Limits,
-    guard: Guard, report: Report,
+    load: Callable[[], LocalEngine], record: Record, aliases: Sequence[str], ends: Ends,
+    listening: socket.socket, limits: Limits, guard: Guard, report: Report,
 ) -> int:  # fmt: skip
-    """Serve until the end; the exit code. The fault of loading is raised."""
-    return asyncio.run(_Life(load, names, place, limits, guard, report).run(listening))
+    """Serve until the end; the exit code. The fault of loading is raised. record: what others find meanwhile."""
+    return asyncio.run(_Life(load, record, aliases, ends, limits, guard, report).run(listening))
 
 
 class HttpServer(uvicorn.Server):
@@ -87,16 +88,16 @@ class HttpServer(uvicorn.Server):
 
 class _Life:
     def __init__(
-        self, load: Callable[[], LocalEngine], names: Sequence[str], place: Place, limits: Limits, guard: Guard,
-        report: Report,
+        self, load: Callable[[], LocalEngine], record: Record, aliases: Sequence[str], ends: Ends, limits: Limits,
+        guard: Guard, report: Report,
     ) -> None:  # fmt: skip
-        self._load, self._names, self._limits, self._guard = load, names, limits, guard
-        self._place, self._report = place, report
+        self._load, self._record, self._names = load, record, [record.name, *aliases]
+        self._limits, self._guard, self._ends, self._report = limits, guard, ends, report
         self._code = 0
 
     async def run(self, listening: socket.socket) -> int:
         self._service = service = Service(self._load, self._names, self._limits)
-        self._server = HttpServer(partial(create_app, service, self._guard), self._place.drain_seconds)
+        self._server = HttpServer(partial(create_app, service, self._guard), self._ends.drain_seconds)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._end, number)
@@ -105,7 +106,11 @@ class _Life:
         try:
             await self._until_loaded(serving)
             if service.worker.fault is None:
-                await self._until_idle(serving)
+                with recorded(self._record):
+                    self._report.notice(f"{self._names[0]} is served at {self._record.url}/v1; Ctrl-C ends it")
+                    await self._until_idle(serving)
+                    self._server.should_exit = True
+                    await serving
         finally:
             self._server.should_exit = True
             await serving
@@ -122,16 +127,14 @@ class _Life:
         loading = asyncio.create_task(self._service.worker.ready.wait())
         await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
         loading.cancel()
-        if self._service.worker.engine is not None and not self._service.draining:
-            self._report.notice(f"{self._names[0]} is served at {self._place.url}/v1; Ctrl-C ends it")
 
     async def _until_idle(self, serving: asyncio.Task[None]) -> None:
         """Return when the server ends, which it does by itself when nobody has asked for long."""
         while not serving.done():
             await asyncio.wait({serving}, timeout=LOOK_SECONDS)
             idle = time.monotonic() - self._service.last_used
-            if self._place.idle_seconds is not None and not self._service.open and idle > self._place.idle_seconds:
-                self._report.notice(f"nobody has asked for {self._place.idle_seconds:g} s: the server ends")
+            if self._ends.idle_seconds is not None and not self._service.open and idle > self._ends.idle_seconds:
+                self._report.notice(f"nobody has asked for {self._ends.idle_seconds:g} s: the server ends")
                 self._server.should_exit = True
                 return
 

@@ -8,16 +8,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dbrx_cli.engine import Request
+from dbrx_cli.engine import Done, Request
 from dbrx_cli.engine.job import Job
 from dbrx_cli.server.errors import ApiError, of_request
 from dbrx_cli.server.metrics import Metrics
 from dbrx_cli.server.tickets import Mailbox, OverTime, Ticket
+from dbrx_cli.server.timelines import Timelines
 from dbrx_cli.server.worker import Worker
 from model.errors import DbrxError
+from model.messages import Message
 
 if TYPE_CHECKING:
     from dbrx_cli.engine.local import LocalEngine
@@ -40,12 +42,13 @@ class Service:
     def __init__(self, load: Callable[[], LocalEngine], names: Sequence[str], limits: Limits) -> None:
         """names: of the model, the one that is listed first. Make it inside a running event loop."""
         self.names, self.limits = names, limits
-        self.worker = Worker(load, limits.rows, asyncio.get_running_loop())
+        self.worker = Worker(load, limits.rows, asyncio.get_running_loop(), self._remember)
         self.metrics = Metrics(self.worker)
         self.created = int(time.time())
         self.draining = False
         self.last_used = time.monotonic()
         self.open = 0  # choices that are asked for and have not ended
+        self._timelines: Timelines | None = None
         self._preparing = ThreadPoolExecutor(PREPARING, "prepare")
 
     @property
@@ -95,9 +98,24 @@ class Service:
             if token >= size:
                 raise ApiError(f"{token} is no id of a token: there are {size}", param=param)
         try:
+            if not isinstance(request.prompt, str) and not request.continue_final and self._timelines is not None:
+                request = replace(request, prompt_ids=self._timelines.encode(request.prompt))
             return Job(engine, request, alone=False)
         except DbrxError as fault:
             raise of_request(fault, param) from None
+
+    def _remember(self, ticket: Ticket, done: Done) -> None:
+        """Keep the ids of a conversation whose reply is complete, unless a stop string or a limit cut one in two."""
+        prompt, reply, tokenizer = ticket.request.prompt, ticket.job.reply, self.engine.tokenizer
+        if isinstance(prompt, str):
+            return
+        self._timelines = self._timelines or Timelines(tokenizer)
+        made = done.token_ids
+        ended = bool(made) and made[-1] in tokenizer.eos_token_ids
+        if tokenizer.decode(made[: len(made) - ended], skip_special_tokens=True) == done.text:
+            said = prompt[:-1] if ticket.request.continue_final else prompt
+            known = reply.known
+            self._timelines.keep([*said, Message("assistant", reply.text)], known[: len(known) - ended])
 
     def _admit(self, count: int) -> None:
         if self.draining:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dbrx_cli.engine import Done
 from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.output import tell_lines
@@ -46,12 +47,19 @@ class Pace:
 class Worker:
     """Runs in a thread of its own from `start` on; `add`, `cancel` and `stop` may be called from another."""
 
-    def __init__(self, load: Callable[[], LocalEngine], rows: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        load: Callable[[], LocalEngine],
+        rows: int,
+        loop: asyncio.AbstractEventLoop,
+        remember: Callable[[Ticket, Done], None],
+    ) -> None:
+        """remember: hears of each reply that is complete, before its client does."""
         self.pace = Pace()
         self.engine: LocalEngine | None = None
         self.fault: BaseException | None = None  # of loading
         self.ready = asyncio.Event()  # loaded, or failed to
-        self._load, self._rows, self._loop = load, rows, loop
+        self._load, self._rows, self._loop, self._remember = load, rows, loop, remember
         self._inbox: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         self._tickets: dict[Sequence, Ticket] = {}
         self._scheduler: Scheduler
@@ -161,6 +169,7 @@ class Worker:
             return [(ticket, fault)]
         finally:
             self._leave(ticket)
+        self._remember(ticket, done)
         self.pace.note_reply(done.usage.completion_tokens)
         return [(ticket, list(job.deltas())), (ticket, done.error or done)]
 
