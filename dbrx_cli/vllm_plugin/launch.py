@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_cli.engine.wire import KEY
+from dbrx_cli.options import KEY
 from dbrx_cli.private import CACHE, cache_folder, private_folder
 from model.errors import InputError, ModelError
 
