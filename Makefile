@@ -12,6 +12,9 @@ TORCH  ?= torch==2.13.0
 NATIVE := model/native/lib/.ready
 PROMPT ?= What is the capital of France? Answer briefly.
 
+# Tests start hundreds of processes: each module is compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean wheel test-install native-sanitize native-aarch64
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import termios
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import pexpect
@@ -14,11 +17,24 @@ from tests.cli import ROOT, environment
 
 
 class Screen(pyte.Screen):
-    """Remembers what a hostile reply could change."""
+    """Remembers what a hostile reply could change, and the text of the rows that have not changed."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows)
         self.scrolled: list[str] = []  # lines that left at the top
+        self._shown: dict[int, str] = {}
+
+    @property
+    def display(self) -> list[str]:
+        """As pyte makes it, which asks every cell of the screen for its width each time."""
+        for row in self.dirty:
+            self._shown.pop(row, None)
+        self.dirty.clear()
+        return [self._shown.get(row) or self._shown.setdefault(row, self._row(row)) for row in range(self.lines)]
+
+    def _row(self, row: int) -> str:
+        cells = self.buffer[row]
+        return "".join(cells[column].data for column in range(self.columns))  # behind a wide one comes an empty one
 
     def index(self) -> None:
         if self.cursor.y == (self.margins.bottom if self.margins else self.lines - 1):
@@ -31,25 +47,56 @@ def feed(screen: Screen, sent: str) -> None:
     pyte.Stream(screen).feed(sent.replace("\n", "\r\n"))
 
 
+def instead_of(main: Callable[[], None], arguments: Sequence[str], variables: dict[str, str]) -> Callable[[], None]:
+    """What a child of this process does in the place of another program: it calls `main`."""
+
+    def run() -> None:
+        os.closerange(3, 1024)  # as exec does; pexpect waits for it
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.argv = ["dbrx", *arguments]
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        warnings.resetwarnings()
+        code = 1
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    return run
+
+
 class Terminal:
     """What is typed, and what the screen shows."""
 
     def __init__(
-        self, command: Sequence[str], *, columns: int = 100, rows: int = 30, variables: dict[str, str] | None = None
+        self,
+        command: Sequence[str],
+        *,
+        main: Callable[[], None] | None = None,
+        columns: int = 100,
+        rows: int = 30,
+        variables: dict[str, str] | None = None,
     ) -> None:
+        """command: a program and its arguments; or those of `main`, which a fork of this process calls."""
         self.screen = Screen(columns, rows)
         self.stream = pyte.ByteStream(self.screen)
         self.received = b""
         self.flags = 0  # the terminal's local modes (termios), as the program left them
         # Answers the program's question where the cursor is, as a real terminal does.
         self.screen.write_process_input = lambda data: self.process.send(data)  # type: ignore[method-assign]
+        around = environment(**{"TERM": "xterm-256color", **(variables or {})})
         self.process = pexpect.spawn(
-            command[0],
-            list(command[1:]),
+            sys.executable if main else command[0],
+            [] if main else list(command[1:]),
             dimensions=(rows, columns),
-            env=environment(**{"TERM": "xterm-256color", **(variables or {})}),
+            env=around,
             cwd=str(ROOT),
             timeout=60,
+            preexec_fn=instead_of(main, command, around) if main else None,
         )
         self.process.delaybeforesend = None
         self.process.ptyproc.delayafterclose = self.process.ptyproc.delayafterterminate = 0.02
@@ -101,6 +148,7 @@ class Terminal:
         """Wait for the end of the program; its exit code, or minus the signal that ended it."""
         self.process.expect(pexpect.EOF)
         self.stream.feed(self.process.before or b"")
+        assert self.screen.display == pyte.Screen.display.fget(self.screen)  # type: ignore[attr-defined]
         self.flags = termios.tcgetattr(self.process.fileno())[3]
         self.process.close()
         return self.process.exitstatus if self.process.signalstatus is None else -self.process.signalstatus

@@ -20,6 +20,7 @@ from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.loop import HASTE_S
 from dbrx_cli.repl.prompt import PLACEHOLDER
 from dbrx_cli.store import Store
+from tests import fake_chat
 from tests.terminal import Terminal
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -35,7 +36,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(home: Path, *flags: str, columns: int = 100, rows: int = 40, **variables: str) -> Terminal:
     terminal = Terminal(
-        [sys.executable, "-m", "tests.fake_chat", "-m", "fake", *flags],
+        ["-m", "fake", *flags],
+        main=fake_chat.main,
         columns=columns,
         rows=rows,
         variables={"DBRX_DATA": str(home / "data"), "DISPLAY": "", "WAYLAND_DISPLAY": "", **variables},
@@ -609,7 +611,8 @@ def test_files_are_private(kept: Terminal, home: Path) -> None:
 
 def test_what_is_pasted_while_the_model_loads_waits_unsent(tmp_path: Path) -> None:
     chat = Terminal(
-        [sys.executable, "-m", "tests.fake_chat", "-m", "fake"],
+        ["-m", "fake"],
+        main=fake_chat.main,
         variables={"DBRX_DATA": str(tmp_path / "data"), "FAKE_LOAD": "0.5"},
     )
     chat.until("Reading the weights")
@@ -632,7 +635,8 @@ def test_what_is_pasted_while_the_model_loads_waits_unsent(tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_model_loads_restores_the_terminal(tmp_path: Path, number: signal.Signals) -> None:
     chat = Terminal(
-        [sys.executable, "-m", "tests.fake_chat", "-m", "fake"],
+        ["-m", "fake"],
+        main=fake_chat.main,
         variables={"DBRX_DATA": str(tmp_path / "data"), "FAKE_LOAD": "30"},
     )
     chat.until("Reading the weights")
