@@ -6,6 +6,7 @@ tokens, out. Imports without torch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -110,6 +111,11 @@ class LoadPlan:
     fault: DbrxError | None = None
 
     @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where layers and experts can lie, but for the disk."""
+        return (*self.machine.gpus, self.machine.cpu)
+
+    @property
     def runs(self) -> bool:
         return self.fault is None
 
@@ -152,10 +158,16 @@ class LoadPlan:
         """Bytes of a device that hold experts from elsewhere."""
         return self.cache if self.runs and self.layers and device.name == self.layers[0].device else 0
 
+    @property
+    def kv_room(self) -> int:
+        """Bytes of keys and values, all layers together, that this layout has room for."""
+        shares = [(self.free(device) + used, used) for device in self.devices if (used := self.kv.get(device.name, 0))]
+        return min((room * sum(self.kv.values()) // used for room, used in shares), default=sys.maxsize)
+
     def largest_context(self, limit: int) -> int:
         """The largest context up to `limit` that this layout has room for; the experts' cache gives way to it."""
         room = limit
-        for device in (*self.machine.gpus, self.machine.cpu):
+        for device in self.devices:
             used = self.kv.get(device.name, 0)
             if used:
                 count = used // (self.sizes.kv * capacity(self.context))

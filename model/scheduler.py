@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .kv_cache import KVCache, KVRow
+from .kv_pool import KVPool
 from .prefill import PREFILL_CHUNK
 from .sampling import MAX_LOOKUP
 from .sequence import Sequence, common_prefix
@@ -28,16 +29,20 @@ class Scheduler:
     """Up to `rows` sequences that are decoded together, and any number that wait for a free place.
 
     `add` rows, call `step` until none is left (`len`), `cancel` a row between two steps; all in one thread. A row that
-    is `done` has left; its `kv` holds what was read of its ids. An exception from `step` is of the whole batch (memory
-    that ran out, an interrupt): its rows keep what they have, and the scheduler is not used again.
+    is `done` has left; what its `kv` holds is shared with the pool. An exception from `step` is of the whole batch
+    (memory that ran out, an interrupt): `cancel` its rows, which keep what they have, and make another scheduler; the
+    pool goes on (`KVPool.clear` gives memory back).
 
     Prompts are read a chunk a step, so that a long one holds the others up no longer than that. What a prompt has in
-    common with a row that is there (a system message, a document) is taken over, not read.
+    common with a row that is there or was (a system message, the conversation so far) is taken over, not read: see
+    `cached_tokens` of the row. A row waits until the pool's budget holds its prompt and the longest reply it may get.
     """
 
-    def __init__(self, network: DbrxForCausalLM, rows: int) -> None:
+    def __init__(self, network: DbrxForCausalLM, rows: int, pool: KVPool | None = None) -> None:
+        """pool: a server's or a conversation's, with its budget of bytes; None: one for these rows, without a limit."""
         self._network = network
         self._rows = rows
+        self._pool = pool or KVPool(network)
         self._waiting: list[Sequence] = []
         self._reading: list[Sequence] = []  # their prompts; the one that came first in front
         self._active: list[Sequence] = []
@@ -53,20 +58,26 @@ class Scheduler:
         return KVCache.of([_kv(row) for row in (*self._reading, *self._active)])
 
     def add(self, row: Sequence) -> None:
-        """Line up for a free place; nothing for a row that is done. `ValueError` for a prompt that leaves no room."""
+        """Line up for a free place; nothing for a row that is done.
+
+        `ValueError` for a prompt that leaves no room in the context, `ResourceError` for a row that would not fit into
+        the pool if it were alone.
+        """
         config = self._network.config
         row.max_context = min(row.max_context, config.max_seq_len)
-        row.kv = row.kv or KVRow(config.n_layers)
+        row.kv = row.kv or KVRow(config.n_layers, self._pool.block_tokens)
         if row.done:
             return
         if not row.prompt or row.left <= 0:
             raise ValueError(f"a prompt of {len(row.prompt)} tokens leaves {row.left} to be made")
+        self._pool.require_room(row)
         self._waiting.append(row)
 
     def cancel(self, row: Sequence) -> None:
-        """Let a row leave, wherever it is; nothing for one that has left."""
+        """Let a row leave, wherever it is; nothing for one that has left. What it has read stays in the pool."""
         row.done = True
         self._let_go()
+        self._pool.release(row)  # if an interrupt struck while it was on its way from one of the lists to another
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, int]]:
@@ -82,7 +93,9 @@ class Scheduler:
 
     def _let_go(self) -> None:
         for rows in (self._waiting, self._reading, self._active):
-            rows[:] = [row for row in rows if not row.done]
+            for row in [row for row in rows if row.done]:
+                rows.remove(row)
+                self._pool.release(row)
 
     def _decode(self) -> list[tuple[Sequence, int]]:
         """A step of all active rows. A drafted id is computed as a row of its own would be, with its row's keys."""
@@ -105,28 +118,28 @@ class Scheduler:
         return new
 
     def _admit(self) -> None:
-        """Give those that wait the free places, with what they can take over."""
+        """Give those that wait the free places while the pool has room, with what they can take over."""
         for row in list(self._waiting):
-            if len(self._active) + len(self._reading) == self._rows:
+            there = (*self._active, *self._reading)
+            if len(there) == self._rows:
                 return
-            known, kv = row.known, _kv(row)
-            if kv.length != len(known):
+            known = row.known
+            found = self._pool.find(known)
+            ready, source = max((min(_kv(row).length, len(known)), _kv(row)), found, key=itemgetter(0))
+            if ready < len(known):
                 row.logits = None
-            shared = [(common_prefix(known, other.known), _kv(other)) for other in (*self._active, *self._reading)]
-            ready, source = max(
-                ((min(common, theirs.length), theirs) for common, theirs in shared), key=itemgetter(0), default=(0, kv)
-            )
-            later, ready = max((common for common, _ in shared), default=0), max(ready, min(kv.length, len(known)))
+            later = max((common_prefix(known, other.known) for other in there), default=0)
             # What another row is about to read is worth a wait: anything while none is decoded (what all share is read
             # once), then only much of what this row would read (or they would come one by one).
             if later - ready > ((len(known) - ready) // 4 if self._active else 0):
                 continue
-            if ready > kv.length:
-                kv.take(source, ready)
-            kv.trim(min(kv.length, len(known) - (row.logits is None)))  # without its logits the last is read again
-            row.cached = kv.length
+            ready = min(ready, len(known) - (row.logits is None))  # without its logits the last is read again
+            if not self._pool.admit(row, source, ready):
+                return  # and so do all that came later: else a long one would wait for ever
             self._waiting.remove(row)
             self._reading.append(row)
+            if row.on_read is not None and _unread(row):
+                row.on_read()
 
     def _read(self) -> list[tuple[Sequence, int]]:
         """Read a chunk of some prompts, and choose the first ids of those that are whole."""

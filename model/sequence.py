@@ -89,15 +89,15 @@ class Sequence:
         """reply: what it has said already. kv: keys and values of ids at its front, which are not read again.
 
         logits [vocab]: what the network gave behind prompt and reply, if kv holds all of these. number: what stopper,
-        mask and watcher are told. logit_bias: added to the logits of these ids, behind penalties. on_read: hears when a
-        chunk of the prompt was read.
+        mask and watcher are told. logit_bias: added to the logits of these ids, behind penalties. on_read: hears when
+        there is something to read, and when a chunk of it was read.
         """
         self.prompt = prompt
         self.ids = list(reply)
         self.kv = kv
         self.logits = logits  # then: behind all that was known before its first new token
         self.logits_at = len(prompt) + len(reply)
-        self.cached = 0  # tokens that were taken over instead of read
+        self.cached_tokens = 0  # that were found in the pool instead of read, when it was admitted
         self.params = params
         self.max_context = max_context
         self.drafter, self.on_read = drafter, on_read
@@ -119,6 +119,11 @@ class Sequence:
     def left(self) -> int:
         """How many ids may still come."""
         return min(self.params.max_tokens, self.max_context - len(self.prompt)) - len(self.ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and reply at their longest."""
+        return len(self.prompt) + len(self.ids) + self.left
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` ids that may come next."""

@@ -85,7 +85,7 @@ def test_what_prompts_have_in_common_is_read_once(network: DbrxForCausalLM) -> N
     texts = [[*shared, i] for i in range(10, 14)]
     rows = [Row(text, GREEDY) for text in [*texts, texts[0]]]
     run(Scheduler(network, 5), rows)
-    assert [row.cached for row in rows] == [0, 8, 8, 8, 8]
+    assert [row.cached_tokens for row in rows] == [0, 8, 8, 8, 8]
     assert rows[0].ids == rows[4].ids == alone(network, texts[0], GREEDY)
     assert [row.ids for row in rows[1:4]] == [alone(network, text, GREEDY) for text in texts[1:]]
 
@@ -156,7 +156,7 @@ def test_a_row_is_cancelled(network: DbrxForCausalLM, monkeypatch: pytest.Monkey
         again = Row(texts[1], GREEDY, reply=made, kv=gone.kv)  # goes on from there
         run(Scheduler(network, 1), [again], told_before=len(made))
         assert again.ids == alone(network, texts[1], GREEDY)
-        assert (again.cached == 0) == (when == "waiting")
+        assert (again.cached_tokens == 0) == (when == "waiting")
 
 
 def test_same_seed_same_text_whoever_else_is_there(network: DbrxForCausalLM) -> None:

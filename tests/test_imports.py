@@ -92,7 +92,7 @@ def test_inside_the_library_imports_are_relative(path: Path) -> None:
 
 
 def test_the_decode_loop_sees_no_text() -> None:
-    for file in ("prefill", "sequence", "scheduler", "session"):
+    for file in ("prefill", "sequence", "scheduler", "kv_pool", "session"):
         for name in imported(ROOT / "model" / f"{file}.py"):
             assert not any(
                 within(name, f"model.{m}") for m in ("tokenizer", "detokenizer", "chat_template", "messages")

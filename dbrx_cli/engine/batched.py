@@ -35,14 +35,15 @@ def answers(engine: Engine, requests: Iterable[tuple[int, Request]], rows: int) 
 def _together(engine: LocalEngine, requests: Iterable[tuple[int, Request]], rows: int) -> Iterator[Answer]:
     from model.scheduler import Scheduler
 
-    scheduler, line = Scheduler(engine.network, rows), iter(requests)
+    scheduler, line = Scheduler(engine.network, rows, engine.pool), iter(requests)
+    engine.pool.budget_bytes = engine.kv_budget(rows)
     jobs: dict[Sequence, tuple[int, Job]] = {}
     try:
         while True:
             while len(jobs) < rows and (numbered := next(line, None)):
                 number, request = numbered
                 try:
-                    job = Job(engine, request, alone=False)
+                    job = Job(engine, request)
                 except DbrxError as fault:
                     yield number, fault
                     continue
@@ -62,5 +63,6 @@ def _together(engine: LocalEngine, requests: Iterable[tuple[int, Request]], rows
                             raise row.fault
                     yield number, row.fault or job.done(job.finish())
     finally:
-        for _, job in jobs.values():
+        for row, (_, job) in jobs.items():
+            scheduler.cancel(row)
             job.close()

@@ -23,8 +23,7 @@ class Job:
     Give `row` to a scheduler; each step may leave `deltas`. When the row is done, `finish` and `done` close the reply.
     """
 
-    def __init__(self, engine: LocalEngine, request: Request, alone: bool = True) -> None:
-        """alone: the engine's conversation becomes this one; else it only begins with what they have in common."""
+    def __init__(self, engine: LocalEngine, request: Request) -> None:
         prompt, begun, before = engine.parts(request)
         if (known := len(prompt) + len(begun)) >= engine.context:
             raise ContextError(
@@ -40,10 +39,10 @@ class Job:
                 opened.enter_context(journal)
             seed = journal.seed if journal else request.params.seed
             self.reply = Reply(engine.tokenizer, request, prompt, seed, begun, before)
-            self._set_up(request, alone)
+            self._set_up(request)
             self._opened = opened.pop_all()
 
-    def _set_up(self, request: Request, alone: bool) -> None:
+    def _set_up(self, request: Request) -> None:
         import torch
 
         from model.lookup import lookup
@@ -58,16 +57,13 @@ class Job:
             self._generator.set_state(drawn)
         if journal is not None:
             self._take_up(journal)
-        self._session = engine.session if alone else engine.session.fork(reply.known)
-        if journal is not None and journal.kv.length:
-            self._session.adopt(journal.kv, reply.known)
-        reply.cached = self._session.sync(reply.known)
-        self._to_read, self._on_read = len(reply.known) - reply.cached, request.on_read
+        self._on_read = request.on_read
         reply.drafter = lookup(request.params.lookup)
-        self.row = self._session.sequence(
+        self.row = engine.session.sequence(
             reply.prompt,
             replace(request.params, max_tokens=request.params.max_tokens + reply.begun),
             reply=reply.ids,
+            kv=journal.kv if journal is not None and journal.kv.length else None,
             eos_ids=engine.tokenizer.eos_token_ids,
             stopper=self._hear,
             mask=self._mask,
@@ -80,8 +76,6 @@ class Job:
             max_context=engine.context,
         )
         self.row.done = self.row.done or (journal is not None and journal.finished is not None)
-        if self._on_read is not None and self._to_read and not self.row.done:
-            self._on_read(0, self._to_read)
 
     def _drafter(self) -> Drafter | None:
         if self._mask is None:
@@ -107,8 +101,7 @@ class Job:
         self.close()
 
     def close(self) -> None:
-        """Let the conversation remember what was read, and close the journal."""
-        self._session.keep(self.row, self.reply.known)
+        """Close the journal."""
         self._opened.close()
 
     def deltas(self) -> Iterator[Delta]:
@@ -131,7 +124,7 @@ class Job:
 
     def done(self, reason: FinishReason) -> Done:
         """The closing record; what of the text was held back becomes the last of the deltas."""
-        self.reply.cached = max(self.reply.cached, self.row.cached)  # beside others more may have been taken over
+        self.reply.cached = self.row.cached_tokens
         if rest := self.reply.finish(reason):
             self._deltas.append(Delta(rest, None))
         fault = self.row.fault if isinstance(self.row.fault, InputError) else None
@@ -144,15 +137,18 @@ class Job:
             if self._keeps_draws:
                 self.reply.drawn = self._generator.get_state()
             if self._journal is not None:
-                self._journal.note(self.reply, self._session.kv, self._generator.get_state())
+                assert self.row.kv is not None
+                self._journal.note(self.reply, self.row.kv, self._generator.get_state())
         return self.reply.stopped or self._is_complete()
 
     def _is_complete(self) -> bool:
         return self._mask is not None and self._mask.complete(0, self.reply.ids)
 
     def _hear_reading(self) -> None:
-        left = len(self.reply.known) - self._session.kv.length
+        kv = self.row.kv
+        assert kv is not None
+        total, left = (len(self.reply.known) - length for length in (self.row.cached_tokens, kv.length))
         if self._on_read is not None:
-            self._on_read(self._to_read - left, self._to_read)
-        if self._journal is not None and left:
-            self._journal.note(self.reply, self._session.kv, None)
+            self._on_read(total - left, total)
+        if self._journal is not None and 0 < left < total:
+            self._journal.note(self.reply, kv, None)

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from dbrx_cli.engine.resume import Journal
     from model.causal_lm import DbrxForCausalLM
     from model.constrain import GrammarMask
+    from model.kv_pool import KVPool
     from model.tokenizer import Tokenizer
 
 
 class LocalEngine:
-    """A loaded network, its tokenizer, and the cache of the conversation that it read last."""
+    """A loaded network, its tokenizer, and what it has read: a pool, and the conversation that came last."""
 
     continues = True
 
@@ -44,12 +45,14 @@ class LocalEngine:
         context: int | None = None,
         load_s: float = 0.0,
         source: Path | None = None,
+        pool: KVPool | None = None,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         """source: where all of the weights came from; without, the cache is not saved, since other processes hold
-        parts of it. notice: hears what the user should know.
+        parts of it. pool: another one than that of a single conversation. notice: hears what the user should know.
         """
         from model.generation_config import GenerationConfig
+        from model.kv_pool import KVPool
         from model.session import Session
 
         limit = network.config.max_seq_len
@@ -64,7 +67,8 @@ class LocalEngine:
         self.source = source
         self.notice = notice
         self.quantize = network.packing.quantize if network.packing is not None else "none"
-        self.session = Session(network)  # the conversation that was read last
+        self.pool = pool or KVPool(network, self.kv_budget(1))
+        self.session = Session(network, self.pool)  # the conversation that was read last
         self._encoded: tuple[object, list[int]] | None = None  # the last prompt: a turn is counted, then answered
         self._replied: Reply | None = None  # the last one
 
@@ -83,6 +87,8 @@ class LocalEngine:
         network = load_network(folder, options, report, ranks)
         if ranks is not None:
             ranks.lead(network)
+        from model.kv_pool import OneRow
+
         load_s = time.perf_counter() - start
         report.detail(f"loaded {options.model} in {load_s:.2f} s, attention {network.transformer.attention}")
         return cls(
@@ -93,6 +99,7 @@ class LocalEngine:
             context=options.context,
             load_s=load_s,
             source=folder if ranks is None else None,
+            pool=OneRow(network) if ranks is not None else None,
             notice=report.notice,
         )
 
@@ -100,7 +107,7 @@ class LocalEngine:
         """See `Engine.stream`."""
         from model.scheduler import Scheduler
 
-        scheduler = Scheduler(self.network, 1)
+        scheduler = Scheduler(self.network, 1, self.pool)
         fault: ResourceError | None = None
         reason: FinishReason = "interrupted"
         with Job(self, request) as job:
@@ -119,6 +126,9 @@ class LocalEngine:
                 fault = memory_fault(error, self.network, scheduler.cache)
                 if fault is None:
                     raise
+            finally:
+                scheduler.cancel(job.row)
+                self.session.keep(job.row, job.reply.known)
         if fault is not None:  # raised out here, so that it keeps none of the frames alive that hold the memory
             self._forget()
             del job, scheduler
@@ -136,14 +146,12 @@ class LocalEngine:
 
     def unread(self, messages: Sequence[Message]) -> int:
         """See `Engine.unread`."""
-        from model.sequence import common_prefix
-
         ids = self._encode(messages)
-        return len(ids) - common_prefix(ids, self.session.ids)
+        return len(ids) - self.pool.find(ids)[0]
 
     def close(self) -> None:
         """See `Engine.close`."""
-        del self.network, self.session
+        del self.network, self.session, self.pool
 
     def parts(self, request: Request) -> tuple[list[int], list[int], str]:
         """The prompt; and of a reply that goes on, its ids and text.
@@ -219,11 +227,19 @@ class LocalEngine:
         last = self._replied
         return last.drawn if last is not None and (last.seed, last.known) == (reply.seed, reply.known) else None
 
+    def kv_budget(self, rows: int) -> int:
+        """Bytes for keys and values of so many rows: whole contexts, as far as there is room; one in any case."""
+        from model.kv_pool import kv_bytes
+
+        each, plan = kv_bytes(self.network, self.context), self.network.load_plan
+        return max(each, min(rows * each, plan.kv_room if plan is not None else rows * each))
+
     def _forget(self) -> None:
         """Give the memory of keys and values back."""
         from model.session import Session
 
-        self.session = Session(self.network)
+        self.pool.clear()
+        self.session = Session(self.network, self.pool)
 
     def save_cache(self, path: Path) -> None:
         """See `KeepsCache.save_cache`."""

@@ -100,7 +100,7 @@ class Service:
         try:
             if not isinstance(request.prompt, str) and not request.continue_final and self._timelines is not None:
                 request = replace(request, prompt_ids=self._timelines.encode(request.prompt))
-            return Job(engine, request, alone=False)
+            return Job(engine, request)
         except DbrxError as fault:
             raise of_request(fault, param) from None
 

@@ -96,6 +96,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self.engine = self._load()
+            self.engine.pool.budget_bytes = self.engine.kv_budget(self._rows)
             self._begin()
         except BaseException as fault:  # told where the process ends
             self.fault = fault
@@ -108,7 +109,7 @@ class Worker:
         from model.scheduler import Scheduler
 
         assert self.engine is not None
-        self._scheduler = Scheduler(self.engine.network, self._rows)
+        self._scheduler = Scheduler(self.engine.network, self._rows, self.engine.pool)
 
     def _take_in(self) -> bool:
         """Do what others want; wait for it where there is nothing else to do. False at the end."""
@@ -181,7 +182,10 @@ class Worker:
         error.__traceback__ = None  # its frames hold memory
         lost = list(self._tickets.values())
         for ticket in lost:
+            self._scheduler.cancel(ticket.job.row)
             self._leave(ticket)
+        if fault is not None:
+            self.engine.pool.clear()
         self._begin()
         self._post([(ticket, fault or RuntimeError(str(error))) for ticket in lost])
 
