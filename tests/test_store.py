@@ -157,6 +157,28 @@ def test_names(store: Store) -> None:
     assert fault.value.hint == "did you mean experts?"
 
 
+def test_branches_of_two_processes(path: Path) -> None:
+    """Whoever comes second goes on in a new session, with the branches that it knows; the first loses none."""
+    notices: list[str] = []
+    one, two = (Recorder("chat", "m", None, {}, notices.append, path=path) for _ in range(2))
+    assert one.save(None, TALK)
+    kept = {1: [Message("user", "first way")]}
+    one.save_branches(kept)
+    assert two.resume(two.store().find(1)) == kept
+    mine, yours = ({**kept, 2: [Message("user", text)]} for text in ("mine", "yours"))
+    one.save_branches(mine)
+    two.save_branches(yours)
+    assert one.save(None, [*TALK, Message("user", "more of mine")])
+    assert not notices and two.save(None, [*TALK, Message("user", "more of yours")]) and two.id == 2
+    assert notices == ["session 1 was changed by another dbrx; this conversation goes on as session 2"]
+    with Store.open(path) as store:
+        assert store.branches(1) == mine and store.branches(2) == yours
+    two.renew()
+    assert two.save(None, TALK) and two.store().branches(3) == {}
+    one.close()
+    two.close()
+
+
 def test_what_is_removed_is_gone_from_the_file(store: Store, path: Path) -> None:
     id = begin(store, [Message("user", "a canary in a mine")])
     kept = begin(store)

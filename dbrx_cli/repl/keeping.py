@@ -62,10 +62,9 @@ def load(repl: Repl, argument: str) -> None:
 
 def take_up(repl: Repl, session: Session) -> None:
     """Go on in a session that was saved."""
-    repl.recorder.resume(session)
+    repl.branches = repl.recorder.resume(session)
     take_cache(repl.engine, session.id)
     repl.session_name = None
-    repl.branches = repl.recorder.store().branches(session.id)
     repl.branch = next(n for n in range(1, len(repl.branches) + 2) if n not in repl.branches)
     repl.conversation = Conversation(session.system, session.turns)
     repl.ended = bool(session.timings) and (session.timings[-1] or {}).get("finish_reason") == "stop"

@@ -42,6 +42,7 @@ class Recorder:
         self._path = path
         self._store: Store | None = None
         self._failing = False
+        self._branches: dict[int, Sequence[Message]] = {}  # other ways in which the conversation went on
 
     def store(self) -> Store:
         """The store, opened at the first use. Raises `DbrxError`."""
@@ -55,13 +56,15 @@ class Recorder:
             with suppress(DbrxError):
                 self.store()
 
-    def resume(self, session: Session) -> None:
-        """Go on in a session that `store()` gave."""
-        self.id = session.id
+    def resume(self, session: Session) -> dict[int, list[Message]]:
+        """Go on in a session that `store()` gave; its branches."""
+        branches = self.store().branches(session.id)
+        self.id, self._branches = session.id, dict(branches)
+        return branches
 
     def renew(self) -> None:
         """The next save begins another session."""
-        self.id = None
+        self.id, self._branches = None, {}
 
     def save(self, system: str | None, turns: Sequence[Message], timings: Mapping[str, Any] | None = None) -> bool:
         """See `Store.save`; False if it could not be done."""
@@ -78,11 +81,14 @@ class Recorder:
         return True
 
     def save_branches(self, branches: Mapping[int, Sequence[Message]]) -> None:
-        """See `Store.save_branches`; a fault is told as one of `save`."""
+        """See `Store.save_branches`; a fault is told as one of `save`. A new session has them with its first save."""
+        self._branches = dict(branches)
         if not self.enabled or self.id is None:
             return
         try:
             self.store().save_branches(self.id, branches)
+        except Conflict:  # the next save tells of it, and goes on in a new session
+            pass
         except DbrxError as fault:
             self._notify(f"the branches are not being saved: {fault.one_line}")
 
@@ -109,6 +115,8 @@ class Recorder:
         self.id = id
         if was:
             self._notify(f"{was}; this conversation goes on as session {id}")
+        if self._branches:
+            store.save_branches(id, self._branches)
 
 
 def log_generate(

@@ -150,7 +150,7 @@ class Store:
                 ),
             )
             if done.rowcount != 1:
-                raise Conflict(f"session {id} was changed by another dbrx", "go on in a new session")
+                raise changed_by_another(id)
             execute("DELETE FROM messages WHERE session = ? AND position >= ?", (id, same))
             self._connection.executemany(
                 "INSERT INTO messages (session, position, role, content) VALUES (?, ?, ?, ?)", written
@@ -180,14 +180,21 @@ class Store:
         }
 
     def save_branches(self, id: int, branches: Mapping[int, Sequence[Message]]) -> None:
-        """Replace them."""
+        """Replace them. `Conflict` as `save`."""
+        known = self._known.get(id) or self._read(id)
         rows = [
             (id, number, clean(json.dumps([(turn.role, turn.content, turn.token_ids) for turn in turns])))
             for number, turns in branches.items()
         ]
         with faults_of(self._path), transaction(self._connection):
+            done = self._connection.execute(
+                "UPDATE sessions SET version = version + 1 WHERE id = ? AND version = ?", (id, known.version)
+            )
+            if done.rowcount != 1:
+                raise changed_by_another(id)
             self._connection.execute("DELETE FROM branches WHERE session = ?", (id,))
             self._connection.executemany("INSERT INTO branches (session, number, turns) VALUES (?, ?, ?)", rows)
+        known.version += 1
 
     def latest(self, kind: Kind = "chat") -> Session | None:
         """The session that was saved last and holds something."""
@@ -308,6 +315,11 @@ class Store:
         ).fetchone()
         if taken:
             raise InputError(f"there is a session {name!r} already", "take another name, or remove that one")
+
+
+def changed_by_another(id: int) -> Conflict:
+    """What is told where another process has saved or removed a session."""
+    return Conflict(f"session {id} was changed by another dbrx", "go on in a new session")
 
 
 def _entry(row: sqlite3.Row) -> Entry:
