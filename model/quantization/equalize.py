@@ -16,7 +16,8 @@ def quantize_expert(expert: FloatExpert, quantize: Callable[[Tensor], QuantizedM
     number = equalizer(w1, v1)
     # One after the other: a matrix's floats go before those of the next come.
     first, second = quantize(w1), quantize(v1 * (1 / number))
-    return QuantizedExpert(first, second, quantize(torch.mul(w2.t(), number.t(), out=torch.empty(w2.t().shape))))
+    down = torch.empty(w2.t().shape, device=w2.device)
+    return QuantizedExpert(first, second, quantize(torch.mul(w2.t(), number.t(), out=down)))
 
 
 def equalizer(w1: Tensor, v1: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ def quantize(weight: Tensor, group: int = GROUP) -> QuantizedMatrix:
     if not is_finite(padded):
         raise not_finite()
     rows = torch.split(padded.view(outputs, -1, group), max(1, PIECE // inputs))
-    scratch = torch.empty(3, *rows[0].shape)  # made anew for each step, it took four fifths of the time
+    # Made anew for each step, it took four fifths of the time.
+    scratch = torch.empty(3, *rows[0].shape, device=weight.device)
     fitted = (_fit(part, *scratch[:, : len(part)]) for part in rows)
     levels, scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     levels = levels.view(outputs, -1)[:, :inputs]

@@ -13,8 +13,8 @@ PIECE = 2**20  # weights that are quantized at once: the temporaries stay small
 
 def quantize(weight: Tensor) -> QuantizedMatrix:
     """Floats [outputs, inputs] -> the nearest of 255 values between each output's largest magnitudes."""
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(len(weight))
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
     rows = max(1, PIECE // weight.shape[1])
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)

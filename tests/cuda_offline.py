@@ -1,0 +1,194 @@
+"""Compiles kernels for cards that are not here, and reads from the machine code what it will do there.
+
+`python -m tests.cuda_offline` prints the table of docs/notebook/2026-11-30-cuda-offline.md. Triton's wheel has tools.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model.kernels.cuda_glu import DOWN, down_kernel, gate_up_kernel
+from model.kernels.cuda_linear import gemv_kernel, tile
+
+TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+D_MODEL, HIDDEN, TOP_K = 6144, 10752, 4
+FORMATS = {"int4 g32": (4, 32), "int4 g128": (4, 128), "int8": (8, 0), "bfloat16": (16, 0)}
+LATENCY = 700e-9  # s from a load to its data, of a card that is busy; measured ones are 500 to 800 ns
+# Per clock and multiprocessor 128 instructions are issued, of which 64 of these: integers, and conversions of integers
+# of 32 bits; all other conversions are 16.
+INTEGERS = ("LOP3", "SHF", "IADD3", "I2FP", "PRMT", "SEL", "ISETP", "LEA", "SGXT", "VIADD", "IMNMX", "PLOP3")
+
+
+class Card(NamedTuple):
+    """Of the makers' data sheets: multiprocessors, clock, bandwidth; bytes and warps of a multiprocessor."""
+
+    name: str
+    count: int
+    clock: float
+    bandwidth: float
+    shared: int
+    warps: int
+
+
+CARDS = {
+    80: Card("A100", 108, 1.41e9, 2039e9, 164 * 1024, 64),
+    89: Card("RTX 4090", 128, 2.52e9, 1008e9, 100 * 1024, 48),
+    90: Card("H200", 132, 1.83e9, 4800e9, 228 * 1024, 64),
+    100: Card("B200", 148, 1.85e9, 7700e9, 228 * 1024, 64),
+    120: Card("RTX 5090", 170, 2.41e9, 1792e9, 100 * 1024, 48),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one kind of card."""
+
+    kernel: str
+    form: str
+    arch: int
+    num_warps: int
+    programs: int  # with DBRX's shapes
+    registers: int
+    spilled: int
+    shared: int
+    wide: int  # loads of 128 bits in its loop
+    narrow: int  # others
+    barriers: int  # in its loop
+    instructions: float  # of its loop a weight
+    clocks: float  # that these take of a multiprocessor
+
+    @property
+    def resident(self) -> int:
+        """Programs that a multiprocessor has at the same time."""
+        card, threads = CARDS[self.arch], 32 * self.num_warps
+        most = min(65536 // (-(-self.registers // 8) * 8 * threads), card.warps // self.num_warps, 32)
+        return min(most, card.shared // (self.shared + 1024), -(-self.programs // card.count))
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes of weights that a multiprocessor has asked for at the same time."""
+        return self.resident * 32 * self.num_warps * self.wide * 16
+
+    @property
+    def fraction(self) -> float:
+        """Of the bandwidth: bytes in flight against what the latency wants, and instructions against what is issued."""
+        card, (bits, group) = CARDS[self.arch], FORMATS[self.form]
+        by_loads = self.in_flight * card.count / (card.bandwidth * LATENCY)
+        nbytes = bits / 8 + (4 / group if group else 0)
+        weights = card.bandwidth / nbytes / card.count / card.clock  # a clock and multiprocessor
+        return min(0.92, by_loads, 1 / (weights * self.clocks))
+
+
+def kernels() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int, int]]:
+    """Name, format, function, types of its arguments, constants, warps and programs, in DBRX's shapes."""
+    for form, (bits, group) in FORMATS.items():
+        outer, inner = (-(-width * bits // 128) for width in (D_MODEL, HIDDEN))
+        same = {"BITS": bits, "GROUP": group}
+        N, C, warps = tile(1)
+        words = {"table": "*i64"}
+        glu = {"TOP_K": TOP_K, **same}
+        types = {"x": "*fp32", "expert_ids": "*i32", **words, "inner": "*fp32", "hidden": "i32"}
+        constants = {"ACTIVATION": "silu", "CHUNKS": outer, "INNER_CHUNKS": inner, "N": N, "C": C, **glu}
+        yield "gate_up", form, gate_up_kernel, types, constants, warps, TOP_K * HIDDEN * 2 // N
+        types = {"inner": "*fp32", "expert_ids": "*i32", "router_weights": "*fp32", **words}
+        types |= {"residual": "*fp32", "out": "*fp32", "d_model": "i32"}
+        N, C, warps = DOWN
+        constants = {"CHUNKS": inner, "N": N, "C": C, **glu}
+        yield "down", form, down_kernel, types, constants, warps, D_MODEL // N
+        if form in ("int4 g32", "int4 g128"):
+            continue  # attention and head are int8 beside them
+        for tokens in (1, 8):
+            N, C, warps = tile(tokens)
+            types = {"x": "*fp32", "values": "*i32", "ranges": "*fp32", "out": "*fp32"}
+            types |= {"tokens": "i32", "outputs": "i32"}
+            constants = {"T": tokens, "N": N, "C": C, "CHUNKS": outer, **same}
+            yield f"Wqkv, {tokens} tokens", form, gemv_kernel, types, constants, warps, 8192 // N
+
+
+def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Compiled]:
+    """Every kernel for one kind of card, or `only` one. Pointers are multiples of 16, as PyTorch's are."""
+    for name, form, function, types, constants, warps, programs in kernels():
+        if only not in (None, (name, form)):
+            continue
+        names = function.arg_names
+        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"}
+        signature = {n: types.get(n, "constexpr") for n in names}
+        source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        usage, code = _read(made.asm["cubin"])
+        weights = constants["N"] * constants["C"] * 128 // constants["BITS"] // (32 * warps)
+        loop = _loop(code)
+        yield Compiled(
+            name,
+            form,
+            arch,
+            warps,
+            programs,
+            usage["REG"],
+            usage["STACK"] + usage["LOCAL"],
+            usage["SHARED"],
+            wide=sum(op == "LDG.E.128" or op.startswith("LDG.E.128.") for op in loop),
+            narrow=sum(op.startswith("LDG") and ".128" not in op for op in loop),
+            barriers=sum(op.startswith("BAR") for op in loop),
+            instructions=len(loop) / weights,
+            clocks=_clocks([op.split(".")[0] for op in loop]) / weights,
+        )
+
+
+def _read(cubin: bytes) -> tuple[dict[str, int], str]:
+    """What a kernel uses, and its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(name: str, option: str) -> str:
+            command = [os.path.join(TOOLS, name), option, file.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        used = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage"))
+        return {name: int(count) for name, count in used}, tool("nvdisasm", "-c")
+
+
+def _clocks(operations: list[str]) -> float:
+    """That a thread's instructions take, when all pipes are busy: of issue, integers and conversions the longest."""
+    integers, conversions = sum(op in INTEGERS for op in operations), sum(op == "I2F" for op in operations)
+    return max(len(operations) / 128, integers / 64, conversions / 16)
+
+
+def _loop(code: str) -> list[str]:
+    """Instructions of the innermost loop that loads weights: from a label to the branch that leads back to it."""
+    lines, labels, loops = code.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found[1]] = i
+        elif (found := re.search(r"BRA.*`\((\.L_x_\d+)\)", line)) and found[1] in labels:
+            loops.append(lines[labels[found[1]] : i])
+    loop = min((loop for loop in loops if any("LDG.E.128" in line for line in loop)), key=len)
+    pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)"
+    return [found[1] for line in loop if (found := re.search(pattern, line))]
+
+
+def main() -> None:
+    columns = "card", "kernel", "weights", "registers", "128-bit loads", "KB in flight", "instructions a weight"
+    print("| " + " | ".join((*columns, "of the bandwidth")) + " |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arch, card in CARDS.items():
+        for made in compile_all(arch):
+            cells = f"{card.name} (sm_{arch})", made.kernel, made.form, made.registers, made.wide
+            loop = f"{made.in_flight / 1024:.0f}", f"{made.instructions:.1f}", f"{made.fraction:.0%}"
+            print("| " + " | ".join(map(str, (*cells, *loop))) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What `test_cuda_kernels.py` runs under Triton's interpreter. The answers are in float64, by plain PyTorch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from triton.runtime import interpreter
+
+from model.kernels import cuda_glu
+from model.kernels.cuda_glu import CudaGlu
+from model.kernels.cuda_linear import CudaLinear, Tile
+from model.quantization import int4, int8
+from model.weights import FloatExpert, QuantizedMatrix
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
+FORMATS = [("int4", 32), ("int4", 128), ("int8", 0), ("bfloat16", 0)]
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of infinities
+TOLERANCE = 1e-5  # of the largest number: sums of some hundred products in float32
+
+# One program for all of a small expert: they cost a tenth of a second each.
+cuda_glu.DOWN = Tile(128, 8, 4)
+cuda_glu.tile = lambda tokens: cuda_glu.DOWN
+# Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
+interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
+
+
+def quantized(kernel: CudaLinear, floats: Tensor) -> tuple[QuantizedMatrix | None, Tensor]:
+    """As the kernel stores floats, and the float64 that is meant."""
+    if kernel.form == "bfloat16":
+        return None, floats.bfloat16().double()
+    stored = kernel.quantize(floats)
+    meant = int4.dequantize(stored, kernel.group) if kernel.form == "int4" else int8.dequantize(stored)
+    return stored, meant.double()
+
+
+def agree(found: Tensor, exact: Tensor) -> None:
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=TOLERANCE * float(exact.abs().max()) + 1e-30)
+
+
+def on_cpu(form: str, group: int) -> CudaLinear:
+    kernel = CudaLinear(form, group, "cpu")
+    kernel.gemm_dtype = torch.float32
+    return kernel
+
+
+def check_linear(form: str, group: int, tokens: int, inputs: int, outputs: int) -> None:
+    kernel = on_cpu(form, group)
+    stored, meant = quantized(kernel, torch.randn(outputs, inputs))
+    packed = kernel.pack(meant.float()) if stored is None else kernel.load(stored)
+    assert kernel.nbytes(outputs, inputs) == sum(part.nbytes for part in packed[:2]) - 4 * (form == "bfloat16")
+    x = torch.randn(tokens, inputs)
+    agree(kernel.run(kernel.prepare(x), packed), x.double() @ meant.t())
+
+
+@pytest.mark.parametrize(("form", "group"), FORMATS)
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 530, 17), (8, 70, 33), (20, 130, 17)])
+def test_a_matrix(form: str, group: int, tokens: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(tokens)
+    check_linear(form, group, tokens, inputs, outputs)
+
+
+def test_matrices_one_above_the_other() -> None:
+    torch.manual_seed(0)
+    kernel = on_cpu("int4", 32)
+    (first, a), (second, b) = (quantized(kernel, torch.randn(n, 96)) for n in (5, 9))
+    assert first is not None and second is not None
+    x = torch.randn(2, 96)
+    agree(kernel.run(kernel.prepare(x), kernel.load(first, second)), x.double() @ torch.cat((a, b)).t())
+
+
+@dataclass
+class Experts:
+    """A layer's experts as a kernel holds them, and in float64."""
+
+    kernel: CudaGlu
+    held: object
+    exact: list[list[Tensor]]  # w1, v1, and w2 by its outputs
+
+    @classmethod
+    def of(cls, form: str, group: int, count: int, hidden: int, d_model: int, activation: str = "silu") -> Experts:
+        kernel = CudaGlu(on_cpu(form, group), activation)
+        packed, exact = [], []
+        for _ in range(count):
+            floats = FloatExpert(*(torch.randn(hidden, d_model) / d_model**0.5 for _ in range(3)))
+            if form == "bfloat16":
+                packed.append(kernel.pack(floats))
+                exact.append([w.bfloat16().double() for w in (floats.w1, floats.v1, floats.w2.t())])
+            else:
+                stored = kernel.quantize(floats)
+                packed.append(kernel.load(stored))
+                turn = int8.dequantize if form == "int8" else lambda w, group=group: int4.dequantize(w, group)
+                exact.append([turn(matrix).double() for matrix in stored])
+        return cls(kernel, kernel.stack(packed), exact)
+
+    def answer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum in float64, a token and an expert after the other."""
+        out = torch.zeros(x.shape, dtype=torch.float64)
+        for i, token in enumerate(x.double()):
+            for expert, share in zip(ids[i].tolist(), weights[i].double(), strict=True):
+                w1, v1, w2 = self.exact[expert]
+                out[i] += share * (w2 @ (ACTIVATIONS[self.kernel.function](w1 @ token) * (v1 @ token)))
+        return out
+
+    def check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        agree(self.kernel.forward(x, ids, weights, self.held), self.answer(x, ids, weights))
+
+
+def choices(tokens: int, experts: int, top_k: int) -> Tensor:
+    return torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+
+
+@pytest.mark.parametrize(("form", "group"), FORMATS)
+def test_experts(form: str, group: int) -> None:
+    """A number that is not finite reaches all of its own row, and no other."""
+    torch.manual_seed(1)
+    experts = Experts.of(form, group, 5, 38, 70)
+    x, ids, weights = torch.randn(3, 70), choices(3, 5, 2), torch.rand(3, 2)
+    x[1, 69] = torch.inf if form == "int8" else torch.nan
+    found, exact = experts.kernel.forward(x, ids, weights, experts.held), experts.answer(x, ids, weights)
+    agree(found[::2], exact[::2])
+    assert not found[1].isfinite().any()
+
+
+def test_all_of_sixteen_experts_are_chosen() -> None:
+    torch.manual_seed(2)
+    Experts.of("int4", 128, 16, 34, 66).check(torch.randn(4, 66), torch.randperm(16).view(4, 4), torch.rand(4, 4))
+
+
+def test_one_expert_is_chosen_by_all() -> None:
+    torch.manual_seed(3)
+    experts = Experts.of("int4", 32, 3, 34, 66)
+    experts.check(torch.randn(2, 66), torch.full((2, 1), 2), torch.rand(2, 1))
+    experts.check(torch.randn(12, 66), choices(12, 3, 2), torch.rand(12, 2))  # too many for a decode step
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations(activation: str) -> None:
+    torch.manual_seed(3)
+    Experts.of("bfloat16", 0, 2, 20, 48, activation).check(torch.randn(1, 48), choices(1, 2, 1), torch.rand(1, 1))
+
+
+@pytest.mark.parametrize(("form", "group"), FORMATS)
+def test_numbers_that_are_not_finite_stay_in_their_row(form: str, group: int) -> None:
+    torch.manual_seed(4)
+    kernel = on_cpu(form, group)
+    _, meant = quantized(kernel, torch.randn(17, 70))
+    packed, x = kernel.pack(meant.float()), torch.randn(4, 70)
+    x[1, 3], x[2, 69] = torch.nan, torch.inf
+    found = kernel.run((x,), packed)
+    agree(found[::3], x[::3].double() @ torch.cat(list(kernel.floats(packed, torch.float32))).double().t())
+    assert not found[1:3].isfinite().any()
+
+
+@pytest.mark.soak
+def test_random_shapes() -> None:
+    draw = random.Random(0)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        form, group = draw.choice([*FORMATS, ("int4", 64), ("int4", 256)])
+        check_linear(form, group, draw.randint(1, 10), 2 * draw.randint(1, 300), draw.randint(1, 90))
+        count, hidden, d_model = draw.randint(1, 16), 2 * draw.randint(1, 40), 2 * draw.randint(1, 60)
+        tokens, top_k = draw.randint(1, 8), draw.randint(1, count)
+        experts = Experts.of(form, group, count, hidden, d_model, draw.choice(list(ACTIVATIONS)))
+        experts.check(torch.randn(tokens, d_model), choices(tokens, count, top_k), torch.rand(tokens, top_k))
