@@ -21,6 +21,7 @@ from model import hub as models
 from model.errors import ConnectionFault, DbrxError, ModelError
 from model.hub import patience
 
+from .cli import SOON
 from .hub_client import Clients
 from .hub_server import ALWAYS, FakeHub, Fault, Repo, checkpoint, fake_hub
 
@@ -121,7 +122,7 @@ def try_fault(server: FakeHub, name: str, fault: Fault, times: int) -> DbrxError
         models.download(name)
     except DbrxError as fault_told:
         error = fault_told
-    assert time.monotonic() - begun < 8, "no end in time"  # 2 s scaled, on a machine that does a lot at once
+    assert time.monotonic() - begun < SOON, "no end in time"
     if error is not None:
         assert "\n" not in error.message and len(error.message) < 300
         with pytest.raises(ModelError):
@@ -170,7 +171,7 @@ def test_a_server_that_asks_for_too_long_a_pause(inside: FakeHub) -> None:
     begun = time.monotonic()
     with pytest.raises(ConnectionFault, match=r"answered 429 and asks to wait 3600 seconds"):
         models.download(NAME)
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < SOON
 
 
 @pytest.mark.parametrize("flips", [15, pytest.param(300, marks=SOAK)])
@@ -316,7 +317,7 @@ def test_interrupt(server: FakeHub, tmp_path: Path, interrupts: int) -> None:
             os.kill(pid, signal.SIGINT)
             result = clients.wait(pid)
             assert result["status"] in (0, 130) and result["stderr"] == ""
-            assert time.monotonic() - begun < 1
+            assert time.monotonic() - begun < SOON
             server.repos[NAME].faults = []
         result = clients.call("fetch", NAME, to=str(tmp_path / "0"))
     assert all((Path(result["value"]) / f"model-{i:05}-of-00012.safetensors").exists() for i in range(1, 13))
@@ -342,8 +343,8 @@ except KeyboardInterrupt:
     assert flowing.wait(20)
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=10) == ("interrupted\n", "")
-    assert process.returncode == 0 and time.monotonic() - begun < 1.5
+    assert process.communicate(timeout=SOON) == ("interrupted\n", "")
+    assert process.returncode == 0 and time.monotonic() - begun < SOON
 
 
 # The token

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import SOON
 from tests.forks import Forks
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -31,7 +32,7 @@ def flags_of(mode: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_reply_stops_soon(forks: Forks, tiny_checkpoint: Path, tmp_path: Path, mode: str) -> None:
     """Once; with time to spare for other tests that run beside it."""
-    _interrupt(forks, tiny_checkpoint, tmp_path, mode, count=1, limit=2.0)
+    _interrupt(forks, tiny_checkpoint, tmp_path, mode, count=1, limit=SOON)
 
 
 @pytest.mark.soak

@@ -16,14 +16,14 @@ from typing import Any
 import pexpect
 import pytest
 
-from dbrx_cli.engine import Delta, Done, Request, wire
+from dbrx_cli.engine import Delta, Done, Request
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import EngineOptions, OutputOptions
 from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.messages import Message
 from model.sampling import PARAMETERS, SamplingParams
-from tests.cli import ROOT, Cli, environment, start
+from tests.cli import ROOT, SOON, Cli, environment, start
 from tests.stub_server import PIECES, TEXT, Handler, Send, Server, after_pieces, pieces, status
 from tests.test_imports import loaded_by
 
@@ -186,7 +186,7 @@ def test_ctrl_c_keeps_what_came_and_hangs_up(server: Server) -> None:
     assert next(stream) == Delta(PIECES[0], None)
     done = stream.throw(KeyboardInterrupt())
     assert isinstance(done, Done) and (done.text, done.finish_reason) == (PIECES[0], "interrupted")
-    assert server.gone.wait(2)
+    assert server.gone.wait(SOON)
 
 
 def test_what_the_protocol_has_no_words_for(server: Server, cli: Cli) -> None:
@@ -299,7 +299,7 @@ def test_a_fault_is_told_as_it_is(server: Server, cli: Cli, name: str) -> None:
     server.reply, code = FAULTS[name]
     began = time.monotonic()
     result = cli("generate", "--json", "--no-log", "--url", server.url, "hi")
-    assert time.monotonic() - began < wire.FIRST_SECONDS + wire.IDLE_SECONDS + 1.5
+    assert time.monotonic() - began < SOON
     assert result.code == code
     # What came, with the fault beside it, or nothing; and one clear line (beside the notice of which model is taken).
     if result.out:
@@ -386,6 +386,6 @@ def test_ctrl_c_in_the_program(server: Server) -> None:
     assert process.stdout and process.stderr
     first = os.read(process.stdout.fileno(), 7)
     process.send_signal(2)
-    rest, err = process.communicate(timeout=5)
+    rest, err = process.communicate(timeout=SOON)
     assert process.returncode == 130 and (first + rest).decode().startswith("The sea") and err == b""
-    assert server.gone.wait(2)
+    assert server.gone.wait(SOON)

@@ -255,7 +255,7 @@ def test_threads_and_files_go_with_the_network(tiny: Path) -> None:
 
     gc.collect()
     for thread in readers():  # those of other tests
-        thread.join(5)
+        thread.join(20)
     network = streamed(tiny)
     answer(network)
     left = readers()
@@ -263,7 +263,7 @@ def test_threads_and_files_go_with_the_network(tiny: Path) -> None:
     del network
     gc.collect()
     for thread in left:
-        thread.join(5)
+        thread.join(20)
     assert not readers() and not shards()
 
 
