@@ -116,8 +116,8 @@ def alternatives(question: Question) -> Iterator[tuple[str, Question]]:
                 yield f"--offload {offload}", replace(question, options=replace(options, offload=offload))
         prefix, options = "--device-map cpu", replace(options, device_map="cpu", offload="auto", quantize="none")
         yield prefix, replace(question, options=options)
-    schemes = ("none", *SCHEMES)
-    for scheme in schemes[schemes.index(plan.scheme) + 1 :]:
+    schemes = list(SCHEMES)
+    for scheme in schemes[schemes.index(plan.scheme) + 1 if plan.scheme in schemes else 0 :]:
         other = replace(question, options=replace(options, quantize=scheme))
         yield f"{prefix} --quantize {scheme}".lstrip(), other
 

@@ -71,7 +71,7 @@ class DbrxForCausalLM(nn.Module):
         except AttributeError:
             raise absent("DbrxForCausalLM", name) from None
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
         return self.transformer.wte
 

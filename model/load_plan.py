@@ -17,7 +17,7 @@ from .config import DbrxConfig
 from .errors import DbrxError, ModelError, ResourceError
 from .machine import limited
 from .placement import FLOAT_BYTES, Device, Format, KernelFacts, Layer, Machine, Sizes, capacity, format_of, sizes
-from .quantization import DENSE, SCHEMES
+from .quantization import DENSE, GGUF, SCHEMES
 
 if TYPE_CHECKING:
     from .weights import Weights
@@ -39,10 +39,11 @@ class Stored:
     """What the files of a checkpoint hold, as far as a plan depends on it."""
 
     dtype: str = "BF16"  # of most bytes, under safetensors' name
-    scheme: str = "none"  # of the experts: a key of `SCHEMES`
+    scheme: str = "none"  # of the experts: a key of `SCHEMES`, or `GGUF`
     group: int | None = None  # inputs that share a scale, where the scheme has groups
     plain_experts: bool = True  # see `Weights`
     slot: int | None = None  # bytes that hold any expert as it is read; None where the files are not here
+    blocks: Format | None = None  # see `Weights`
 
     @classmethod
     def of(cls, weights: Weights) -> Stored:
@@ -53,7 +54,9 @@ class Stored:
         ids = range(config.ffn_config.moe_num_experts)
         extents = (weights.expert_extents(layer, expert) for layer in range(config.n_layers) for expert in ids)
         dtype = weights.dtypes().most_common(1)[0][0]
-        return cls(dtype, weights.quantization, weights.group, weights.plain_experts, slot_size(extents))
+        return cls(
+            dtype, weights.quantization, weights.group, weights.plain_experts, slot_size(extents), weights.blocks
+        )
 
     @property
     def float_type(self) -> str | None:
@@ -94,7 +97,7 @@ class LoadPlan:
     format: str  # of the weights, such as int4-g128
     dtype: str  # of the activations
     kv_dtype: str  # of cached keys and values
-    scheme: str  # a key of `SCHEMES`, or none
+    scheme: str  # a key of `SCHEMES`, `GGUF`, or none
     kernel: KernelFacts | None  # that the weights are packed for; None: they are tensors, for PyTorch
     converts: bool  # the experts are quantized as they are read
     as_stored: bool  # the experts are computed with in the form that the files hold
@@ -191,6 +194,9 @@ def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: Loa
     """
     machine = _computing(limited(machine, options.max_memory or {}), options.device_map)
     quantize = options.quantize
+    if stored.blocks is not None and _keeps_blocks(stored, machine, options):
+        stored = replace(stored, scheme=GGUF)
+        quantize = "none"
     if quantize == "auto":
         floats = stored.float_type is not None and options.dtype == "auto" and _packs(machine, options)
         quantize = DENSE if floats and options.ranks == 1 else "none"
@@ -216,6 +222,12 @@ def _packs(machine: Machine, options: LoadOptions) -> bool:
     return not machine.gpus and isinstance(options.device_map, str)
 
 
+def _keeps_blocks(stored: Stored, machine: Machine, options: LoadOptions) -> bool:
+    """Whether a GGUF file's blocks are computed in: who names a type, or another form, asks for its numbers."""
+    free = options.quantize in ("auto", "none") and options.dtype == "auto" and options.pack and options.ranks == 1
+    return free and _packs(machine, options) and machine.kernel(GGUF, None, GGUF) is not None
+
+
 def too_large(nbytes: int, form: str) -> ResourceError:
     """Weights of so many bytes in that form find no room."""
     return ResourceError(
@@ -236,19 +248,22 @@ class _Planner:
         packs = _packs(machine, options)
         if scheme != "none" and not packs:
             raise ModelError(*QUANTIZED_ON_GPU)
-        group = stored.group if scheme == stored.scheme and scheme != "none" and SCHEMES[scheme].groups else None
+        has_groups = scheme in SCHEMES and SCHEMES[scheme].groups
+        group = stored.group if scheme == stored.scheme and has_groups else None
         dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
         form = dtype if scheme == "none" else scheme
         wanted = packs and options.ranks == 1 and (options.pack or scheme != "none")
         kernel = machine.kernel(form, group, stored.scheme) if wanted else None
         activations = kernel.dtype if kernel else dtype
         kv_dtype = dtype if scheme == "none" else activations
-        self.layout = format_of(scheme, group) if scheme != "none" else Format.floats(dtype)
         as_stored = stored.float_type if kernel else None  # the embedding, of which rows are read
+        embedding: float = FLOAT_BYTES[as_stored or dtype]
+        if scheme == GGUF and stored.blocks is not None:
+            self.layout, embedding = stored.blocks, stored.blocks.rest
+        else:
+            self.layout = format_of(scheme, group) if scheme != "none" else Format.floats(dtype)
         ranks = options.ranks
-        parts = sizes(
-            config, self.layout, FLOAT_BYTES[activations], FLOAT_BYTES[kv_dtype], FLOAT_BYTES[as_stored or dtype]
-        )
+        parts = sizes(config, self.layout, FLOAT_BYTES[activations], FLOAT_BYTES[kv_dtype], embedding)
         self.parts = replace(parts, dense=parts.dense // ranks, expert=parts.expert // ranks, kv=parts.kv // ranks)
         # Whether what is stored is what is computed with.
         self.same = stored.scheme == scheme and (scheme != "none" or stored.plain_experts)

@@ -18,15 +18,18 @@ from .config import DbrxConfig
 from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
 from .formats import open_weights
+from .formats.dbrx_gguf import BlockWeights, GgufWeights
 from .generation_config import GenerationConfig
 from .hub import resolve
 from .kernels.native_block import decode_natively
 from .kernels.native_call import set_threads
+from .kernels.native_gguf import BlockEmbedding
 from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored, plan_load
 from .machine import free_memory
 from .offload import stream_experts, strip_experts
 from .packing import pack_into, packing_of, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
+from .quantization import GGUF
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -77,12 +80,10 @@ def from_pretrained(
     folder = resolve(name_or_path, revision=revision, token=token)
     with open_weights(folder) as opened:
         changes = read_adapter(adapter, opened.config) if adapter is not None else {}
-        beside = opened.quantization != "none"  # a change that is merged into a coarse grid would be lost
-        if changes and beside and ranks is not None:
+        if changes and opened.quantization != "none" and ranks is not None:
             raise ModelError("an adapter over quantized weights runs on one device only", "leave out --adapter")
-        weights: Weights = AdaptedWeights(opened, changes) if changes and not beside else opened
         plan = plan_here(
-            weights,
+            opened,
             LoadOptions(
                 dtype=_dtype_name(dtype if dtype is not None else torch_dtype),
                 quantize=quantize if ranks is None else "none",
@@ -95,6 +96,10 @@ def from_pretrained(
                 ranks=ranks.size if ranks is not None else 1,
             ),
         )
+        weights: Weights = BlockWeights(opened) if plan.scheme == GGUF and isinstance(opened, GgufWeights) else opened
+        beside = weights.quantization != "none"  # a change that is merged into a coarse grid would be lost
+        if changes and not beside:
+            weights = AdaptedWeights(weights, changes)
         network = _build(cls, plan, weights.config, ranks)
         _read(network, plan, weights if ranks is None else ShardedWeights(weights, ranks), progress)
         if not (changes and beside):  # what lies beside a layer, a native step would not see
@@ -160,6 +165,9 @@ def _read(
     packing = packing_of(plan, weights)
     resident = not plan.streamed
     reading = Reading(weights, progress, experts=resident)
+    if isinstance(weights, BlockWeights) and (embedding := weights.block_matrix(EMBEDDING)):
+        network.transformer.wte = BlockEmbedding(embedding)
+        reading.advance(weights.nbytes_of(EMBEDDING))
     _read_tensors(network, plan, reading)
     if packing is not None:
         pack_into(network, weights, packing, reading.advance, experts=resident)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .experts import PackedExperts, packed_expert
+from .formats.dbrx_gguf import BlockWeights
 from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
-from .quantization import DENSE, SCHEMES
+from .kernels.native_gguf import NativeGguf
+from .quantization import DENSE, GGUF, SCHEMES
 from .safetensors_file import damaged
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ KEPT = 2**27  # bytes that may stay free at the end of the heap
 class Packing(NamedTuple):
     """The kernels of a network: one for the experts, one for attention and head."""
 
-    quantize: str  # none, or a key of `SCHEMES`
+    quantize: str  # none, `GGUF`, or a key of `SCHEMES`
     experts: GluExpertKernel
     dense: LinearKernel
     kv_dtype: torch.dtype | None = None  # of the cached keys and values, where not the activations'
@@ -61,8 +63,12 @@ def packing_of(plan: LoadPlan, weights: Weights) -> Packing | None:
     if plan.kernel is None:
         return None
     activation = str(weights.config.ffn_config.activation)
+    dense: LinearKernel | None
+    experts: LinearKernel | None
     if plan.scheme == "none":
         dense = experts = choose(plan.format)
+    elif plan.scheme == GGUF and weights.blocks is not None:
+        dense, experts = NativeGguf(weights.blocks.linear), NativeGguf(weights.blocks.experts)
     else:
         kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
         dense, experts = choose(DENSE), choose(plan.scheme, weights.group if kept else None)
@@ -136,6 +142,9 @@ def at_once(weights: Weights, room: int) -> int:
 def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any, ...]:
     if isinstance(weights, QuantizedWeights) and kernel.quantization == DENSE:
         return kernel.load(weights.quantized_matrix(name))
+    if isinstance(weights, BlockWeights):
+        stored = weights.block_matrix(name)
+        return kernel.load(stored) if stored else kernel.pack(weights.read_exactly(name))
     return kernel.pack(weights.read(name))
 
 

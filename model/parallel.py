@@ -11,7 +11,7 @@ import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -160,7 +160,8 @@ class ShardedWeights(WrappedWeights):
         return FloatExpert(*(matrix[self._ranks.part(len(matrix))] for matrix in whole))
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
-        w1, v1, w2 = self._whole.quantized_expert(layer, expert, data)
+        stored = self._whole.quantized_expert(layer, expert, data)
+        w1, v1, w2 = cast("QuantizedExpert", stored)  # blocks are not split over ranks
         hidden = self._ranks.part(len(w1.values))
         return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self._ranks))
 

@@ -22,7 +22,7 @@ class Format:
     name: str
     experts: float
     linear: float  # attention's projections and the head
-    rest: int  # embedding, router, norms, where they are not told apart
+    rest: float  # embedding, router, norms, where they are not told apart
 
     @classmethod
     def floats(cls, dtype: str) -> Format:
@@ -79,7 +79,7 @@ def sizes(
     format: Format,
     activation: int | None = None,
     kv: int | None = None,
-    embedding: int | None = None,
+    embedding: float | None = None,
 ) -> Sizes:
     """Bytes of a network's parts.
 
@@ -88,17 +88,17 @@ def sizes(
     """
     d, ffn = config.d_model, config.ffn_config
     kv_size = config.attn_config.kv_n_heads * config.head_dim
-    activation = activation or format.rest
+    activation = activation or round(format.rest)
     widest = max(config.d_model + 2 * kv_size, 3 * ffn.ffn_hidden_size)
     return Sizes(
-        embedding=config.vocab_size * d * (embedding or format.rest),
+        embedding=round(config.vocab_size * d * (embedding or format.rest)),
         head=round(config.vocab_size * d * format.linear) + d * activation,
         dense=round((2 * d + 2 * kv_size) * d * format.linear) + (ffn.moe_num_experts + 2) * d * activation,
         expert=round(3 * ffn.ffn_hidden_size * d * format.experts),
         n_layers=config.n_layers,
         n_experts=ffn.moe_num_experts,
         top_k=ffn.moe_top_k,
-        kv=2 * kv_size * (kv or format.rest),
+        kv=2 * kv_size * (kv or round(format.rest)),
         # The residual stream and its copies, the widest intermediate result in float32, one row of logits.
         buffers=CHUNK * (6 * d * activation + 4 * widest) + 4 * config.vocab_size,
     )

@@ -26,12 +26,13 @@ from .config import DbrxConfig
 from .experts import PackedExperts
 from .formats import open_weights
 from .formats.write_quantized import Writer
-from .kernels import GluExpertKernel, PackedLinear
+from .kernels import GluExpertKernel, LinearKernel, PackedLinear, choose, experts_of
 from .kv_cache import KVCache
 from .placement import FORMATS
 from .prefill import prefill
+from .quantization import BLOCKS, DENSE, GGUF
 from .speed import Rates
-from .weights import FloatExpert, QuantizedExpert, QuantizedMatrix
+from .weights import BlockExpert, BlockMatrix, FloatExpert, QuantizedExpert, QuantizedMatrix
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
 NBYTES = 2**27  # of the weights that are read: much more than a processor's cache holds
@@ -39,13 +40,23 @@ ROUNDS = 12
 
 
 def measure(config: DbrxConfig, format: str, streamed: bool = False, nbytes: int = NBYTES) -> Rates:
-    """The rates of a format in `placement.FORMATS` for networks like `config`, with experts in memory or streamed."""
+    """The rates of a format in `placement.FORMATS` or of a GGUF file's blocks.
+
+    For networks like `config`, with experts in memory or streamed.
+    """
     with tempfile.TemporaryDirectory(prefix="dbrx-plan-") as folder, torch.inference_mode():
-        network = _tiny(config, format, streamed, Path(folder))
-        kernel = cast(GluExpertKernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
+        # A file's blocks are computed with like int8, but for the products.
+        network = _tiny(config, DENSE if format in BLOCKS else format, streamed, Path(folder))
+        if format in BLOCKS:
+            linear = choose(GGUF)
+            assert linear is not None  # the plan asked the same
+            kernel, dense = experts_of(linear, "silu"), _dense_blocks(config, format, linear, nbytes)
+        else:
+            kernel = cast(GluExpertKernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
+            dense = _dense(config, network, nbytes)
         experts, packing = _experts(config, format, kernel, network.dtype, nbytes)
         return Rates(
-            dense=_dense(config, network, nbytes),
+            dense=dense,
             experts=experts,
             layer=_step(network) / LAYERS,
             arrival=packing if streamed else 0.0,
@@ -80,18 +91,25 @@ def _experts(
     config: DbrxConfig, format: str, kernel: GluExpertKernel, dtype: torch.dtype, nbytes: int
 ) -> tuple[float, float]:
     """Bytes a second of the experts of a token, and the seconds a byte that it takes to pack one."""
-    top_k, per_weight = config.ffn_config.moe_top_k, FORMATS[format].experts
+    top_k, block = config.ffn_config.moe_top_k, BLOCKS.get(format)
+    per_weight = block.nbytes / block.inputs if block else FORMATS[format].experts
     width, hidden = config.d_model, config.ffn_config.ffn_hidden_size
     largest = nbytes / top_k / per_weight
     if 3 * width * hidden > largest:
-        width = max(128, int(width * sqrt(largest / (3 * width * hidden))) // 128 * 128)
-        hidden = max(32, config.ffn_config.ffn_hidden_size * width // config.d_model // 32 * 32)
+        width = max(256, int(width * sqrt(largest / (3 * width * hidden))) // 256 * 256)
+        least = block.inputs if block else 32
+        hidden = max(least, config.ffn_config.ffn_hidden_size * width // config.d_model // least * least)
     size = 3 * width * hidden * per_weight
     floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
     stored = kernel.quantize(floats) if format.startswith("int") else None
+    sides = (hidden, width), (hidden, width), (width, hidden)
     held, packing = [], []
     for _ in range(max(top_k, int(nbytes / size))):
-        mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)
+        mine: FloatExpert | QuantizedExpert | BlockExpert
+        if block:
+            mine = BlockExpert(*(_blocks(format, *each) for each in sides))
+        else:
+            mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)
         start = time.perf_counter()
         held.append(kernel.pack(mine) if isinstance(mine, FloatExpert) else kernel.load(mine))
         packing.append(time.perf_counter() - start)
@@ -111,6 +129,19 @@ def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
         run = PackedLinear(packing.dense, packing.dense.pack(matrix))
     x = torch.randn(1, width, dtype=network.dtype)
     return matrix.numel() * itemsize / _median(lambda _: run(x))
+
+
+def _dense_blocks(config: DbrxConfig, kind: str, kernel: LinearKernel, nbytes: int) -> float:
+    """The same of a file's blocks of one kind."""
+    matrix = _blocks(kind, nbytes * BLOCKS[kind].inputs // BLOCKS[kind].nbytes // config.d_model, config.d_model)
+    run, x = PackedLinear(kernel, kernel.load(matrix)), torch.randn(1, config.d_model)
+    return matrix.values.numel() / _median(lambda _: run(x))
+
+
+def _blocks(kind: str, rows: int, columns: int) -> BlockMatrix:
+    """Bytes that are in memory, as zeros need not be."""
+    values = torch.ones(rows, columns // BLOCKS[kind].inputs * BLOCKS[kind].nbytes, dtype=torch.uint8)
+    return BlockMatrix(values, kind)
 
 
 def _random(rows: int, columns: int) -> Tensor:

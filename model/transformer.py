@@ -124,7 +124,7 @@ class DbrxModel(nn.Module):
         self.config = config
         # Given weights, since to draw some on the meta device PyTorch imports its compiler, which takes a second.
         empty = torch.empty(config.vocab_size, config.d_model)
-        self.wte = nn.Embedding(config.vocab_size, config.d_model, _weight=empty)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.d_model, _weight=empty)
         self.blocks = nn.ModuleList(DbrxBlock(config, i) for i in range(config.n_layers))
         self.norm_f = nn.LayerNorm(config.d_model, EPS, bias=False)
         self.at_once: AllBlocks | None = None  # all blocks, for the steps that it takes
@@ -144,7 +144,7 @@ class DbrxModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where input ids belong."""
-        return self.wte.weight.device
+        return cast("Tensor", self.wte.weight).device
 
     def forward(
         self,

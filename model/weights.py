@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .checkpoint import Checkpoint
+    from .placement import Format
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ class QuantizedExpert(NamedTuple):
     w2: QuantizedMatrix
 
 
+class BlockMatrix(NamedTuple):
+    """A matrix [out, in] in ggml's blocks of a kind in `BLOCKS`: values uint8 [out, bytes of a row]."""
+
+    values: Tensor
+    kind: str
+
+
+class BlockExpert(NamedTuple):
+    """One expert in ggml's blocks, each matrix by its outputs, like `QuantizedExpert`."""
+
+    w1: BlockMatrix
+    v1: BlockMatrix
+    w2: BlockMatrix
+
+
 class Weights(Protocol):
     """An opened and checked set of weights; a context manager. Nothing but headers is read by opening it."""
 
@@ -61,6 +77,10 @@ class Weights(Protocol):
     source: Path  # what messages name: the folder, or the file
     quantization: str  # how the experts are stored: "none" for a float type, else int8, int4, ...
     plain_experts: bool  # `expert` gives views of the stored bytes: who keeps these has the expert
+
+    @property
+    def blocks(self) -> Format | None:
+        """Bytes a weight in a GGUF file's blocks, if kernels can compute in them (`formats.dbrx_gguf`)."""
 
     @property
     def group(self) -> int | None:
@@ -80,8 +100,10 @@ class Weights(Protocol):
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         """One expert, from the mapped file or from `data`: uint8 tensors with the bytes of its extents, in order."""
 
-    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
-        """The same as it is stored, where `quantization` is int8 or int4; `ValueError` elsewhere."""
+    def quantized_expert(
+        self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
+    ) -> QuantizedExpert | BlockExpert:
+        """The same as it is stored, in the scheme that `quantization` names; `ValueError` where it names none."""
 
     def dtypes(self) -> Counter[str]:
         """Bytes by stored type, under safetensors' names ("BF16")."""
@@ -100,6 +122,7 @@ class Weights(Protocol):
 class CheckpointWeights:
     """What formats share whose tensors lie in a folder of safetensors."""
 
+    blocks: Format | None = None
     group: int | None = None
     _checkpoint: Checkpoint
 
@@ -128,6 +151,7 @@ class WrappedWeights:
         self.quantization = whole.quantization
         self.group = whole.group
         self.plain_experts = whole.plain_experts
+        self.blocks = whole.blocks
         self._whole = whole
 
     def nbytes_of(self, name: str) -> int:
@@ -139,7 +163,9 @@ class WrappedWeights:
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         return self._whole.expert(layer, expert, data)
 
-    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
+    def quantized_expert(
+        self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
+    ) -> QuantizedExpert | BlockExpert:
         return self._whole.quantized_expert(layer, expert, data)
 
     def dtypes(self) -> Counter[str]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quantize
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, dequantize, quantize
 from numpy.typing import NDArray
 
+from model.quantization import BLOCKS
+from tests.make_native_vectors import HALVES, blocks
 from tests.weights import make_weights
 
 # Every dimension differs and is a multiple of a block of 32.
@@ -61,10 +63,12 @@ def write_gguf(
     split: int = 0,
     values: dict[str, Any] | None = None,
     arch: str = "dbrx",
+    others: dict[str, str] | None = None,
 ) -> Path:
     """Write a file (with `split` tensors a part, several) and return the path of the first.
 
-    `values` take the place of those that belong there, by key without the architecture; None leaves one out.
+    `values` take the place of those that belong there, by key without the architecture; None leaves one out. `others`:
+    another kind for tensors by the end of their names.
     """
     attn, ffn = config["attn_config"], config["ffn_config"]
     writer = GGUFWriter(path, arch, split_max_tensors=split)
@@ -82,13 +86,26 @@ def write_gguf(
             writer.add_key_value(f"{arch}.{key}", value, kinds[type(value)])
     add_tokenizer(writer, config["vocab_size"])
     for name, value in tensors(config, seed).items():
-        to = GGMLQuantizationType.F32 if "norm" in name or "gate_inp" in name else GGMLQuantizationType[kind.upper()]
-        writer.add_tensor(name, quantize(value, to), raw_dtype=to)
+        mine = next((other for end, other in (others or {}).items() if name.endswith(end)), kind)
+        to = GGMLQuantizationType.F32 if "norm" in name or "gate_inp" in name else GGMLQuantizationType[mine.upper()]
+        writer.add_tensor(name, packed(value, to, len(name)), raw_dtype=to)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path if split == 0 else min(path.parent.glob(f"{path.stem}-*"))
+
+
+def packed(value: NDArray[np.float32], to: GGMLQuantizationType, seed: int) -> NDArray[Any]:
+    """Floats in a type; what the package cannot make is random bytes of about the same size."""
+    try:
+        return quantize(value, to)
+    except NotImplementedError:
+        made = blocks(seed, to.name, value.size // value.shape[-1], value.shape[-1])
+        shift = round(np.log2(value.std() / dequantize(made, to).std()))
+        for half in HALVES[to.name]:  # the exponent of a float of 16 bits begins at the third bit of its upper byte
+            made.reshape(-1)[half + 1 :: BLOCKS[to.name].nbytes] += np.uint8(4 * shift % 256)
+        return made.reshape(*value.shape[:-1], -1)
 
 
 def add_tokenizer(writer: GGUFWriter, vocab: int) -> None:

@@ -16,19 +16,26 @@ from math import erf, inf
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
-from model.quantization import int4, int8
+from model.native.abi import Format
+from model.quantization import BLOCKS, int4, int8
 
 PATH = Path(__file__).parent.parent / "model" / "native" / "vectors.bin"
 F32, BF16, INT8, INT4 = range(4)
-NAMES = ("f32", "bf16", "int8", "int4")
-LINEAR, HEAD, EXPERTS, STEP, QUANTIZE = range(5)
+NAMES = {int(form): form.name.lower() for form in Format}
+HALVES = {  # bytes of a block in which a float of 16 bits begins
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+LINEAR, HEAD, EXPERTS, STEP, QUANTIZE, ROW = range(6)
 # Of a row's norm, up to so many rows and beyond: activations have 16 bits, or 8 with a scale for each group; many rows
 # may be rounded to bfloat16, or to 8 bits. A number that is left out, or taken twice, is 5 % or more, but for peaks.
 GEMV_ROWS = 16
 TOLERANCE = {F32: (1e-5, 1e-5), BF16: (1e-5, 5e-3), INT8: (1e-3, 1e-2), INT4: (1e-2, 1e-2)}
+TOLERANCE |= {int(Format[kind]): (1e-3, 1e-3) for kind in BLOCKS}
 _streams = count(1000, 1000)
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -94,6 +101,9 @@ class Shape:
             values = (random(stream, n) >> np.uint64(56)).astype(np.uint8).view(np.int8).reshape(sides)
             scale = (np.float32(2) + uniform(stream + 1, self.outputs)) / np.float32(256)
             return values.astype(np.float64) * scale.astype(np.float64)[:, None]
+        if self.format > INT4:
+            kind = Format(self.format).name
+            return gguf.dequantize(blocks(stream, kind, *sides), gguf.GGMLQuantizationType[kind]).astype(np.float64)
         groups = -(-self.inputs // self.group)
         packed = (random(stream, n // 2) >> np.uint64(56)).astype(np.uint8)
         levels = np.stack((packed & 15, packed >> 4), axis=-1).reshape(sides).astype(np.float64)
@@ -103,6 +113,15 @@ class Shape:
 
     def _spread(self, parts: Any) -> Floats:
         return np.repeat(parts.astype(np.float64), self.group, axis=1)[:, : self.inputs]
+
+
+def blocks(stream: int, kind: str, outputs: int, inputs: int) -> Any:
+    """Random bytes; floats of 16 bits are between 2^-6 and 2^-5, with either sign."""
+    block = BLOCKS[kind]
+    made = (random(stream, outputs * inputs // block.inputs * block.nbytes) >> np.uint64(56)).astype(np.uint8)
+    for half in HALVES[kind]:
+        made[half + 1 :: block.nbytes] = made[half + 1 :: block.nbytes] & 0x83 | 0x24
+    return made.reshape(outputs, -1)
 
 
 def shape(form: int, outputs: int, inputs: int, group: int = 32) -> Shape:
@@ -264,6 +283,12 @@ def quantize(floats_: Shape, to: Shape, scaled: bool) -> bytes:
     return case(f"quantize {floats_} to {NAMES[to.format]}", QUANTIZE, 1e-2, *parts)
 
 
+def row(matrix: Shape, at: int) -> bytes:
+    stream = next(_streams)
+    parts = matrix.pack(), numbers(stream, at), floats(matrix.numbers(stream)[at])
+    return case(f"row of {matrix}", ROW, 0, *parts)
+
+
 def cases() -> Iterator[bytes]:
     """All calls, with odd sizes, few and many rows, every format."""
     for form in (F32, BF16, INT8, INT4):
@@ -290,6 +315,13 @@ def cases() -> Iterator[bytes]:
         for to in (shape(INT8, 12, 80), shape(INT4, 12, 80), shape(INT4, 12, 80, group=64)):
             for transposed in (False, True):
                 yield quantize(Shape(form, 12, 80, transposed), to, scaled=transposed)
+    yield experts(int(Format.Q4_K), 1, d=256, hidden=256, n_experts=3, top_k=2)
+    yield experts(int(Format.Q8_0), 17, d=64, hidden=96, n_experts=3, top_k=2)
+    for kind, block in BLOCKS.items():
+        form, inputs = int(Format[kind]), 512 if block.inputs == 256 else 288  # whole spans of 256, and not
+        for n in (1, 4, 17):
+            yield linear(shape(form, 7, inputs), n, peaks=n == 4)
+        yield row(shape(form, 2, block.inputs), 1)
 
 
 def main() -> None:

@@ -220,9 +220,9 @@ def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
 
 
 def test_the_command_line(tmp_path: Path, cli: Cli) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "q8_0")
+    path = write_gguf(tmp_path / "m.gguf", "mxfp4")
     ran = cli("generate", "-m", path, "-n", "5", "-t", "0", "hello")
-    assert ran.code == 0 and "the files hold Q8_0 weights, which become bfloat16" in ran.err
+    assert ran.code == 0 and "the files hold MXFP4 weights, which become bfloat16" in ran.err
     assert cli("generate", "-m", path, "-n", "5", "-t", "0", "hello", "--dtype", "float32", "-q").err == ""
     assert cli("tokenize", "-m", path, "hello").out.split() == ["259"]
     ran = cli("generate", "-m", tmp_path / "gone.gguf", "hello")

@@ -88,7 +88,7 @@ def test_the_recorded_answers_are_what_numpy_finds() -> None:
     """Words that differ are floats that differ in their last digits: numpy may use another library elsewhere."""
     kept = np.fromfile(make_native_vectors.PATH, np.int32)
     made = np.frombuffer(b"".join(make_native_vectors.cases()), np.int32)
-    assert len(kept) == len(made) and make_native_vectors.PATH.stat().st_size < 200_000
+    assert len(kept) == len(made) and make_native_vectors.PATH.stat().st_size < 250_000
     differ = kept != made
     np.testing.assert_allclose(kept[differ].view(np.float32), made[differ].view(np.float32), rtol=1e-4, atol=1e-5)
 

@@ -174,7 +174,7 @@ def test_the_prediction_by_hand() -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4-g128"])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4-g128", "Q4_K"])
 def test_rates_of_each_format(format: str, streamed: bool) -> None:
     config = replace(official(), ffn_config=replace(official().ffn_config, moe_num_experts=4))
     found = measure(config, format, streamed, nbytes=2**21)

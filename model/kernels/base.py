@@ -23,7 +23,7 @@ class LinearKernel(Protocol):
     """A matrix [outputs, inputs] and its product with activations. Stateless: one object serves all matrices."""
 
     name: str  # what `doctor` and `bench` show
-    quantization: str  # a key of `SCHEMES`, or "none"
+    quantization: str  # a key of `SCHEMES`, `GGUF`, or "none"
     group: int  # inputs that share a scale, where the scheme has groups
     dtype: torch.dtype  # of the activations that go in and come out
     keeps_nan: bool  # whether numbers that are not finite come out as such
@@ -31,11 +31,11 @@ class LinearKernel(Protocol):
     def pack(self, *weights: Tensor) -> Packed:
         """From floats [outputs, inputs], stacked one below the other; where it reads them as they lie, no copy."""
 
-    def quantize(self, weight: Tensor) -> QuantizedMatrix:
-        """Floats [outputs, inputs] as they are stored."""
+    def quantize(self, weight: Tensor) -> Any:
+        """Floats [outputs, inputs] as they are stored, for `load`."""
 
-    def load(self, *stored: QuantizedMatrix) -> Packed:
-        """The same from stored matrices."""
+    def load(self, *stored: Any) -> Packed:
+        """From stored matrices: of `GGUF` `BlockMatrix`, of others `QuantizedMatrix`."""
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Bytes of a packed matrix."""
@@ -57,7 +57,7 @@ class GluExpertKernel(Protocol):
     """One way to hold an expert and to compute with it. Without state of a layer: one object serves them all."""
 
     name: str  # what `doctor` and `bench` show
-    quantization: str  # the stored form that `load` takes, a key of `SCHEMES`; "none" has no `load`
+    quantization: str  # the stored form that `load` takes, a key of `SCHEMES` or `GGUF`; "none" has no `load`
     reads_stored: bool  # packed, an expert is what is stored, where it lies: `pack` and `load` copy nothing
 
     def pack(self, expert: FloatExpert) -> Packed:
@@ -66,8 +66,8 @@ class GluExpertKernel(Protocol):
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
         """An expert as it is stored."""
 
-    def load(self, stored: QuantizedExpert) -> Packed:
-        """The same from an expert that is stored quantized."""
+    def load(self, stored: Any) -> Packed:
+        """From an expert that is stored quantized: of `GGUF` a `BlockExpert`, of others a `QuantizedExpert`."""
 
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
         """Bytes of a packed expert of that size; itemsize: of the floats it is packed from."""

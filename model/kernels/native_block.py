@@ -16,7 +16,7 @@ from ..native.tensors import Experts, address
 from ..transformer import EPS, DbrxBlock, Step
 from .linear import PackedLinear
 from .native_call import ACTIVATIONS, CALL, float_matrix, function
-from .native_linear import NativeLinear
+from .native_linear import NativeProducts
 
 if TYPE_CHECKING:
     from ..causal_lm import DbrxForCausalLM
@@ -138,7 +138,7 @@ def decode_natively(network: DbrxForCausalLM) -> None:
     for i, block in enumerate(typed("Iterator[DbrxBlock]", blocks)):
         attn = block.norm_attn_norm.attn
         linears: list[nn.Module] = [attn.Wqkv, attn.out_proj]
-        if all(isinstance(each, PackedLinear) and isinstance(each.kernel, NativeLinear) for each in linears):
+        if all(isinstance(each, PackedLinear) and isinstance(each.kernel, NativeProducts) for each in linears):
             blocks[i] = NativeBlock(block, network.config)
     native = [block for block in blocks if isinstance(block, NativeBlock) and block.held is not None]
     if len(native) == len(blocks):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..native.tensors import Experts
 from ..quantization.equalize import equalizer
 from .base import Packed
 from .native_call import ACTIVATIONS, CALL, function, quantize, room
+from .native_gguf import NativeGguf
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class NativeGlu:
 
     reads_stored = True
 
-    def __init__(self, linear: NativeLinear, activation: str) -> None:
+    def __init__(self, linear: NativeLinear | NativeGguf, activation: str) -> None:
         self.linear = linear
         self.activation = ACTIVATIONS[activation]
         self.name = linear.name
@@ -55,7 +56,7 @@ class NativeGlu:
             quantize(form, group, w2, column_scale=number, made=to[2]),
         )
 
-    def load(self, stored: QuantizedExpert) -> Packed:
+    def load(self, stored: Any) -> Packed:
         return self.linear.load(*stored)
 
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:

@@ -14,11 +14,28 @@ from .base import Packed, Rows, check_scales, paired
 from .native_call import CALL, float_matrix, function, quantize, quantized_matrix
 
 
-class NativeLinear:
-    """A matrix of float32 or bfloat16, or in one of `SCHEMES`; packed, it is a `Matrix` for each that was given."""
+class NativeProducts:
+    """Products with packed matrices: a `Matrix` for each that was given."""
 
     dtype = torch.float32
     keeps_nan = True
+
+    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
+        return (x.float().contiguous(),)
+
+    def run(self, x: Rows, packed: Packed) -> Tensor:
+        products = [_product(x[0], each) for each in packed]
+        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
+
+    def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
+        (rows,) = self.prepare(x)
+        if len(matrices) == 1:
+            return self.run((rows,), matrices[0])
+        return torch.cat([self.run((row,), packed) for row, packed in paired(torch.split(rows, 1), matrices)])
+
+
+class NativeLinear(NativeProducts):
+    """A matrix of float32 or bfloat16, or in one of `SCHEMES`."""
 
     def __init__(self, form: str, group: int = 0) -> None:
         self.form = form
@@ -45,19 +62,6 @@ class NativeLinear:
         if self.quantization == "none":
             return int(getattr(torch, self.form).itemsize) * outputs * inputs
         return SCHEMES[self.form].nbytes(self.group, outputs, inputs)
-
-    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        return (x.float().contiguous(),)
-
-    def run(self, x: Rows, packed: Packed) -> Tensor:
-        products = [_product(x[0], each) for each in packed]
-        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
-
-    def each(self, x: Tensor, matrices: Sequence[Packed]) -> Tensor:
-        (rows,) = self.prepare(x)
-        if len(matrices) == 1:
-            return self.run((rows,), matrices[0])
-        return torch.cat([self.run((row,), packed) for row, packed in paired(torch.split(rows, 1), matrices)])
 
 
 def _product(x: Tensor, matrix: Matrix) -> Tensor:

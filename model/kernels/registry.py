@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..placement import KernelFacts
-from ..quantization import DENSE, SCHEMES, int4, int8
+from ..quantization import DENSE, GGUF, SCHEMES, blocks, int4, int8
 from .base import GluExpertKernel, LinearKernel, Packed
+from .native_gguf import NativeGguf
 from .native_glu import NativeGlu
 from .native_linear import NativeLinear
 from .torch_floats import OneDnnKernel, RowMajorKernel
@@ -22,7 +23,7 @@ from .torch_int4 import AtenInt4, PlainInt4
 from .torch_int8 import SUMMED_QMAX, AtenInt8, FbgemmKernel
 from .torch_stored import StoredInt8Glu
 
-# The last of each runs everywhere.
+# The last of each runs everywhere, but that of GGUF's blocks: without it they become floats.
 KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
     "float32": (partial(NativeLinear, "float32"), partial(OneDnnKernel, torch.float32)),
     "bfloat16": (
@@ -32,8 +33,11 @@ KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
     ),
     "int8": (partial(NativeLinear, "int8"), FbgemmKernel, partial(FbgemmKernel, SUMMED_QMAX), AtenInt8),
     "int4": (partial(NativeLinear, "int4"), AtenInt4, PlainInt4),
+    GGUF: (NativeGguf,),
 }
-DEQUANTIZE: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"int8": int8.dequantize, "int4": int4.dequantize})
+DEQUANTIZE: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {"int8": int8.dequantize, "int4": int4.dequantize, GGUF: blocks.dequantize}
+)
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 )
@@ -49,7 +53,7 @@ def choose(name: str, group: int | None = None) -> LinearKernel | None:
 
 def experts_of(linear: LinearKernel, activation: str) -> GluExpertKernel:
     """The kernel of whole experts that lie in memory, for one of matrices."""
-    if isinstance(linear, NativeLinear):
+    if isinstance(linear, NativeLinear | NativeGguf):
         return NativeGlu(linear, activation)
     return LinearsGlu(linear, ACTIVATIONS[activation])
 
@@ -110,5 +114,5 @@ def _both(kernel: LinearKernel, weight: Tensor) -> tuple[Packed, Tensor]:
     if kernel.quantization == "none":
         return kernel.pack(weight), weight
     stored = kernel.quantize(weight)
-    settings = (kernel.group,) if SCHEMES[kernel.quantization].groups else ()
+    settings = (kernel.group,) if kernel.group else ()
     return kernel.load(stored), DEQUANTIZE[kernel.quantization](stored, *settings)

@@ -16,7 +16,7 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any
 
-ABI = 2
+ABI = 3
 GEMV_MAX_ROWS = 16
 
 
@@ -24,6 +24,10 @@ class Format(IntEnum):
     """How a matrix's numbers are stored."""
 
     F32, BF16, INT8, INT4 = range(4)
+    # ggml's blocks: 256 and ggml's number of a type
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 258, 259, 262, 263, 264
+    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = range(266, 271)
+    IQ4_NL, IQ4_XS = 276, 279
 
 
 class Activation(IntEnum):
@@ -131,6 +135,7 @@ CALLS: dict[str, tuple[Any, ...]] = {  # what is taken; all return whether it fa
     "dbrx_attend": (c_void_p, _block, c_int64, _kv, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "dbrx_step": (c_void_p, _block, c_int32, c_int64, _kv, c_void_p, c_void_p, c_void_p, c_void_p),
     "dbrx_head": (c_void_p, c_void_p, c_float, _matrix, c_void_p, c_int64, c_void_p),
+    "dbrx_rows": (c_void_p, _matrix, c_void_p, c_int64, c_void_p),
     "dbrx_quantize": (c_void_p, _matrix, c_void_p, c_void_p, _matrix),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..quantization import BLOCKS
 from .abi import Expert, Format, Matrix
 
 GROUPS = (32, 64, 128, 256)  # inputs of int4 that share scale and zero point
@@ -63,6 +64,21 @@ def matrix(
         raise ValueError(f"a matrix of {outputs} x {inputs} is too large")
     found.outputs, found.inputs = outputs, inputs
     found.parts = values, scale, zero
+    return found
+
+
+def block_matrix(values: Tensor, kind: str) -> Matrix:
+    """A matrix in ggml's blocks of a kind in `BLOCKS`: values uint8 [outputs, bytes of a row]."""
+    outputs, nbytes = values.shape
+    blocks, rest = divmod(nbytes, BLOCKS[kind].nbytes)
+    if rest:
+        raise ValueError(f"rows of {nbytes} bytes are no whole blocks of {kind}")
+    inputs = blocks * BLOCKS[kind].inputs
+    if max(outputs, inputs) > LARGEST:
+        raise ValueError(f"a matrix of {outputs} x {inputs} is too large")
+    at = address(values, torch.uint8, outputs, nbytes)
+    found = Matrix(format=Format[kind], outputs=outputs, inputs=inputs, values=at)
+    found.parts = (values,)
     return found
 
 

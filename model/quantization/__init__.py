@@ -1,6 +1,7 @@
 """Numbers: what is stored of a matrix in few bits, and how it is fitted to the floats. Products are in `kernels/`.
 
-`SCHEMES` is the only list of the forms, for checkpoints, plans, kernels and flags. Imports without torch.
+`SCHEMES` is the only list of the forms that are made here, for checkpoints, plans, kernels and flags; `BLOCKS` that of
+the forms that llama.cpp makes and kernels compute with. Imports without torch.
 """
 
 from __future__ import annotations
@@ -51,6 +52,33 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "int4": Scheme(4, {"weight": "U8", "scale": "BF16", "zero": "BF16"}, groups=(32, 64, 128, 256)),
     }
 )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of ggml's types: so many inputs of an output lie together, with their scales."""
+
+    inputs: int
+    nbytes: int
+
+
+BLOCKS: Mapping[str, Block] = MappingProxyType(
+    {
+        "Q4_0": Block(32, 18),
+        "Q4_1": Block(32, 20),
+        "Q5_0": Block(32, 22),
+        "Q5_1": Block(32, 24),
+        "Q8_0": Block(32, 34),
+        "IQ4_NL": Block(32, 18),
+        "Q2_K": Block(256, 84),
+        "Q3_K": Block(256, 110),
+        "Q4_K": Block(256, 144),
+        "Q5_K": Block(256, 176),
+        "Q6_K": Block(256, 210),
+        "IQ4_XS": Block(256, 136),
+    }
+)
+GGUF = "gguf"  # the scheme of weights that stay in a GGUF file's blocks, of one type or several
 DENSE = "int8"  # of attention and head, whatever the experts have
 
 

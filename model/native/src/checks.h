@@ -6,7 +6,7 @@
 #include <initializer_list>
 #include <stdexcept>
 
-#include "dbrx.h"
+#include "formats/blocks.h"
 
 namespace dbrx {
 
@@ -25,9 +25,20 @@ inline bool fits(int64_t rows, int64_t columns) {
     return 0 < rows && rows <= LARGEST && 0 < columns && columns <= LARGEST && rows <= MOST / columns;
 }
 
+inline bool is_blocks(const dbrx_matrix &m) { return m.format >= DBRX_Q4_0; }
+
+inline void check_blocks(const dbrx_matrix &m) {
+    with_blocks(m, [&](auto type) {
+        require(m.format == type.FORMAT, "a matrix has an unknown format");
+        require(m.inputs % type.INPUTS == 0, "a matrix's rows are no whole blocks");
+    });
+    require(!m.transposed, "only matrices of floats can be transposed");
+}
+
 inline void check(const dbrx_matrix &m) {
     require(fits(m.outputs, m.inputs), "a matrix is empty, or too large");
     require(m.values, "a matrix has no values");
+    if (is_blocks(m)) return check_blocks(m);
     require(m.format >= DBRX_F32 && m.format <= DBRX_INT4, "a matrix has an unknown format");
     require(!m.transposed || is_float(m), "only matrices of floats can be transposed");
     require(is_float(m) || m.scale, "a quantized matrix has no scales");
@@ -49,11 +60,16 @@ inline void check_activation(int32_t activation) {
     require(activation >= DBRX_SILU && activation <= DBRX_RELU, "an unknown activation");
 }
 
+// Whether both take activations that were prepared for one of them.
+inline bool same_rows(const dbrx_matrix &a, const dbrx_matrix &b) {
+    return (a.format == b.format && a.group == b.group) || (is_blocks(a) && is_blocks(b));
+}
+
 inline void check(const dbrx_expert &e) {
     for (const dbrx_matrix *m : {&e.w1, &e.v1, &e.w2}) check(*m);
     require(!e.w1.transposed && !e.v1.transposed, "w1 and v1 cannot be transposed");
     require(e.w1.outputs == e.v1.outputs && e.w1.outputs == e.w2.inputs && e.w1.inputs == e.v1.inputs &&
-                e.w1.inputs == e.w2.outputs && e.w1.format == e.v1.format && e.w1.group == e.v1.group,
+                e.w1.inputs == e.w2.outputs && same_rows(e.w1, e.v1),
             "the matrices of an expert do not fit together");
 }
 
@@ -118,6 +134,14 @@ inline void check_step(const dbrx_pool *pool, const dbrx_block *block, int64_t n
     for (int64_t row = 0; row < n; ++row) check(kv[row]);
 }
 
+inline void check_rows(const dbrx_pool *pool, const dbrx_matrix *m, const int64_t *rows, int64_t n, const float *to) {
+    require(pool && m && rows && to, "a pool, a matrix, numbers of rows and a place for them are needed");
+    check(*m);
+    require(is_blocks(*m), "rows are taken of matrices in blocks");
+    require(n == 0 || fits(n, m->inputs), "a number of rows is below 0, or too large");
+    for (int64_t i = 0; i < n; ++i) require(0 <= rows[i] && rows[i] < m->outputs, "a matrix has no such row");
+}
+
 // The experts of a block that computes with all of them.
 inline void check_held(const dbrx_block &b) {
     require(b.experts, "the experts are not in memory");
@@ -129,7 +153,7 @@ inline void check_quantize(const dbrx_pool *pool, const dbrx_matrix *from, const
     require(pool && from && to, "a pool and two matrices are needed");
     check(*from);
     check(*to);
-    require(is_float(*from) && !is_float(*to), "quantizing goes from floats to int8 or int4");
+    require(is_float(*from) && (to->format == DBRX_INT8 || to->format == DBRX_INT4), "quantizing goes from floats to int8 or int4");
     require(from->outputs == to->outputs && from->inputs == to->inputs, "two matrices differ in size");
 }
 

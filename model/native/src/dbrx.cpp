@@ -305,6 +305,19 @@ DBRX_API int dbrx_step(dbrx_pool *pool, const dbrx_block *blocks, int32_t count,
     });
 }
 
+DBRX_API int dbrx_rows(dbrx_pool *pool, const dbrx_matrix *matrix, const int64_t *rows, int64_t n, float *to) {
+    return in_turn(pool, [&] {
+        check_rows(pool, matrix, rows, n, to);
+        const Phase phases[] = {{[&] { return n; },
+                                 [&](int64_t i, int) {
+                                     with_blocks(*matrix, [&](auto type) {
+                                         Blocks<decltype(type)>::unpack(*matrix, rows[i], to + i * matrix->inputs);
+                                     });
+                                 }}};
+        pool->run(phases);
+    });
+}
+
 DBRX_API int dbrx_quantize(dbrx_pool *pool, const dbrx_matrix *from, const float *row_scale, const float *column_scale,
                            dbrx_matrix *to) {
     return in_turn(pool, [&] {

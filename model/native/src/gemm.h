@@ -1,13 +1,9 @@
 // Products of many rows: a panel of weights is unpacked in cache, and meets all rows there.
 #pragma once
-#include <functional>
-
+#include "gemm_blocks.h"
 #include "gemv.h"
-#include "panel.h"
 
 namespace dbrx {
-
-constexpr int64_t GEMM_ROWS = 512;  // that meet a panel before it is unpacked again: their sums stay in cache
 
 // A row of activations as tiles take it: its step, whether it has a second row, at VALUES its numbers, and zeros up to a
 // word of 32 bits. The line that the step takes also keeps rows from beginning in the same sets of the cache.
@@ -77,8 +73,6 @@ struct Rows<ByteDot> {
 };
 
 inline const PreparedRow &prepared(const std::byte *row) { return *reinterpret_cast<const PreparedRow *>(row); }
-
-using GemmWrite = std::function<void(int64_t row, int64_t output, int count, const float *values)>;
 
 template <int format>
 struct Gemm {
@@ -161,7 +155,8 @@ auto with_gemm(const dbrx_matrix &m, F f) {
         case DBRX_F32: return f(Gemm<DBRX_F32>{});
         case DBRX_BF16: return f(Gemm<DBRX_BF16>{});
         case DBRX_INT8: return f(Gemm<DBRX_INT8>{});
-        default: return f(Gemm<DBRX_INT4>{});
+        case DBRX_INT4: return f(Gemm<DBRX_INT4>{});
+        default: return with_blocks(m, [&](auto type) { return f(BlockGemm<decltype(type)>{}); });
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "formats/blocks.h"
 #include "formats/floats.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
@@ -20,7 +21,8 @@ auto with_format(const dbrx_matrix &m, F f) {
         case DBRX_F32: return f(F32{});
         case DBRX_BF16: return f(BF16{});
         case DBRX_INT8: return f(Int8{});
-        default: break;
+        case DBRX_INT4: break;
+        default: return with_blocks(m, [&](auto type) { return f(Blocks<decltype(type)>{}); });
     }
     switch (m.group) {
         case 32: return f(Int4<32>{});

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "activations.h"
 #include "tiles.h"
@@ -18,6 +19,9 @@ constexpr float ROUNDING = 12582912.0f;        // 1.5 * 2^23: added, it leaves t
 constexpr float TINY = 1e-30f;                 // for what is divided by
 constexpr int64_t PANEL_INPUT_BYTES = 1024;    // of an output in a panel: a panel has 16 KiB, or 32 of AVX-512's 48
 constexpr int INT4_MAX = 15;
+constexpr int64_t GEMM_ROWS = 512;             // that meet a panel before it is unpacked again: their sums stay in cache
+
+using GemmWrite = std::function<void(int64_t row, int64_t output, int count, const float *values)>;
 
 inline FloatLanes lanes_of(const float *x) { return load<FloatLanes>(x); }
 inline FloatLanes lanes_of(const uint16_t *x) { return (FloatLanes)(__builtin_convertvector(load<HalfLanes>(x), WordLanes) << 16); }

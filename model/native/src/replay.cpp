@@ -120,6 +120,24 @@ struct Shape {
     int64_t groups() const { return group ? (inputs + group - 1) / group : 0; }
 };
 
+// ggml's types: inputs and bytes of a block, and in which a float of 16 bits begins.
+struct Blocks {
+    int32_t format;
+    int64_t inputs, bytes;
+    int halves[2];
+};
+constexpr Blocks BLOCKS[] = {
+    {DBRX_Q4_0, 32, 18, {0, 0}},      {DBRX_Q4_1, 32, 20, {0, 2}},      {DBRX_Q5_0, 32, 22, {0, 0}},
+    {DBRX_Q5_1, 32, 24, {0, 2}},      {DBRX_Q8_0, 32, 34, {0, 0}},      {DBRX_IQ4_NL, 32, 18, {0, 0}},
+    {DBRX_Q2_K, 256, 84, {80, 82}},   {DBRX_Q3_K, 256, 110, {108, 108}}, {DBRX_Q4_K, 256, 144, {0, 2}},
+    {DBRX_Q5_K, 256, 176, {0, 2}},    {DBRX_Q6_K, 256, 210, {208, 208}}, {DBRX_IQ4_XS, 256, 136, {0, 0}},
+};
+const Blocks *blocks_of(int32_t format) {
+    for (const Blocks &each : BLOCKS)
+        if (each.format == format) return &each;
+    return nullptr;
+}
+
 // A matrix with the memory it points to; the parts that its format has no use for are empty.
 struct Matrix {
     Shape shape;
@@ -134,13 +152,14 @@ struct Matrix {
         : shape(s),
           f32(s.format == DBRX_F32 ? s.numbers() : 0),
           bf16(s.format == DBRX_BF16 ? s.numbers() : 0),
-          bytes(s.format == DBRX_INT8 ? s.numbers() : s.format == DBRX_INT4 ? s.numbers() / 2 : 0),
+          bytes(bytes_of(s)),
           scale(s.format == DBRX_INT8 ? s.outputs : 0),
           scales(s.outputs * s.groups()),
           zeros(s.outputs * s.groups()),
           is{s.format, s.transposed, s.group, 0, s.outputs, s.inputs, nullptr, nullptr, nullptr} {
         if (s.format == DBRX_F32) is.values = f32.data();
         if (s.format == DBRX_BF16) is.values = bf16.data();
+        if (blocks_of(s.format)) is.values = bytes.data();
         if (s.format == DBRX_INT8) is.values = bytes.data(), is.scale = scale.data();
         if (s.format == DBRX_INT4) is.values = bytes.data(), is.scale = scales.data(), is.zero = zeros.data();
     }
@@ -149,9 +168,17 @@ struct Matrix {
         for (int64_t i = 0; i < f32.size(); ++i) f32[i] = uniform(stream, i);
         for (int64_t i = 0; i < bf16.size(); ++i) bf16[i] = cut(uniform(stream, i));
         for (int64_t i = 0; i < bytes.size(); ++i) bytes[i] = uint8_t(random(stream, i) >> 56);
+        if (const Blocks *b = blocks_of(s.format))
+            for (int64_t block = 0; block < bytes.size(); block += b->bytes)
+                for (const int half : b->halves) bytes[block + half + 1] = (bytes[block + half + 1] & 0x83) | 0x24;
         for (int64_t i = 0; i < scale.size(); ++i) scale[i] = (2.0f + uniform(stream + 1, i)) / 256.0f;
         for (int64_t i = 0; i < scales.size(); ++i) scales[i] = cut((2.0f + uniform(stream + 1, i)) / 16.0f);
         for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = cut(8.0f + 4.0f * uniform(stream + 2, i));
+    }
+
+    static int64_t bytes_of(const Shape &s) {
+        if (const Blocks *b = blocks_of(s.format)) return s.numbers() / b->inputs * b->bytes;
+        return s.format == DBRX_INT8 ? s.numbers() : s.format == DBRX_INT4 ? s.numbers() / 2 : 0;
     }
 
     static Matrix read(Reader &from) {
@@ -369,6 +396,14 @@ void quantize(Reader &from, dbrx_pool *pool, double tolerance) {
     near("quantized numbers", found, wanted, inputs, tolerance);
 }
 
+void row(Reader &from, dbrx_pool *pool, double tolerance) {
+    Matrix matrix = Matrix::read(from);
+    const int64_t at = from.number();
+    Floats found(matrix.shape.inputs), wanted = from.floats(found.size());
+    succeeded(dbrx_rows(pool, &matrix.is, &at, 1, found.data()));
+    near("row", found, wanted, found.size(), tolerance);
+}
+
 void call(int32_t kind, Reader &from, dbrx_pool *pool, double tolerance) {
     switch (kind) {
         case 0: return linear(from, pool, tolerance);
@@ -376,6 +411,7 @@ void call(int32_t kind, Reader &from, dbrx_pool *pool, double tolerance) {
         case 2: return experts(from, pool, tolerance);
         case 3: return step(from, pool, tolerance);
         case 4: return quantize(from, pool, tolerance);
+        case 5: return row(from, pool, tolerance);
         default: throw std::runtime_error("no such call was recorded");
     }
 }

@@ -33,6 +33,22 @@ inline uint16_t narrow(float value) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// A float of 16 bits.
+inline float half(const uint8_t *at) {
+    uint16_t bits;
+    std::memcpy(&bits, at, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    // Its digits are those of the float that is 2^112 times smaller; infinity and NaN keep the largest exponent.
+    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
+    const uint32_t wide = sign | (rest < 0x0f800000 ? rest : rest | 0x7f800000);
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return rest < 0x0f800000 ? value * 5.192296858534828e33f : value;
+#endif
+}
+
 constexpr int LANES = 8;
 
 #if defined(__AVX2__)
@@ -128,6 +144,58 @@ DBRX_INLINE void store_rounded(Floats a, int16_t *to) {
     _mm_storeu_si128(reinterpret_cast<__m128i *>(to), shorts);
 }
 
+DBRX_INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+DBRX_INLINE Floats eight_bytes(uint64_t bytes) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))))};
+}
+DBRX_INLINE Floats eight_signed(const uint8_t *at) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(at))))};
+}
+DBRX_INLINE Floats halves(float low, float high) {
+    return {_mm256_blend_ps(_mm256_set1_ps(low), _mm256_set1_ps(high), 0xf0)};
+}
+
+// 32 numbers of 8 bits, in their order. nibbles: of 16 bytes the lower halves, then the upper ones; bits: of 4 bytes each bit.
+struct Bytes {
+    __m256i v;
+    static Bytes all(int x) { return {_mm256_set1_epi8(char(x))}; }
+    static Bytes load(const uint8_t *at) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))}; }
+    static Bytes nibbles(const uint8_t *at) {
+        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
+        return {_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15))};
+    }
+    static Bytes bits(const uint8_t *at) {
+        int32_t four;
+        std::memcpy(&four, at, 4);
+        const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+        const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(four), byte_of), bit_of);
+        return {_mm256_and_si256(_mm256_cmpeq_epi8(spread, bit_of), _mm256_set1_epi8(1))};
+    }
+    void store(uint8_t *at) const { _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), v); }
+};
+DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return {_mm256_and_si256(a.v, b.v)}; }
+DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
+DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.v, b.v)}; }
+DBRX_INLINE Bytes operator>>(Bytes a, int n) { return Bytes{_mm256_srli_epi16(a.v, n)} & Bytes::all(255 >> n); }
+DBRX_INLINE Bytes operator<<(Bytes a, int n) { return Bytes{_mm256_slli_epi16(a.v, n)} & Bytes::all(255 << n); }
+DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
+    const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+    return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(once), at.v)};
+}
+DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {  // the even ones, the odd ones
+    out[0].v = is_signed ? _mm256_srai_epi16(_mm256_slli_epi16(a.v, 8), 8) : _mm256_and_si256(a.v, _mm256_set1_epi16(255));
+    out[1].v = is_signed ? _mm256_srai_epi16(a.v, 8) : _mm256_srli_epi16(a.v, 8);
+}
+// 32 products, of split bytes and of numbers in that order: lanes 0 to 3 sum those of the first 16, lanes 4 to 7 the others'.
+DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return multiply_add(w[1], Shorts::load(x + 16), multiply_add(w[0], Shorts::load(x), Ints::zero()));
+#else
+    return multiply_add(w[1], Shorts::load(x + 16), {_mm256_madd_epi16(w[0].v, Shorts::load(x).v)});
+#endif
+}
+
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 struct Floats {
@@ -194,6 +262,54 @@ DBRX_INLINE Ints multiply_add(Shorts a, Shorts b, Ints c) {
 DBRX_INLINE int32_t sum(Ints a) { return vaddvq_s32(vaddq_s32(a.lo, a.hi)); }
 DBRX_INLINE void store_rounded(Floats a, int16_t *to) {
     vst1q_s16(to, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a.lo)), vqmovn_s32(vcvtnq_s32_f32(a.hi))));
+}
+
+DBRX_INLINE Floats to_floats(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
+DBRX_INLINE Floats halves(float low, float high) { return {vdupq_n_f32(low), vdupq_n_f32(high)}; }
+
+struct Bytes {
+    uint8x16_t lo, hi;
+    static Bytes all(int x) { return {vdupq_n_u8(uint8_t(x)), vdupq_n_u8(uint8_t(x))}; }
+    static Bytes load(const uint8_t *at) { return {vld1q_u8(at), vld1q_u8(at + 16)}; }
+    static Bytes nibbles(const uint8_t *at) {
+        const uint8x16_t both = vld1q_u8(at);
+        return {vandq_u8(both, vdupq_n_u8(15)), vshrq_n_u8(both, 4)};
+    }
+    static Bytes bits(const uint8_t *at) {
+        static constexpr uint8_t bit_of[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+        const auto half = [&](const uint8_t *two) {
+            const uint8x16_t spread = vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1]));
+            return vandq_u8(vtstq_u8(spread, vld1q_u8(bit_of)), vdupq_n_u8(1));
+        };
+        return {half(at), half(at + 2)};
+    }
+    void store(uint8_t *at) const { vst1q_u8(at, lo), vst1q_u8(at + 16, hi); }
+};
+DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return {vandq_u8(a.lo, b.lo), vandq_u8(a.hi, b.hi)}; }
+DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return {vorrq_u8(a.lo, b.lo), vorrq_u8(a.hi, b.hi)}; }
+DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return {vsubq_u8(a.lo, b.lo), vsubq_u8(a.hi, b.hi)}; }
+DBRX_INLINE Bytes operator<<(Bytes a, int n) {
+    const int8x16_t by = vdupq_n_s8(int8_t(n));
+    return {vshlq_u8(a.lo, by), vshlq_u8(a.hi, by)};
+}
+DBRX_INLINE Bytes operator>>(Bytes a, int n) { return a << -n; }
+DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
+    const uint8x16_t once = vreinterpretq_u8_s8(vld1q_s8(table));
+    return {vqtbl1q_u8(once, at.lo), vqtbl1q_u8(once, at.hi)};
+}
+DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {
+    const auto wide = [=](uint8x16_t of) -> Shorts {
+        if (is_signed) return {vmovl_s8(vreinterpret_s8_u8(vget_low_u8(of))), vmovl_s8(vreinterpret_s8_u8(vget_high_u8(of)))};
+        return {vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(of))), vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(of)))};
+    };
+    out[0] = wide(a.lo), out[1] = wide(a.hi);
+}
+DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
+    const auto sixteen = [](Shorts a, Shorts b) {
+        const int32x4_t first = vmlal_s16(vmull_s16(vget_low_s16(a.lo), vget_low_s16(b.lo)), vget_low_s16(a.hi), vget_low_s16(b.hi));
+        return vmlal_high_s16(vmlal_high_s16(first, a.lo, b.lo), a.hi, b.hi);
+    };
+    return {sixteen(w[0], Shorts::load(x)), sixteen(w[1], Shorts::load(x + 16))};
 }
 
 #else
@@ -267,9 +383,53 @@ DBRX_INLINE void store_rounded(Floats a, int16_t *to) {
     for (int i = 0; i < LANES; ++i) to[i] = std::fabs(a.v[i]) < 32768 ? int16_t(std::nearbyint(a.v[i])) : int16_t(0);
 }
 
+DBRX_INLINE Floats to_floats(Ints a) { return Floats::each([&](int i) { return float(a.v[i]); }); }
+DBRX_INLINE Floats halves(float low, float high) { return Floats::each([=](int i) { return i < LANES / 2 ? low : high; }); }
+
+struct Bytes {
+    uint8_t v[32];
+    template <class F>
+    static Bytes each(F f) {
+        Bytes out;
+        for (int i = 0; i < 32; ++i) out.v[i] = uint8_t(f(i));
+        return out;
+    }
+    static Bytes all(int x) { return each([=](int) { return x; }); }
+    static Bytes load(const uint8_t *at) { return each([=](int i) { return at[i]; }); }
+    static Bytes nibbles(const uint8_t *at) { return each([=](int i) { return i < 16 ? at[i] & 15 : at[i - 16] >> 4; }); }
+    static Bytes bits(const uint8_t *at) { return each([=](int i) { return at[i / 8] >> i % 8 & 1; }); }
+    void store(uint8_t *at) const { std::memcpy(at, v, sizeof v); }
+};
+DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] & b.v[i]; }); }
+DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] | b.v[i]; }); }
+DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] - b.v[i]; }); }
+DBRX_INLINE Bytes operator>>(Bytes a, int n) { return Bytes::each([&](int i) { return a.v[i] >> n; }); }
+DBRX_INLINE Bytes operator<<(Bytes a, int n) { return Bytes::each([&](int i) { return a.v[i] << n; }); }
+DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
+    return Bytes::each([&](int i) { return table[at.v[i]]; });
+}
+DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {
+    for (int i = 0; i < 32; ++i) out[i / 16].v[i % 16] = is_signed ? int16_t(int8_t(a.v[i])) : int16_t(a.v[i]);
+}
+DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
+    Ints sums = Ints::zero();
+    for (int i = 0; i < 32; ++i) sums.v[i / 16 * 4 + i % 4] += w[i / 16].v[i % 16] * x[i];
+    return sums;
+}
+
 #endif
 
 #if !defined(__AVX2__)
+DBRX_INLINE Floats eight_bytes(uint64_t bytes) {
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = float(bytes >> 8 * i & 255);
+    return Floats::load(each);
+}
+DBRX_INLINE Floats eight_signed(const uint8_t *at) {
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = float(int8_t(at[i]));
+    return Floats::load(each);
+}
 DBRX_INLINE void load_weights(const uint16_t *bf16, Floats (&out)[2]) {
     out[0] = Floats::load(bf16), out[1] = Floats::load(bf16 + LANES);
 }
@@ -277,6 +437,22 @@ DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {
     out[0] = Shorts::widen(at), out[1] = Shorts::widen(at + 16);
 }
 #endif
+// Floats of 16 bits, so many bytes apart. As a vector at once: what is stored one by one is not soon loaded as a whole.
+DBRX_INLINE Floats eight_halves(const uint8_t *at, int apart) {
+#if defined(__F16C__)
+    const auto bits = [=](int i) {
+        int16_t one;
+        std::memcpy(&one, at + i * apart, 2);
+        return one;
+    };
+    return {_mm256_cvtph_ps(_mm_setr_epi16(bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)))};
+#else
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = half(at + i * apart);
+    return Floats::load(each);
+#endif
+}
+
 DBRX_INLINE void load_weights(const float *at, Floats (&out)[2]) {
     out[0] = Floats::load(at), out[1] = Floats::load(at + LANES);
 }

@@ -45,6 +45,7 @@ struct Library {
     FUNCTION(step);
     FUNCTION(head);
     FUNCTION(quantize);
+    FUNCTION(rows);
     FUNCTION(replay);
 #undef FUNCTION
 };
@@ -82,6 +83,8 @@ struct Matrix {
         if (format == DBRX_F32 || format == DBRX_BF16)  // the upper bytes of a number near 1
             for (size_t step = format == DBRX_F32 ? 4 : 2, i = step - 1; i < values.size(); i += step)
                 values[i] = (unsigned char)(0x3e | (i / step % 2) << 7);
+        if (format == DBRX_Q4_1)  // scale and minimum of a block: floats of 16 bits near 2^-6
+            for (size_t block = 0; block + 20 <= values.size(); block += 20) values[block + 1] = values[block + 3] = 0x24;
         if (format == DBRX_INT8) is.scale = scale.data();
         if (format == DBRX_INT4) is.scale = scales.data(), is.zero = zeros.data();
     }
@@ -114,7 +117,7 @@ struct Network {
 // What is computed for a row depends neither on the rows beside it nor on the number of threads.
 void rows_alone(const Library &lib) {
     dbrx_pool *one = lib.pool_create(1), *three = lib.pool_create(3);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_Q4_1}) {
         Network net(format);
         std::vector<float> together(ROWS * D), alone(ROWS * D);
         const auto same = [&](const char *what) {
@@ -172,9 +175,12 @@ struct Wrong {
         wrong("an unknown format", [](dbrx_matrix &m) { m.format = 99; });
         wrong("a format below 0", [](dbrx_matrix &m) { m.format = -1; });
         wrong("no values", [](dbrx_matrix &m) { m.values = nullptr; });
-        if (net.format >= DBRX_INT8) {
-            wrong("no scale", [](dbrx_matrix &m) { m.scale = nullptr; });
-            wrong("transposed and quantized", [](dbrx_matrix &m) { m.transposed = 1; });
+        if (net.format >= DBRX_INT8) wrong("transposed and quantized", [](dbrx_matrix &m) { m.transposed = 1; });
+        if (net.format == DBRX_INT8 || net.format == DBRX_INT4) wrong("no scale", [](dbrx_matrix &m) { m.scale = nullptr; });
+        if (net.format == DBRX_Q4_1) {
+            wrong("half a block", [](dbrx_matrix &m) { m.inputs = 48; });
+            wrong("half a block of 256", [](dbrx_matrix &m) { m.format = DBRX_Q4_K; });
+            wrong("another of ggml's types", [](dbrx_matrix &m) { m.format = 256 + 16; });
         }
         if (net.format == DBRX_INT4) {
             wrong("no zero points", [](dbrx_matrix &m) { m.zero = nullptr; });
@@ -204,6 +210,24 @@ struct Wrong {
         linear("no rows", pool, true, true, 0, true, true);
         linear("rows below 0", pool, true, true, -1, true);
         linear("too many rows", pool, true, true, INT64_MAX / 2, true);
+    }
+
+    void rows() {
+        const auto take = [&](const char *what, dbrx_pool *p, bool m, int64_t id, int64_t n, bool to, bool may = false) {
+            refused(what, [](Network &) {}, [&](Network &net) {
+                return lib.rows(p, m ? &net.out_proj.is : nullptr, &id, n, to ? net.out.data() : nullptr);
+            }, may);
+        };
+        const bool may = net.format == DBRX_Q4_1;
+        take("a row", pool, true, D - 1, 1, true, may);
+        take("no row", pool, true, 0, 0, true, may);
+        take("a row behind the last", pool, true, D, 1, true);
+        take("a row before the first", pool, true, -1, 1, true);
+        take("rows below 0 of a matrix", pool, true, 0, -1, true);
+        take("too many rows of a matrix", pool, true, 0, INT64_MAX / 2, true);
+        take("rows without a pool", nullptr, true, 0, 1, true);
+        take("rows of no matrix", pool, false, 0, 1, true);
+        take("rows to nowhere", pool, true, 0, 1, false);
     }
 
     void experts() {
@@ -391,9 +415,9 @@ int main(int argc, char **argv) {
     beside.join();
     rows_alone(lib);
     dbrx_pool *pool = lib.pool_create(2);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_Q4_1}) {
         Wrong wrong{lib, pool, Network(format)};
-        wrong.matrices(), wrong.products(), wrong.experts(), wrong.steps(), wrong.quantizing();
+        wrong.matrices(), wrong.products(), wrong.rows(), wrong.experts(), wrong.steps(), wrong.quantizing();
     }
     lib.pool_destroy(pool);
     pools(lib, vectors);

@@ -1,0 +1,114 @@
+"""Weights of GGUF files that are computed with in their own blocks: against the gguf package's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbrx_cli.bench import bytes_per_token
+from model import native
+from model.causal_lm import DbrxForCausalLM
+from model.formats import open_weights
+from model.kernels.native_gguf import BlockEmbedding, NativeGguf
+from model.load_plan import LoadOptions
+from model.loading import plan_here
+from model.quantization import BLOCKS, GGUF, blocks
+from model.weights import BlockMatrix
+from tests import make_native_vectors
+from tests.gguf_files import CONFIG, write_gguf
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels")
+
+FFN = CONFIG["ffn_config"] | {"ffn_hidden_size": 512}
+WIDE: dict[str, Any] = CONFIG | {"d_model": 256, "n_heads": 8, "ffn_config": FFN}  # rows of whole blocks of 256
+PROMPT = torch.randint(0, 300, (1, 21), generator=torch.Generator().manual_seed(1))
+# Types of most matrices, then of w2 and the head, as mixes have them; the last head has no kernel and becomes floats.
+MIXES = {"Q4_K": ("Q6_K", "Q6_K"), "IQ4_XS": ("Q5_K", "Q5_K"), "Q2_K": ("Q3_K", "Q6_K"), "Q4_1": ("Q8_0", "MXFP4")}
+
+
+def mixed(path: Path, kind: str) -> Path:
+    down, head = MIXES[kind]
+    return write_gguf(
+        path, kind, WIDE, others={"ffn_down_exps.weight": down, ".output.weight": head, "output.weight": head}
+    )
+
+
+def random_blocks(kind: str, outputs: int, inputs: int, seed: int) -> BlockMatrix:
+    """Any bytes: every level and every scale there can be."""
+    return BlockMatrix(torch.from_numpy(make_native_vectors.blocks(seed, kind, outputs, inputs)), kind)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_weights_are_the_packages_to_the_bit(kind: str) -> None:
+    stored = random_blocks(kind, 33, 512 if BLOCKS[kind].inputs == 256 else 288, seed=7)
+    found = BlockEmbedding(stored)(torch.arange(33))
+    assert torch.equal(found.view(torch.int32), blocks.dequantize(stored).view(torch.int32))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_products_of_few_and_many_rows(kind: str) -> None:
+    stored, kernel = random_blocks(kind, 50, 512, seed=9), NativeGguf()
+    exact = blocks.dequantize(stored).double()
+    for n, bound in ((1, 5e-5), (7, 5e-5), (40, 2e-4)):
+        x = torch.randn(n, 512, generator=torch.Generator().manual_seed(n))
+        out = kernel.run(kernel.prepare(x), kernel.load(stored))
+        wanted = x.double() @ exact.t()
+        assert (out - wanted).norm() <= bound * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", MIXES)
+def test_a_network_gives_the_logits_and_tokens_of_its_values(tmp_path: Path, kind: str) -> None:
+    path = mixed(tmp_path / "m.gguf", kind)
+    exact = DbrxForCausalLM.from_pretrained(path, dtype="float32")
+    network = DbrxForCausalLM.from_pretrained(path, quantize="none", pack=True)
+    assert network.load_plan is not None and (network.load_plan.scheme, network.load_plan.format) == (GGUF, kind)
+    with torch.inference_mode():
+        wanted = exact(PROMPT).logits
+        found = network(PROMPT).logits
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+        greedy = [each.generate(PROMPT, max_new_tokens=24, do_sample=False) for each in (exact, network)]
+    assert torch.equal(*greedy)
+
+
+def test_streamed_experts_are_computed_with_as_they_arrive(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "m.gguf", "Q4_K")
+    held = DbrxForCausalLM.from_pretrained(path, pack=True)
+    streamed = DbrxForCausalLM.from_pretrained(path, pack=True, offload="disk", expert_cache=2**20)
+    assert streamed.load_plan is not None and streamed.load_plan.streamed == 2 and streamed.load_plan.as_stored
+    with torch.inference_mode():
+        for n, bound in ((21, 1e-3), (1, 1e-4)):  # of 21 rows an expert gets few at a time, and many
+            found, wanted = streamed(PROMPT[:, :n]).logits, held(PROMPT[:, :n]).logits
+            assert (found - wanted).norm() <= bound * wanted.norm()
+
+
+def test_a_plan_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "m.gguf", "Q4_K")
+    with open_weights(path) as weights:
+        plan = plan_here(weights, LoadOptions(pack=True, quantize="auto"))
+        assert sum(weights.dtypes().values()) == pytest.approx(plan.sizes.total, abs=64)
+    network = DbrxForCausalLM.from_pretrained(path, pack=True)
+    assert bytes_per_token(network, context=0) == pytest.approx(plan.sizes.active, rel=0.01)
+    assert plan.scheme == GGUF and not plan.converts and plan.mapped and not plan.notices
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "form"),
+    [
+        ({"dtype": "float32"}, "none", "float32"),  # who names a type wants its numbers
+        ({"quantize": "int8"}, "int8", "int8"),
+        ({"pack": False}, "none", "bfloat16"),  # parameters, as the library gives them
+    ],
+)
+def test_other_forms_when_asked(tmp_path: Path, options: dict[str, Any], scheme: str, form: str) -> None:
+    with open_weights(write_gguf(tmp_path / "m.gguf", "q8_0")) as weights:
+        plan = plan_here(weights, LoadOptions(**{"pack": True, **options}))
+    assert (plan.scheme, plan.format) == (scheme, form)
+
+
+def test_types_without_a_kernel_become_floats(tmp_path: Path) -> None:
+    with open_weights(write_gguf(tmp_path / "m.gguf", "q8_0", others={"ffn_down_exps.weight": "mxfp4"})) as weights:
+        plan = plan_here(weights, LoadOptions(pack=True))
+    assert plan.scheme == "none" and "which become bfloat16" in plan.notices[0]
