@@ -15,7 +15,7 @@ PROMPT ?= What is the capital of France? Answer briefly.
 # Tests start hundreds of processes: each module is compiled once, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick lint format docs fidelity record soak test-vllm test-llm clean wheel test-install native-sanitize native-aarch64
+.PHONY: demo test quick lint format docs fidelity record soak gpu gpu-rehearsal test-vllm test-llm clean wheel test-install native-sanitize native-aarch64
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
@@ -50,6 +50,12 @@ record: $(DEV)  ## record docs/session.svg, a chat with the demo model
 
 soak: $(DEV)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
+
+gpu: $(DEV)  ## the tests that need a card
+	$(BIN)/python -m pytest -n 0 -m gpu
+
+gpu-rehearsal: $(DEV)  ## the kernels for cards without one: interpreted at full counts, and compiled for five kinds (long)
+	$(BIN)/python -m pytest -n 0 -o addopts= -m "not gpu" tests/test_cuda_kernels.py
 
 test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py

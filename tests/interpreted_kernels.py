@@ -1,10 +1,12 @@
-"""What `test_cuda_kernels.py` runs under Triton's interpreter. The answers are in float64, by plain PyTorch."""
+"""What `test_cuda_kernels.py` runs under Triton's interpreter, or on a card; float64 by plain PyTorch has the answers."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 from triton.runtime import interpreter
 
-from model.kernels import cuda_glu
+from model import DbrxForCausalLM, packing
+from model.checkpoint import expected_tensors
+from model.formats import open_weights
+from model.formats.write_quantized import Writer
+from model.kernels import cuda_glu, cuda_linear
 from model.kernels.cuda_glu import CudaGlu
 from model.kernels.cuda_linear import CudaLinear, Tile
 from model.quantization import int4, int8
 from model.weights import FloatExpert, QuantizedMatrix
+from tests.weights import make_checkpoint
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -27,11 +34,14 @@ FORMATS = [("int4", 32), ("int4", 128), ("int8", 0), ("bfloat16", 0)]
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of infinities
 TOLERANCE = 1e-5  # of the largest number: sums of some hundred products in float32
 
-# One program for all of a small expert: they cost a tenth of a second each.
-cuda_glu.DOWN = Tile(128, 8, 4)
-cuda_glu.tile = lambda tokens: cuda_glu.DOWN
-# Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
-interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    # One program for all of a small expert: they cost a tenth of a second each.
+    cuda_glu.DOWN = Tile(128, 8, 4)
+    cuda_glu.tile = cuda_linear.tile = lambda tokens: cuda_glu.DOWN
+    # Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
+    interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
 
 
 def quantized(kernel: CudaLinear, floats: Tensor) -> tuple[QuantizedMatrix | None, Tensor]:
@@ -40,27 +50,29 @@ def quantized(kernel: CudaLinear, floats: Tensor) -> tuple[QuantizedMatrix | Non
         return None, floats.bfloat16().double()
     stored = kernel.quantize(floats)
     meant = int4.dequantize(stored, kernel.group) if kernel.form == "int4" else int8.dequantize(stored)
-    return stored, meant.double()
+    return stored, meant.double().cpu()
 
 
 def agree(found: Tensor, exact: Tensor) -> None:
     assert found.shape == exact.shape
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=TOLERANCE * float(exact.abs().max()) + 1e-30)
+    torch.testing.assert_close(
+        found.double().cpu(), exact.cpu(), rtol=0, atol=TOLERANCE * float(exact.abs().max()) + 1e-30
+    )
 
 
-def on_cpu(form: str, group: int) -> CudaLinear:
-    kernel = CudaLinear(form, group, "cpu")
+def linear(form: str, group: int) -> CudaLinear:
+    kernel = CudaLinear(form, group, DEVICE)
     kernel.gemm_dtype = torch.float32
     return kernel
 
 
 def check_linear(form: str, group: int, tokens: int, inputs: int, outputs: int) -> None:
-    kernel = on_cpu(form, group)
+    kernel = linear(form, group)
     stored, meant = quantized(kernel, torch.randn(outputs, inputs))
     packed = kernel.pack(meant.float()) if stored is None else kernel.load(stored)
     assert kernel.nbytes(outputs, inputs) == sum(part.nbytes for part in packed[:2]) - 4 * (form == "bfloat16")
     x = torch.randn(tokens, inputs)
-    agree(kernel.run(kernel.prepare(x), packed), x.double() @ meant.t())
+    agree(kernel.run(kernel.prepare(x.to(DEVICE)), packed), x.double() @ meant.t())
 
 
 @pytest.mark.parametrize(("form", "group"), FORMATS)
@@ -72,11 +84,11 @@ def test_a_matrix(form: str, group: int, tokens: int, inputs: int, outputs: int)
 
 def test_matrices_one_above_the_other() -> None:
     torch.manual_seed(0)
-    kernel = on_cpu("int4", 32)
+    kernel = linear("int4", 32)
     (first, a), (second, b) = (quantized(kernel, torch.randn(n, 96)) for n in (5, 9))
     assert first is not None and second is not None
     x = torch.randn(2, 96)
-    agree(kernel.run(kernel.prepare(x), kernel.load(first, second)), x.double() @ torch.cat((a, b)).t())
+    agree(kernel.run(kernel.prepare(x.to(DEVICE)), kernel.load(first, second)), x.double() @ torch.cat((a, b)).t())
 
 
 @dataclass
@@ -89,7 +101,7 @@ class Experts:
 
     @classmethod
     def of(cls, form: str, group: int, count: int, hidden: int, d_model: int, activation: str = "silu") -> Experts:
-        kernel = CudaGlu(on_cpu(form, group), activation)
+        kernel = CudaGlu(linear(form, group), activation)
         packed, exact = [], []
         for _ in range(count):
             floats = FloatExpert(*(torch.randn(hidden, d_model) / d_model**0.5 for _ in range(3)))
@@ -100,7 +112,7 @@ class Experts:
                 stored = kernel.quantize(floats)
                 packed.append(kernel.load(stored))
                 turn = int8.dequantize if form == "int8" else lambda w, group=group: int4.dequantize(w, group)
-                exact.append([turn(matrix).double() for matrix in stored])
+                exact.append([turn(matrix).double().cpu() for matrix in stored])
         return cls(kernel, kernel.stack(packed), exact)
 
     def answer(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -112,8 +124,11 @@ class Experts:
                 out[i] += share * (w2 @ (ACTIVATIONS[self.kernel.function](w1 @ token) * (v1 @ token)))
         return out
 
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self.kernel.forward(x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE), self.held).cpu()
+
     def check(self, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        agree(self.kernel.forward(x, ids, weights, self.held), self.answer(x, ids, weights))
+        agree(self.forward(x, ids, weights), self.answer(x, ids, weights))
 
 
 def choices(tokens: int, experts: int, top_k: int) -> Tensor:
@@ -127,7 +142,7 @@ def test_experts(form: str, group: int) -> None:
     experts = Experts.of(form, group, 5, 38, 70)
     x, ids, weights = torch.randn(3, 70), choices(3, 5, 2), torch.rand(3, 2)
     x[1, 69] = torch.inf if form == "int8" else torch.nan
-    found, exact = experts.kernel.forward(x, ids, weights, experts.held), experts.answer(x, ids, weights)
+    found, exact = experts.forward(x, ids, weights), experts.answer(x, ids, weights)
     agree(found[::2], exact[::2])
     assert not found[1].isfinite().any()
 
@@ -153,12 +168,12 @@ def test_activations(activation: str) -> None:
 @pytest.mark.parametrize(("form", "group"), FORMATS)
 def test_numbers_that_are_not_finite_stay_in_their_row(form: str, group: int) -> None:
     torch.manual_seed(4)
-    kernel = on_cpu(form, group)
+    kernel = linear(form, group)
     _, meant = quantized(kernel, torch.randn(17, 70))
     packed, x = kernel.pack(meant.float()), torch.randn(4, 70)
     x[1, 3], x[2, 69] = torch.nan, torch.inf
-    found = kernel.run((x,), packed)
-    agree(found[::3], x[::3].double() @ torch.cat(list(kernel.floats(packed, torch.float32))).double().t())
+    found = kernel.run((x.to(DEVICE),), packed).cpu()
+    agree(found[::3], x[::3].double() @ torch.cat(list(kernel.floats(packed, torch.float32))).double().cpu().t())
     assert not found[1:3].isfinite().any()
 
 
@@ -173,3 +188,38 @@ def test_random_shapes() -> None:
         tokens, top_k = draw.randint(1, 8), draw.randint(1, count)
         experts = Experts.of(form, group, count, hidden, d_model, draw.choice(list(ACTIVATIONS)))
         experts.check(torch.randn(tokens, d_model), choices(tokens, count, top_k), torch.rand(tokens, top_k))
+
+
+CONFIG = {
+    "d_model": 96,
+    "n_heads": 6,
+    "n_layers": 2,
+    "vocab_size": 120,
+    "max_seq_len": 128,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000},
+    "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 16, "moe_top_k": 4},
+}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("form", "group"), FORMATS[:3])
+def test_a_network(form: str, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt and 40 tokens: the same as those of a network of the floats that are meant, in float32."""
+    with open_weights(make_checkpoint(tmp_path / "floats", CONFIG, 7)) as floats:
+        Writer(floats, tmp_path / form, form, group or 32).write(lambda _: None)
+    with open_weights(tmp_path / form) as weights:
+        plain = DbrxForCausalLM(weights.config).eval()
+        plain.load_state_dict({name: weights.read(name).float() for name in expected_tensors(weights.config)})
+    monkeypatch.setattr(packing, "choose", lambda name, group=None: linear(name, group or 0))
+    monkeypatch.setattr(packing, "experts_of", CudaGlu)
+    network = DbrxForCausalLM.from_pretrained(tmp_path / form, dtype="float32")
+    assert network.packing is not None and "triton" in network.packing.name and network.dtype == torch.float32
+    prompt = torch.arange(40, 60)[None]
+    assert torch.equal(
+        network.generate(prompt, max_new_tokens=40, do_sample=False),
+        plain.generate(prompt, max_new_tokens=40, do_sample=False),
+    )
+    with torch.inference_mode():
+        for ids in (prompt, prompt[:, :5]):
+            torch.testing.assert_close(network(ids).logits, plain(ids).logits, rtol=0, atol=1e-3)

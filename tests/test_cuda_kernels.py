@@ -9,30 +9,36 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.cli import ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-def interpreted(*args: str) -> subprocess.CompletedProcess[str]:
-    """`tests/interpreted.py` in a process that interprets kernels."""
-    variables = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *args]
+def run(*args: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
+    """`tests/interpreted_kernels.py` in a process of its own."""
+    variables = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
+    variables |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command += ["tests/interpreted_kernels.py", *args]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_kernels_agree_with_float64(tmp_path: Path) -> None:
-    done = interpreted("tests/interpreted_kernels.py")
+def test_kernels_agree_with_float64() -> None:
+    done = run()
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @pytest.mark.soak
-def test_many_shapes_agree_with_float64() -> None:
-    done = interpreted("tests/interpreted_kernels.py", "-m", "soak", "-o", "addopts=")
+@pytest.mark.timeout(3000)
+def test_many_shapes_and_a_network_agree_with_float64() -> None:
+    done = run("-m", "soak", "-o", "addopts=")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -56,3 +62,54 @@ def test_kernels_compile_for_cards_that_are_not_here(
     for each in made:
         assert each.spilled == each.barriers == 0, each
         assert each.wide >= 4 and each.shared < 48 * 1024 < CARDS[arch].shared, each
+
+
+@pytest.mark.gpu
+def test_on_a_card() -> None:
+    """The same answers, with the tiles that are used there; and 200 shapes, and a network."""
+    done = run("-o", "addopts=", interpret=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says when its numbers are asked for, which on a card is to wait for it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__", "__float__"):
+            raise AssertionError(f"{name} waits for the card")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Recorded:
+    """In the place of a kernel: what is launched."""
+
+    def __init__(self, name: str, launches: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **constants: self.launches.append((self.name, grid))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_the_experts_of_a_step_wait_for_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches and no number asked for: ids and weights stay where they are."""
+    from model.kernels import cuda_glu, cuda_linear
+    from model.weights import FloatExpert
+
+    launches: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(cuda_glu, "gate_up_kernel", Recorded("gate_up", launches))
+    monkeypatch.setattr(cuda_glu, "down_kernel", Recorded("down", launches))
+    monkeypatch.setattr(cuda_linear, "gemv_kernel", Recorded("gemv", launches))
+    linear = cuda_linear.CudaLinear("int4", 32, "cpu")
+    glu = cuda_glu.CudaGlu(linear, "silu")
+    held = glu.stack([glu.pack(FloatExpert(*(torch.randn(64, 32) for _ in range(3)))) for _ in range(4)])
+    matrix = linear.pack(torch.randn(100, 32))
+    x, weights = (torch.randn(tokens, n).as_subclass(OnCard) for n in (32, 2))
+    ids = torch.zeros(tokens, 2, dtype=torch.long).as_subclass(OnCard)
+    with pytest.raises(AssertionError, match="waits for the card"):
+        ids.tolist()
+    assert glu.forward(x, ids, weights, held).shape == (tokens, 32)
+    assert linear.run(linear.prepare(x), matrix).shape == (tokens, 100)
+    assert launches == [("gate_up", (2 * tokens, 8)), ("down", (tokens, 2)), ("gemv", (7 if tokens == 1 else 2,))]
