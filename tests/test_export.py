@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1", "q4_0"])
 def test_tensors_are_those_of_the_gguf_package(tmp_path: Path, cli: Cli, kind: str) -> None:
     out = tmp_path / "out.gguf"
     ran = cli("export", out, "--type", kind, "-m", write_gguf(tmp_path / "m.gguf"))

@@ -12,7 +12,7 @@ from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
 
-Type = Literal["q8_0", "q4_0", "bf16", "f32"]
+Type = Literal["q8_0", "q4_1", "q4_0", "bf16", "f32"]
 
 
 @takes(model=WhichModel, output=OutputOptions)

@@ -18,7 +18,7 @@ from ..bpe import merges_of, pattern_of
 from ..checkpoint import expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
-from ..quantization import is_finite, not_finite
+from ..quantization import BLOCKS, is_finite, not_finite
 from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import fillers, spelled
@@ -28,10 +28,9 @@ from .dequantize import PIECE, row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 from .scratch import put_in_place, scratch_folder
 
-FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_0": 2}  # as llama.cpp numbers them
+FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_1": 3, "q4_0": 2}  # as llama.cpp numbers them
 NORMAL = 1
 NO_CLAMP = 1e30  # for null: llama.cpp always clamps
-BLOCK = 32  # numbers that q8_0 and q4_0 pack together
 Bytes = NDArray[np.uint8]
 
 
@@ -117,9 +116,10 @@ def _stored_shape(config: DbrxConfig, name: str) -> tuple[int, ...]:
 
 def _nbytes(config: DbrxConfig, name: str, kind: GGMLQuantizationType) -> int:
     *rows, columns = _stored_shape(config, name)
-    if kind.name in ("Q8_0", "Q4_0") and columns % BLOCK:
+    block = BLOCKS.get(kind.name)
+    if block and columns % block.inputs:
         raise ModelError(
-            f"{name} has rows of {columns}, which {kind.name.lower()} cannot pack in blocks of {BLOCK}",
+            f"{name} has rows of {columns}, which {kind.name.lower()} cannot pack in blocks of {block.inputs}",
             "choose --type bf16 or f32",
         )
     return int(np.prod(rows, dtype=np.int64)) * row_bytes(kind.name, columns)
