@@ -1,0 +1,85 @@
+"""Compare an old and a new program in turn until it is clear how they compare:
+
+    python -m tests.bench_pairs SPEC.json RUNS.jsonl [ROUNDS]
+
+SPEC.json: {"name": {"old": ["command", ...], "new": ["command", ...]}, ...}; commands as in bench_peers.py. A round
+is old, new, old of one name, or the reverse: new / old, and beside it old / old, which shows what the machine does by
+itself. Rounds are made until the intervals of both median ratios are narrower than 5 %, of prefill and of decoding, or
+there are ROUNDS of them (40 unless given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from tests.bench_peers import KEYS, figures
+
+NARROW, LEVEL = 0.05, 0.95
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Where the median of all rounds lies with 95 % certainty, whatever their distribution; 0 to inf for too few.
+
+    Of n values the median is below the k-th smallest if at least n - k + 1 are above it: the binomial distribution. Of
+    six the smallest and the largest enclose it with 1 - 2 / 2^6 = 97 %.
+    """
+    n, ordered = len(ratios), sorted(ratios)
+    outside, k = 2 * 0.5**n, 0
+    while outside <= 1 - LEVEL:
+        k += 1
+        outside += 2 * comb(n, k) * 0.5**n
+    return (ordered[k - 1], ordered[n - k]) if k else (0.0, float("inf"))
+
+
+def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float]:
+    """which: new, or again, the old one's second run of the round."""
+    return [each[which][key] / each["old"][key] for each in rounds]
+
+
+def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
+    ends = [interval(ratios(rounds, which, key)) for which in ("new", "again") for key in KEYS]
+    return all(high - low < NARROW for low, high in ends)
+
+
+def main() -> None:
+    spec: dict[str, dict[str, list[str]]] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    runs, most = Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 40
+    lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
+    rounds = {name: [row for row in map(json.loads, lines) if row["name"] == name] for name in spec}
+    while unclear := [name for name, done in rounds.items() if len(done) < most and not is_clear(done)]:
+        for name in unclear:
+            order = ("old", "new", "again") if len(rounds[name]) % 2 else ("again", "new", "old")
+            row = {"name": name} | {which: figures(spec[name]["new" if which == "new" else "old"]) for which in order}
+            rounds[name].append(row)
+            with runs.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                name, len(rounds[name]), *(f"{row['new'][key] / row['old'][key]:.3f}" for key in KEYS), file=sys.stderr
+            )
+    print(table(rounds))
+
+
+def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
+    """Medians of the rates, of the ratios, and the ratios' intervals."""
+    lines = ["| | rounds | | old, tokens/s | new | new / old | old / old |", "|---|---|---|---|---|---|---|"]
+    for name, done in rounds.items():
+        for key in KEYS:
+            old, new = (statistics.median(each[which][key] for each in done) for which in ("old", "new"))
+            told = []
+            for which in ("new", "again"):
+                found = ratios(done, which, key)
+                low, high = interval(found)
+                told.append(f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f})")
+            what = key.removesuffix("_tokens_per_s")
+            lines.append(f"| {name} | {len(done)} | {what} | {old:.1f} | {new:.1f} | {told[0]} | {told[1]} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
