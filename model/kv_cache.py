@@ -156,7 +156,7 @@ class KVRow:
 
 
 class KVCache:
-    """The rows of one step over a batch: append, advance, trim; add, copy and drop of rows.
+    """The rows of one step over a batch: append, advance, trim.
 
     `append` writes behind the rows' ends; only `advance`, after the last layer, makes a step count: a forward pass that
     is interrupted leaves no trace.
@@ -165,7 +165,6 @@ class KVCache:
     def __init__(self, n_layers: int, rows: int = 1, block_tokens: int = BLOCK_TOKENS) -> None:
         self.rows = [KVRow(n_layers, block_tokens) for _ in range(rows)]
         self._ahead = [0] * rows
-        self._new = n_layers, block_tokens
 
     @classmethod
     def of(cls, rows: Sequence[KVRow], ahead: Sequence[int] | None = None) -> KVCache:
@@ -221,21 +220,6 @@ class KVCache:
     def trim(self, row: int, length: int) -> None:
         """Forget the tokens of a row from `length` on."""
         self.rows[row].trim(length)
-
-    def add(self) -> int:
-        """Make room for one more row, an empty one behind the others; returns its number."""
-        self.rows.append(KVRow(*self._new))
-        self._ahead.append(0)
-        return len(self.rows) - 1
-
-    def copy(self, row: int, source: KVCache, source_row: int, length: int) -> None:
-        """Let a row hold the first `length` tokens of a row of `source`, a cache of the same network."""
-        self.rows[row].take(source.rows[source_row], length)
-
-    def drop(self, row: int) -> None:
-        """Take a row out; the last one takes its place and number."""
-        self.rows[row] = self.rows[-1]
-        del self.rows[-1], self._ahead[-1]
 
 
 def _buffers(like: Tensor, tokens: int) -> Pair:

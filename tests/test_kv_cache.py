@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.attention import AttentionPlan
-from model.kv_cache import KVCache
+from model.kv_cache import KVCache, KVRow
 
 CPU = torch.device("cpu")
 
@@ -65,45 +65,38 @@ def test_growing_keeps_what_is_there() -> None:
     assert cache.nbytes == 2 * 24 * 4
 
 
-def test_rows_join_are_copied_and_leave() -> None:
-    """Random additions, copies, drops and appends, against lists."""
-    rng = random.Random(5)
-    cache, rows = KVCache(2, rows=1, block_tokens=4), [list[float]()]
-    other = KVCache(2, rows=2, block_tokens=4)
-    theirs = [[-1.0 - i for i in range(6)], [-11.0 - i for i in range(6)]]
-    plan = AttentionPlan(other.lengths, 6, None, CPU)
-    for layer in range(2):
-        other.append(layer, torch.tensor(theirs)[..., None, None], torch.zeros(2, 6, 1, 1), plan)
-    other.advance(plan)
-    for step in range(200):
-        match rng.choice(["add", "copy", "drop", "append", "append", "trim"]):
-            case "add" if len(rows) < 6:
-                assert cache.add() == len(rows)
-                rows.append([])
-            case "copy":
-                row, source, length = rng.randrange(len(rows)), rng.randrange(2), rng.randrange(7)
-                cache.copy(row, other, source, length)
-                rows[row] = theirs[source][:length]
-            case "drop" if len(rows) > 1:
-                row = rng.randrange(len(rows))
-                cache.drop(row)
-                rows[row] = rows[-1]
-                del rows[-1]
+def test_rows_take_what_others_have_and_go_their_ways() -> None:
+    """Random rows that come, leave, take another's front, are trimmed and appended to, in steps of some of them."""
+    rng, rows = random.Random(5), [(KVRow(2, 4), list[float]())]
+    for step in range(400):
+        row, ids = rng.choice(rows)
+        match rng.choice(["come", "leave", "take", "append", "append", "trim"]):
+            case "come" if len(rows) < 6:
+                rows.append((KVRow(2, 4), []))
+            case "leave" if len(rows) > 1:
+                rows.remove((row, ids))
+            case "take":
+                other, theirs = rng.choice(rows)
+                length = rng.randrange(len(theirs) + 1)
+                row.take(other, length)
+                ids[:] = theirs[:length]
             case "trim":
-                row = rng.randrange(len(rows))
-                rows[row] = rows[row][: rng.randrange(len(rows[row]) + 1)]
-                cache.trim(row, len(rows[row]))
+                del ids[rng.randrange(len(ids) + 1) :]
+                row.trim(len(ids))
             case "append":
+                some = rng.sample(rows, rng.randrange(1, len(rows) + 1))
+                cache = KVCache.of([each for each, _ in some])
                 plan = AttentionPlan(cache.lengths, 2, None, CPU)
-                new = torch.tensor([[step + row / 10, step + 0.5] for row in range(len(rows))])[..., None, None]
+                new = torch.tensor([[step + i / 8, step + 0.75] for i in range(len(some))])[..., None, None]
                 for layer in range(2):
-                    keys, values = cache.append(layer, new, -new, plan)
+                    keys, values = cache.append(layer, new + layer, -new, plan)
                 cache.advance(plan)
-                for row, ids in enumerate(rows):
-                    ids += new[row].flatten().tolist()
-                    assert keys[row, : len(ids)].flatten().tolist() == pytest.approx(ids)
-                    mine = [i for i, value in enumerate(ids) if value >= 0]  # the others' values are zeros
-                    assert values[row].flatten()[mine].tolist() == pytest.approx([-ids[i] for i in mine])
-        assert cache.lengths == [len(ids) for ids in rows] and len(cache.rows) == len(rows)
+                for i, (_, known) in enumerate(some):
+                    known += new[i].flatten().tolist()
+                    assert keys[i, : len(known)].flatten().tolist() == [each + 1 for each in known]
+                    assert values[i, : len(known)].flatten().tolist() == [-each for each in known]
+        for each, known in rows:  # whatever became of one, the others hold what they held
+            assert each.length == len(known)
+            assert not known or each.read(1, 0, len(known))[1].flatten().tolist() == [-value for value in known]
     with pytest.raises(ValueError, match="cannot take"):
-        cache.copy(0, other, 0, 7)
+        KVRow(2, 4).take(rows[0][0], len(rows[0][1]) + 1)

@@ -17,6 +17,7 @@ from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.native_block import NativeBlock
 from model.kernels.native_linear import NativeLinear
+from model.kv_cache import KVRow
 from model.native.abi import GEMV_MAX_ROWS
 from model.prefill import prefill
 from model.quantization import SCHEMES, int4, int8
@@ -125,13 +126,14 @@ def test_as_near_to_float32_as_pytorchs_kernels(
 def test_a_row_of_a_batch_is_the_row_alone(tiny_checkpoint: Path) -> None:
     """To the bit, though each row is at a place of its own."""
     network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize="int8", pack=True)
-    together = KVCache(network.config.n_layers, rows=0)
-    alone = []
+    rows, alone = [], []
     for length in (3, 17, 9):
         cache = KVCache(network.config.n_layers)
         prefill(network, PROMPT[:, :length], cache)
-        together.copy(together.add(), cache, 0, length)
+        rows.append(KVRow(network.config.n_layers))
+        rows[-1].take(cache.rows[0], length)
         alone.append(cache)
+    together = KVCache.of(rows)
     column = torch.tensor([[5], [6], [7]])
     for _ in range(3):
         logits = network(column, past_key_values=together).logits
