@@ -72,7 +72,8 @@ def test_quantized_checkpoints(cli: Cli, old: Path, scheme: str) -> None:
 
 
 def test_a_prompt_cache(cli: Cli, old: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = cli("generate", "-m", folder, "--json", "--prompt-cache", shutil.copy(old / "prompt.cache", old / "b"), FIRST)
+    other = shutil.copy(old / "prompt.cache", old / "other.cache")
+    fresh = cli("generate", "-m", folder, "--json", "--prompt-cache", other, FIRST)
     assert fresh.code == 0 and "the text is read anew" in fresh.fault
     monkeypatch.setattr("dbrx_cli.engine.fingerprint.fingerprint", lambda _: made_by(OLD / "prompt.cache"))
     taken_up = reply(cli, folder, "--prompt-cache", old / "prompt.cache")
