@@ -16,9 +16,8 @@ from dbrx_cli.answers import Answers, Wanted
 from dbrx_cli.engine import Done, Engine, Request
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, decode
-from model.bpe import MAX_TEXT
 from model.errors import DbrxError, InputError
-from model.messages import Message
+from model.messages import MAX_TEXT, Message
 from model.sampling import PARAMETERS, SamplingParams
 
 SAMPLING = {name: kind for name, kind in PARAMETERS.items() if name != "lookup"}  # drafts are of all lines or of none

@@ -8,8 +8,8 @@ import stat
 from collections.abc import Sequence
 
 from dbrx_cli.stdin import REPLACE, InputErrors, decode
-from model.bpe import MAX_TEXT, check_size
 from model.errors import InputError
+from model.messages import MAX_TEXT, check_size
 
 KINDS = (  # how files begin that hold no text
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", "an image"),

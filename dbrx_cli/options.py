@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
@@ -76,6 +76,7 @@ def takes(**groups: type) -> Callable[[Command], Command]:
     return decorate
 
 
+@lru_cache  # many commands take the same groups, and reading annotations takes time
 def _flags(group: type) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [

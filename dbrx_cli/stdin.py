@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from model.bpe import MAX_TEXT
 from model.errors import InputError
+from model.messages import MAX_TEXT
 
 InputErrors = Literal["strict", "replace"]
 

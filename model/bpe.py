@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, AnyStr
 
 from .errors import InputError, ModelError
+from .messages import check_size
 from .panics import panics_told
 
 # How text is cut into pieces before merging. cl100k_base as DBRX was trained with it; GPT-2's.
@@ -59,8 +60,6 @@ DBRX_ADDED_TOKENS = {
     "<|im_start|>": 100278,
     "<|im_end|>": 100279,
 }
-# 32,768 positions of at most 128 bytes: nothing larger fits DBRX, and this much takes a few seconds at worst.
-MAX_TEXT = 4 * 1024 * 1024
 # tiktoken's regular expressions overflow their stack on far longer runs than this.
 LONG_SPACE = re.compile(r"\s{4096}")
 # Every kind of character that a pattern may treat apart, to see whether one drops text.
@@ -138,15 +137,6 @@ def _utf8(text: str) -> bytes:
         ) from None  # fmt: skip
     check_size(len(utf8))
     return utf8
-
-
-def check_size(size: int) -> None:
-    """Refuse more text than any context holds, before time and memory are spent on it."""
-    if size > MAX_TEXT:
-        raise InputError(
-            f"the text has {size / 2**20:.1f} MiB; at most {MAX_TEXT // 2**20} MiB can be encoded at once",
-            "shorten it: the model's context holds less",
-        )
 
 
 def _unpanicked(encoding: Any, text: str, pattern: str) -> list[int]:

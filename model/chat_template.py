@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .bpe import check_size
 from .errors import InputError, ModelError
-from .messages import Message
+from .messages import Message, check_size
 
 if TYPE_CHECKING:
     from types import CodeType

@@ -13,8 +13,8 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from dbrx_cli.files import attached
-from model.bpe import MAX_TEXT
 from model.errors import InputError
+from model.messages import MAX_TEXT
 from tests.cli import COMMAND, ROOT, Cli, environment
 from tests.test_constrain import PERSON
 

@@ -18,7 +18,7 @@ from model.bpe import CL100K_PATTERN, BytePairEncoder, Vocabulary, cl100k_vocabu
 from model.chat_template import Segment
 from model.detokenizer import Detokenizer
 from model.errors import InputError, ModelError
-from model.messages import Message
+from model.messages import MAX_TEXT, Message
 from model.tokenizer import AutoTokenizer, BatchEncoding, Tokenizer
 
 ALPHABET = {byte: character for character, byte in bpe.BYTE_OF_CHARACTER.items()}
@@ -483,7 +483,7 @@ def test_lone_surrogates_and_too_much_text_are_refused(dbrx: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"U\+DC80.* character 1"):
         dbrx.encode("a\udc80")
     with pytest.raises(InputError, match="MiB"):
-        dbrx.encode("a" * (bpe.MAX_TEXT + 1))
+        dbrx.encode("a" * (MAX_TEXT + 1))
 
 
 def test_a_pattern_that_backtracks_without_end_is_an_input_error() -> None:
@@ -493,7 +493,7 @@ def test_a_pattern_that_backtracks_without_end_is_an_input_error() -> None:
         encoder.encode("x" * 60)
 
 
-@pytest.mark.parametrize("size", [bpe.MAX_TEXT // 8, pytest.param(bpe.MAX_TEXT, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("size", [MAX_TEXT // 8, pytest.param(MAX_TEXT, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("unit", [" ", "a", "\n", " \n", "1.", "\t x", "\x04", "مرحبا"])
 def test_long_texts_end_within_ten_seconds(name: str, unit: str, size: int) -> None:
@@ -503,4 +503,4 @@ def test_long_texts_end_within_ten_seconds(name: str, unit: str, size: int) -> N
     text = (unit * size).encode()[:size].decode("utf-8", "ignore")
     start = time.process_time()
     ours.encode(text)
-    assert time.process_time() - start < 10 * size / bpe.MAX_TEXT
+    assert time.process_time() - start < 10 * size / MAX_TEXT
