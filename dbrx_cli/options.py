@@ -248,9 +248,10 @@ class ModelOptions(WhichModel):
         limits: dict[int | str, int | str] = {}
         for part in self.max_memory.split(","):
             device, equals, amount = (piece.strip() for piece in part.partition("="))
-            if not equals or not (device.isdigit() or device in ("cpu", "mps")) or not amount:
+            number = device.isdecimal() and len(device) < 10
+            if not equals or not (number or device in ("cpu", "mps")) or not amount:
                 raise InputError(f"--max-memory: {part.strip()!r} is not like 0=70GiB or cpu=200GiB")
-            limits[int(device) if device.isdigit() else device] = amount
+            limits[int(device) if number else device] = amount
         return limits
 
     @property

@@ -200,7 +200,7 @@ class _Rewriter:
         found: Any = self._root
         for step in unquote(pointer).split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and step.isdigit() and int(step) < len(found):
+            if isinstance(found, list) and step.isdecimal() and len(step) < 10 and int(step) < len(found):
                 found = found[int(step)]
             else:
                 found = found.get(step) if isinstance(found, dict) else None

@@ -11,11 +11,13 @@ from typing import cast
 import pytest
 
 from dbrx_cli.bench import Machine, Result, plot
+from dbrx_cli.commands import chat
 from dbrx_cli.commands.doctor import verdict
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.doctor import Check
 from dbrx_cli.options import OutputOptions
 from dbrx_cli.repl import loop
+from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.prompt import dropped_file
 from dbrx_cli.repl.signals import Signals
 from dbrx_cli.repl.typeahead import Typeahead
@@ -80,6 +82,23 @@ def test_a_ctrl_c_in_haste_does_not_leave(monkeypatch: pytest.MonkeyPatch) -> No
     assert repl.in_haste
     repl.stopped_at = 99.0
     assert not repl.in_haste
+
+
+NEED_NOTHING = [name for name, command in COMMANDS.items() if not command.takes_argument]
+
+
+def test_what_a_command_does_not_know_is_refused(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a mistyped name is: it may be a message, so nothing is done and a script goes on."""
+    monkeypatch.setattr(chat, "open_engine", lambda options, report: FakeEngine())
+    monkeypatch.setenv("DBRX_DATA", str(tmp_path))
+    assert {"/help", "/clear", "/undo", "/regen", "/trace", "/bye"} <= {*NEED_NOTHING}
+    script = "".join(f"{name} of jazz\n" for name in NEED_NOTHING)
+    result = cli("chat", "-m", "fake", stdin=f"say one\n{script}say two\n")
+    assert (result.code, result.out) == (0, "one\ntwo\n")
+    for name in NEED_NOTHING:
+        assert f'{name} takes nothing behind it, and there is "of jazz"; type {name} (a message' in result.err
+    for line in ("/copy nothing", "/set nothing 1", "/load ²", "/edit ²", "/export nothing", "/branches ²"):
+        assert cli("chat", "-m", "fake", stdin=f"say one\n{line}\n").code == 2, line
 
 
 def test_doctor_ends_with_a_verdict() -> None:

@@ -45,14 +45,15 @@ def branches(repl: Repl, argument: str) -> None:
 
 
 def _switch(repl: Repl, argument: str) -> None:
-    if not argument.isdigit() or int(argument) not in repl.branches:
+    number = next((each for each in repl.branches if str(each) == argument), None)
+    if number is None:
         known = ", ".join(map(str, sorted(repl.branches)))
         raise InputError(f"there is no other branch {argument}", f"there are {known}; this is {repl.branch}")
-    left, turns = repl.branch, repl.branches[int(argument)]
+    left, turns = repl.branch, repl.branches[number]
     repl.branches[left] = repl.conversation.turns
     _keep(repl)  # in two places for a moment, and never in none
     repl.change(replace(repl.conversation, turns=turns, skipped=0))
-    repl.branch = int(argument)
+    repl.branch = number
     del repl.branches[repl.branch]
     _keep(repl)
     reads = repl.reading(repl.conversation, "; the next message reads {} more")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dbrx_cli.repl import branches, figures, keeping, settings, talking
+from dbrx_cli.repl.words import quote
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,17 +41,30 @@ class Command:
     usage: str
     help: str
 
+    @property
+    def takes_argument(self) -> bool:
+        """Whether its usage names one."""
+        return any(" " in form for form in self.usage.split(", "))
+
 
 def run_command(repl: Repl, line: str) -> None:
-    """Obey a line such as `/system You are brief.`; an unknown command gets a suggestion."""
+    """Obey a line such as `/system You are brief.`; what is no command, or asks one for too much, gets a suggestion."""
     name, *rest = line.split(maxsplit=1)
+    argument = rest[0].strip() if rest else ""
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        advice = f"did you mean {near[0]}?" if near else "/help lists the commands"
-        repl.report.error(InputError(f"there is no command {name}", f"{advice} (a message may begin with a space)"))
+        wrong, advice = (
+            f"there is no command {name}",
+            f"did you mean {near[0]}?" if near else "/help lists the commands",
+        )
+    elif argument and not command.takes_argument:
+        wrong = f"{name} takes nothing behind it, and there is {quote(argument, 40)}"
+        advice = f"type {name}"
+    else:
+        command.run(repl, argument)
         return
-    command.run(repl, rest[0].strip() if rest else "")
+    repl.report.error(InputError(wrong, f"{advice} (a message may begin with a space)"))
 
 
 def _help(repl: Repl, argument: str) -> None:

@@ -150,10 +150,12 @@ def _question(repl: Repl, number: str) -> int:
     """The place of the user's message of this number, from 1 on; of the last one without."""
     if not number:
         return _last_question(repl)
-    places = [i for i, turn in enumerate(repl.conversation.turns) if turn.role == "user"]
-    if not number.isdigit() or not 1 <= int(number) <= len(places):
-        raise InputError(f"there is no message {number} of yours", f"/edit takes 1 to {len(places)}")
-    return places[int(number) - 1]
+    asked = [i for i, turn in enumerate(repl.conversation.turns) if turn.role == "user"]
+    places = {str(n): place for n, place in enumerate(asked, 1)}
+    if number not in places:
+        known = f"/edit takes {'1 to ' if len(places) > 1 else ''}{len(places)}" if places else "none is there yet"
+        raise InputError(f"there is no message {number} of yours", known)
+    return places[number]
 
 
 def _last_question(repl: Repl) -> int:
