@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from collections.abc import Generator
 
 import pytest
 
 from dbrx_cli import output, status
 from dbrx_cli.commands import generate
+from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Delta, Done, Request
+from dbrx_cli.options import OutputOptions
+from dbrx_cli.repl.lines import Line
+from dbrx_cli.repl.loop import Repl
+from dbrx_cli.repl.signals import Signals
+from dbrx_cli.repl.typeahead import Typeahead
+from dbrx_cli.report import Report
 from dbrx_cli.status import Status
+from dbrx_cli.store import Recorder
+from model.sampling import SamplingParams
 from tests.cli import Cli
 from tests.fake_chat import FakeEngine
 from tests.terminal import Screen, feed
@@ -128,3 +138,42 @@ def test_nothing_of_it_goes_into_a_file(cli: Cli, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(generate, "open_engine", lambda options, report: FakeEngine())
     result = cli("generate", "-m", "fake", "--no-log", "say text")
     assert (result.out, result.err) == ("text\n", "")
+
+
+class Watched(Tty):
+    """Notes the processor's time of its first text."""
+
+    first: float | None = None
+
+    def write(self, text: str) -> int:
+        self.first = self.first or time.process_time()
+        return super().write(text)
+
+
+class Late(FakeEngine):
+    """Computes nothing before the terminal has been shown something."""
+
+    context = 100_000
+
+    def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
+        assert isinstance(sys.stderr, Watched) and sys.stderr.first is not None
+        yield from super().stream(request)
+
+
+def test_the_first_sign_of_life_comes_before_the_engine_and_within_a_tenth_of_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal(monkeypatch)
+    report = Report(OutputOptions())
+    recorder = Recorder("chat", "fake", None, {}, report.notice, enabled=False)
+    repl = Repl(
+        Late(), Conversation(), SamplingParams(max_tokens=20_000), (), report, recorder, Signals(), Typeahead(),
+        name="fake", asked="fake", markdown=False,
+    )  # fmt: skip
+    repl.interactive = True
+    pasted = "".join(f"line {i} of what was pasted\n" for i in range(3000))
+    for line in ("say one", pasted, "/regen", "say two", "/set max_tokens 1", "say one two", "/continue"):
+        monkeypatch.setattr(sys, "stderr", err := Watched())
+        entered = time.process_time()
+        repl.obey(Line(line, line.startswith("/")))
+        assert err.first is not None and err.first - entered < 0.1, line
