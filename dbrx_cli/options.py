@@ -175,7 +175,7 @@ class WhichModel:
             "--model",
             panel=MODEL,
             metavar="MODEL",
-            help="A folder, a GGUF file, a Hub id, `demo`, or `demo-moe`.",
+            help="A folder, a GGUF file, a Hub id, `ollama:NAME`, `demo`, or `demo-moe`.",
             complete=model_names,
         ),
     ] = DEFAULT_MODEL

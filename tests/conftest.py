@@ -122,6 +122,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.delenv(name)
     monkeypatch.setenv("DBRX_DATA", str(tmp_path / "dbrx-data"))
     monkeypatch.setenv("DBRX_CONFIG", str(tmp_path / "dbrx.toml"))
+    for name in ("OLLAMA_MODELS", "LLAMA_CACHE"):  # other programs' models are not listed among a test's
+        monkeypatch.setenv(name, str(tmp_path / "none"))
     for name, value in EXACT.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)

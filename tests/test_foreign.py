@@ -302,7 +302,7 @@ def test_a_gguf_repository_in_the_cache_loads_by_its_id(
     assert ran.code == 3 and "holds 2 models" in ran.fault and f"-m {link.parents[1] / 'Q4' / first.name}" in ran.fault
 
 
-def test_ollamas_store(tmp_path: Path) -> None:
+def test_ollamas_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     file = write_gguf(tmp_path / "m.gguf")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     tags = tmp_path / "models" / "manifests" / "registry.ollama.ai" / "library" / "dbrx"
@@ -318,6 +318,19 @@ def test_ollamas_store(tmp_path: Path) -> None:
     for given in (tags / "latest", tmp_path / "models", blobs / f"sha256-{digest}"):
         assert resolve(given) == blobs / f"sha256-{digest}"
         assert AutoTokenizer.from_pretrained(given).encode("hello") == [259]
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    for name in ("dbrx", "dbrx:latest", "library/dbrx", "registry.ollama.ai/library/dbrx:latest"):
+        assert resolve(f"ollama:{name}") == blobs / f"sha256-{digest}"
+    mine = tags.parents[1] / "me" / "dbrx"
+    shutil.copytree(tags, mine)
+    listed = _listed(cli)
+    assert listed.keys() == {"ollama:dbrx:latest", "ollama:me/dbrx:latest"}
+    assert listed["ollama:dbrx:latest"]["bytes"] == file.stat().st_size and listed["ollama:dbrx:latest"]["complete"]
+    assert "ollama rm dbrx" in cli("models", "remove", "ollama:dbrx", "--yes").fault
+    shutil.rmtree(mine)
+    for name, said in (("gone", "is not in ollama's store"), ("../dbrx", "is no name"), ("a/b/c/d", "is no name")):
+        with pytest.raises(ModelError, match=said):
+            resolve(f"ollama:{name}")
     (tags / "instruct").write_text(json.dumps({"layers": layers}))
     with pytest.raises(ModelError, match="holds 2 models: dbrx:instruct, dbrx:latest"):
         resolve(tmp_path / "models")
@@ -327,3 +340,28 @@ def test_ollamas_store(tmp_path: Path) -> None:
     (blobs / f"sha256-{digest}").unlink()
     with pytest.raises(ModelError, match="is missing, latest names it"):
         resolve(tags / "latest")
+
+
+def test_models_of_lm_studio_and_llama_cpp_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    studio, flat = tmp_path / ".lmstudio" / "models" / "acme" / "dbrx-GGUF", tmp_path / "llama.cpp"
+    monkeypatch.setenv("LLAMA_CACHE", str(flat))
+    for folder in (studio, flat):
+        folder.mkdir(parents=True)
+    first = write_gguf(studio / "m.gguf", split=10)
+    single = write_gguf(flat / "acme_dbrx.gguf")
+    write_gguf(flat / "other.gguf", arch="llama")
+    listed = _listed(cli)
+    assert listed.keys() == {str(first), str(single)}
+    assert listed[str(first)]["bytes"] == sum(part.stat().st_size for part in studio.iterdir())
+    sorted(studio.iterdir())[-1].unlink()
+    row = _listed(cli)[str(first)]
+    assert not row["complete"] and len(row["missing"]) == 1
+
+
+def _listed(cli: Cli) -> dict[str, Any]:
+    """What `dbrx models` finds that is not made here."""
+    rows = json.loads(cli("models", "list", "--json").out)
+    return {row["name"]: row for row in rows if not row["name"].startswith("demo")}

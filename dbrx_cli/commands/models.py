@@ -48,7 +48,9 @@ def list_models(
         bool, switch("--speed", help="Measure this machine's kernels, and predict tokens a second.")
     ] = False,
 ) -> None:
-    """List the DBRX checkpoints in the Hub's cache, and the demo models. Folders of your own are not searched for.
+    """List the DBRX models in the Hub's cache, those of ollama, LM Studio and llama.cpp, and the demo models.
+
+    Folders of your own are not searched for.
 
     dbrx models list
 
@@ -90,9 +92,11 @@ def remove(
 
 
 def _list(json_output: bool = False, speed: bool = False) -> None:
+    from model.formats.locate import elsewhere
     from model.hub.inventory import inventory
 
     rows = [_row(model) for model in inventory()]
+    rows += [_elsewhere(name, model) for name, model in elsewhere()]
     rows += [demo for name in DEMOS if (demo := _demo(name))]
     for row in rows:
         row["form"] = _form(row)
@@ -121,6 +125,25 @@ def _row(model: CachedModel) -> dict[str, Any]:
         "missing": list(model.missing),
         "last_used": _iso(model.last_used),
         "path": str(model.folder),
+    }
+
+
+def _elsewhere(name: str, model: Path) -> dict[str, Any]:
+    """A GGUF model that another program keeps, by what `-m` takes for it."""
+    from model.formats.locate import missing_parts, parts_of
+
+    files = [file.stat() for file in parts_of(model) if file.is_file()]
+    missing = [file.name for file in missing_parts([model])]
+    return {
+        "name": name,
+        "revision": None,
+        "refs": [],
+        "bytes": sum(file.st_size for file in files),
+        "complete": not missing,
+        "format": "gguf",
+        "missing": missing,
+        "last_used": _iso(max((file.st_atime for file in files), default=None)),
+        "path": str(model),
     }
 
 
@@ -196,6 +219,7 @@ def find_folder(name: str, revision: str | None) -> Path:
 
 def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
     """What is deleted, and how it is called."""
+    from model.formats.locate import OF_OLLAMA
     from model.hub.inventory import inventory, removal
     from model.hub.plan import check_revision
 
@@ -208,6 +232,8 @@ def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
         return [Path(demo["path"])], f"the model {name}"
     if name.startswith((".", "/", "~")):
         raise InputError(f"{name} is a folder of your own, not in the cache", "remove it yourself")
+    if name.startswith(OF_OLLAMA):
+        raise InputError(f"{name} is in ollama's store", f"ollama rm {name.removeprefix(OF_OLLAMA)}")
     cached = [model for model in inventory() if model.name == name]
     if not cached:
         raise ModelError(f"no DBRX checkpoint {name} is in the cache", "`dbrx models` lists those that are")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AccessError, ConnectionFault, ModelError
-from ..formats.locate import locate
+from ..formats.locate import OF_OLLAMA, locate, of_ollama
 from .download import cached, download
 from .plan import is_offline
 from .progress import Progress, Silent
@@ -22,7 +22,7 @@ def resolve(
     progress: Progress | None = None,
     download: bool = True,
 ) -> Path:
-    """The folder of a checkpoint or its GGUF file: by a local path, or a Hub id's snapshot in the cache.
+    """The folder of a checkpoint or its GGUF file: by a local path, ollama's name, or a Hub id's snapshot in the cache.
 
     With `download`, the Hub is asked and what is missing is fetched; if it cannot be reached or refuses, a complete
     cached snapshot is used and that is announced. Without, nothing touches the network, and a `ModelError` says
@@ -32,6 +32,8 @@ def resolve(
     if local.exists():
         return locate(local)
     name = str(name_or_path)
+    if name.startswith(OF_OLLAMA):
+        return of_ollama(name.removeprefix(OF_OLLAMA))
     if isinstance(name_or_path, Path) or _is_path(name):
         raise ModelError(f"{name} does not exist", "give the folder of a checkpoint or a Hub id (org/name)")
     if not download or is_offline():
