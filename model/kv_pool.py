@@ -165,16 +165,19 @@ class KVPool:
             return False
         for other in [other for other, ids in beside.items() if new.ids[: len(ids)] == ids]:
             self._drop(other)
-        self._behind.setdefault(new.before, set()).add(name)
-        self._kept[name] = new
         new.block.sealed = True
+        self._kept[name] = new  # before others point to it: an interrupt may come between any two lines
+        self._behind.setdefault(new.before, set()).add(name)
         return True
 
     def _drop(self, name: bytes) -> None:
-        before = self._kept.pop(name).before
-        self._behind[before].discard(name)
-        if not self._behind[before]:
-            del self._behind[before]
+        before = self._kept[name].before
+        others = self._behind.get(before, set()) - {name}
+        if others:
+            self._behind[before] = others
+        else:
+            self._behind.pop(before, None)
+        del self._kept[name]
 
     def _used(self) -> set[KVBlock]:
         return {block for row in self._live if row.kv is not None for block in row.kv.blocks}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import weakref
+from contextlib import suppress
+from itertools import count
+from types import FrameType
 
 import pytest
 import torch
 
-from model import DbrxForCausalLM, SamplingParams
+from model import DbrxForCausalLM, SamplingParams, kv_pool
 from model.errors import ResourceError
 from model.kv_cache import KVBlock, KVRow
 from model.kv_pool import KVPool, OneRow, kv_bytes
@@ -84,6 +88,35 @@ def test_the_longest_front_of_any_text_is_found(network: DbrxForCausalLM) -> Non
         texts.append(text)
     held = {tuple(text[:end]) for text in texts for end in range(B, len(text) + 1, B)}
     assert sum(len(kept.ids) == B for kept in pool._kept.values()) == len(held)  # a block for each front, once
+
+
+def test_an_interrupt_between_any_two_lines_leaves_a_sound_pool(network: DbrxForCausalLM) -> None:
+    """Texts that part inside a block, and a budget in which blocks give way."""
+    texts, layers = [[1] * 10, [1] * 6 + [2] * 7, [1] * 5, [3] * 14], network.config.n_layers
+    for line in count(1):
+        pool, left = KVPool(network, budget(network, 6), B), line
+
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            nonlocal left
+            left -= event == "line" and frame.f_code.co_filename == kv_pool.__file__
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        for text in texts:
+            row = KVRow(layers, B)
+            written(row, text)
+            if left:
+                sys.settrace(trace)
+            with suppress(KeyboardInterrupt):
+                pool.keep(row, text)
+            sys.settrace(None)
+        for text in texts:
+            length, found = pool.find(text)
+            assert length == 0 or found.read(1, 0, length)[0].flatten().tolist() == text[:length]
+        if left > 0:
+            break
 
 
 def test_a_conversation_that_comes_back_reads_only_what_is_new(network: DbrxForCausalLM) -> None:

@@ -242,6 +242,27 @@ def test_a_save_that_fails_leaves_the_old_file(
     assert path.read_bytes() == before and os.listdir(path.parent) == ["cache"]
 
 
+def test_a_reply_that_was_whole_leaves_a_cache_and_one_that_never_began_none(
+    cli: Cli, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    common = ("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "4", "--json", TEXT)
+    resume, cache = ("--resume", tmp_path / "state"), ("--prompt-cache", tmp_path / "cache")
+    assert cli(*common, *resume).code == 0
+    assert "holds the whole reply" in cli(*common, *resume, *cache).fault
+    again = cli(*common, *cache)
+    usage = json.loads(again.out)["usage"]
+    assert not again.err and usage["cached_tokens"] == usage["prompt_tokens"] - 1
+    engine = engine_of(tiny_checkpoint)
+    reading = engine.stream(Request(TEXT, PARAMS, on_read=interrupted))
+    assert next(reading).finish_reason == "interrupted"  # type: ignore[union-attr]
+    engine.save_cache(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def interrupted(*_: int) -> None:
+    raise KeyboardInterrupt
+
+
 def test_generate_reads_only_what_is_new(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     common = ("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "8", "--json", "--prompt-cache", tmp_path / "cache")
     first, again, other = (json.loads(cli(*common, text).out) for text in (TEXT, TEXT, TEXT + " And why?"))

@@ -57,13 +57,13 @@ class Job:
             self._generator.set_state(drawn)
         if journal is not None:
             self._take_up(journal)
+            engine.pool.keep(journal.kv, reply.known)
         self._on_read = request.on_read
         reply.drafter = lookup(request.params.lookup)
         self.row = engine.session.sequence(
             reply.prompt,
             replace(request.params, max_tokens=request.params.max_tokens + reply.begun),
             reply=reply.ids,
-            kv=journal.kv if journal is not None and journal.kv.length else None,
             eos_ids=engine.tokenizer.eos_token_ids,
             stopper=self._hear,
             mask=self._mask,

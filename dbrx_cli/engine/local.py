@@ -246,7 +246,7 @@ class LocalEngine:
         from dbrx_cli.engine.fingerprint import fingerprint
         from dbrx_cli.engine.saved import replacing
 
-        if self.session.ids:
+        if self.pool.find(self.session.ids)[0]:  # nothing was read before an early interrupt or fault
             with replacing(path) as file:
                 self.session.save(file, fingerprint(self))
 
