@@ -75,6 +75,13 @@ def test_only_dbrx_checkpoints_are_listed(cli: Cli, add: Add, cache: Path) -> No
     assert fields[:4] == [NAME, commit, str(row["bytes"]), "complete"] and fields[5] == row["path"]
 
 
+def test_speed_is_a_column_of_a_pipe_too(cli: Cli, add: Add, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(NAME, checkpoint())
+    monkeypatch.setattr("dbrx_cli.commands.models._predicted", lambda row: 12.34)
+    assert cli("models", "list", "--speed").out.rstrip("\n").split("\t")[-1] == "12"
+    assert len(cli("models", "list").out.split("\t")) == 6
+
+
 def test_what_is_incomplete_is_told(cli: Cli, add: Add, cache: Path) -> None:
     add(NAME, checkpoint(), leave_out=("model-00002-of-00003.safetensors",))
     (cache / "models--acme--dbrx-begun" / "blobs").mkdir(parents=True)

@@ -110,7 +110,8 @@ def _list(json_output: bool = False, speed: bool = False) -> None:
     else:
         for row in rows:
             state = "complete" if row["complete"] else "incomplete"
-            columns = (row["name"], row["revision"] or "", row["bytes"], state, row["last_used"] or "", row["path"])
+            columns = [row["name"], row["revision"] or "", row["bytes"], state, row["last_used"] or "", row["path"]]
+            columns += [f"{row['tokens_per_s'] or 0:.2g}"] if speed else []
             say("\t".join(map(str, columns)))
 
 
