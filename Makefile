@@ -7,6 +7,8 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.dev
 VLLM   ?= .venv-vllm
 LLM    ?= .venv-llm
+CLIENTS ?= .venv-clients
+SCHEMATHESIS ?= .venv-schemathesis
 # Installed first, so that no range picks a newer build of several GB. Empty: the newest that pyproject.toml allows.
 TORCH  ?= torch==2.13.0
 NATIVE := model/native/lib/.ready
@@ -15,7 +17,7 @@ PROMPT ?= What is the capital of France? Answer briefly.
 # Tests start hundreds of processes: each module is compiled once, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick lint format docs fidelity record soak gpu gpu-rehearsal test-vllm test-llm clean wheel test-install native-sanitize native-aarch64
+.PHONY: demo test quick lint format docs fidelity record soak gpu gpu-rehearsal test-vllm test-llm test-clients test-schemathesis clean wheel test-install native-sanitize native-aarch64
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@$(BIN)/dbrx generate -m demo -t 0 "$(PROMPT)"
@@ -25,7 +27,7 @@ test: $(DEV)  ## all tests
 	$(BIN)/python -m pytest -n 2
 
 quick: $(DEV)  ## the tests that need neither the demo model nor many seconds
-	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm)"
+	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm or clients)"
 
 lint: $(DEV)  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -63,6 +65,12 @@ test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its ow
 test-llm: $(DEV) $(LLM)/.ready  ## the plugin of `llm` in an environment of its own
 	LLM_PYTHON=$(abspath $(LLM)/bin/python) $(BIN)/python -m pytest -n 0 -m llm tests/test_llm_plugin.py
 
+test-clients: $(DEV) $(CLIENTS)/.ready  ## `dbrx serve` with openai, litellm, LangChain, llm and curl
+	CLIENTS_PYTHON=$(abspath $(CLIENTS)/bin/python) $(BIN)/python -m pytest -n 0 -m clients tests/test_clients.py
+
+test-schemathesis: $(DEV) $(SCHEMATHESIS)/.ready  ## 1,000 made-up requests against the OpenAPI document
+	SCHEMATHESIS=$(abspath $(SCHEMATHESIS)/bin/schemathesis) $(BIN)/python -m tests.run_schemathesis
+
 wheel: $(DEV)  ## dist/dbrx_cli-*.whl, with the native kernels for every processor of this architecture
 	DBRX_NATIVE_BUILD=all $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -86,7 +94,7 @@ native-aarch64:  ## the native kernels' driver for aarch64, under qemu-user
 	@$(call DRIVE,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLM) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(LLM) $(CLIENTS) $(SCHEMATHESIS) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The native kernels, again when a source has changed. The install below would build them too, but without a word.
 $(NATIVE): $(shell find model/native/src -type f) model/native/build.py
@@ -122,4 +130,14 @@ $(LLM)/.ready:
 	$(PYTHON) -m venv $(LLM)
 	$(if $(TORCH),$(LLM)/bin/python -m pip install --quiet $(TORCH))
 	$(LLM)/bin/python -m pip install --quiet --editable . llm
+	@touch $@
+
+$(CLIENTS)/.ready:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet openai==3.57.0 litellm==1.108.7 langchain-openai==1.7.4 llm==0.36
+	@touch $@
+
+$(SCHEMATHESIS)/.ready:
+	$(PYTHON) -m venv $(SCHEMATHESIS)
+	$(SCHEMATHESIS)/bin/python -m pip install --quiet schemathesis==4.32.5
 	@touch $@
