@@ -286,6 +286,8 @@ def test_a_conversation_goes_on_from_the_ids_that_were_sampled(served: Served) -
         told = served.post("chat/completions", messages=talk, logit_bias=TEXT, return_token_ids=True, **settings())
         ids = told.json()["prompt_token_ids"]
         assert ids[: len(known)] == known
+        read = told.json()["usage"]
+        unread = read["prompt_tokens"] - read["prompt_tokens_details"]["cached_tokens"]
+        assert not known or unread == len(ids) - len(known) + 1, "what is new, and the last id: it was never read"
         known = ids + choice(told.json())["token_ids"]
         talk += [choice(told.json())["message"], *user("And then?")]
-    assert told.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0

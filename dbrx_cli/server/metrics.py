@@ -37,6 +37,8 @@ class Metrics:
             ("dbrx_rows_running", "Replies that are being made.", lambda: worker.running),
             ("dbrx_rows_waiting", "Replies that wait for a place.", lambda: worker.waiting),
             ("dbrx_step_seconds", "What a step takes at present.", lambda: worker.pace.step_s),
+            ("dbrx_kv_used_bytes", "Keys and values of replies.", lambda: _pool(worker, "used_bytes")),
+            ("dbrx_kv_cached_bytes", "Those kept for who comes back.", lambda: _pool(worker, "cached_bytes")),
         ):
             Gauge(name, text, registry=registry).set_function(now)
 
@@ -57,3 +59,7 @@ class Metrics:
     def text(self) -> bytes:
         """All of it in Prometheus' form."""
         return generate_latest(self._registry)
+
+
+def _pool(worker: Worker, size: str) -> int:
+    return 0 if worker.pool is None else int(getattr(worker.pool, size))

@@ -71,7 +71,7 @@ def _reply(summary: str, schema: Schema, names: Sequence[str]) -> dict[str, Any]
     schema = _nullable(schema)
     schema["properties"]["model"] = {"anyOf": [text(enum=[*names]), NULL]}
     operation = _operation(summary, ANSWER)
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": text()}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     return operation | {"requestBody": body}
 

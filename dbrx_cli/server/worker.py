@@ -14,11 +14,13 @@ from dbrx_cli.engine import Done
 from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.output import tell_lines
+from dbrx_cli.server.errors import ApiError
 from dbrx_cli.server.tickets import Event, Ticket
 from model.errors import DbrxError, InputError, ModelError
 
 if TYPE_CHECKING:
     from dbrx_cli.engine.local import LocalEngine
+    from model.kv_pool import PoolStats
     from model.scheduler import Scheduler
     from model.sequence import Sequence
 
@@ -59,6 +61,7 @@ class Worker:
         self.engine: LocalEngine | None = None
         self.fault: BaseException | None = None  # of loading
         self.ready = asyncio.Event()  # loaded, or failed to
+        self.pool: PoolStats | None = None  # when the last row left
         self._load, self._rows, self._loop, self._remember = load, rows, loop, remember
         self._inbox: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         self._tickets: dict[Sequence, Ticket] = {}
@@ -122,8 +125,13 @@ class Worker:
                 return False
 
     def _add(self, ticket: Ticket) -> bool:
+        try:
+            self._scheduler.add(ticket.job.row)
+        except DbrxError as fault:  # more keys and values than there is memory for
+            ticket.job.close()
+            self._post([(ticket, ApiError(fault.message, code="context_length_exceeded"))])
+            return True
         self._tickets[ticket.job.row] = ticket
-        self._scheduler.add(ticket.job.row)
         if ticket.job.row.done:  # it goes on from what was whole already
             self._post(self._end(ticket.job.row))
         return True
@@ -137,6 +145,8 @@ class Worker:
     def _leave(self, ticket: Ticket) -> None:
         del self._tickets[ticket.job.row]
         ticket.job.close()
+        assert self.engine is not None
+        self.pool = self.engine.pool.stats()
 
     def _step(self) -> None:
         begun, decodes = time.perf_counter(), any(row.ids for row in self._tickets)
