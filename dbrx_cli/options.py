@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, wraps
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from model.errors import InputError
+from model.quantization import SCHEMES
 from model.sampling import SamplingParams
 
 from . import precedence, settings
@@ -31,7 +32,12 @@ DEMOS = ("demo", "demo-moe")  # made by dbrx_cli/demo.py
 
 AttnName = Literal["auto", "eager", "sdpa", "flash"]
 OffloadName = Literal["auto", "none", "cpu", "disk"]
-QuantizeName = Literal["auto", "none", "int8", "int4"]
+if TYPE_CHECKING:
+    SchemeName = str
+    QuantizeName = str
+else:
+    SchemeName = Literal[tuple(SCHEMES)]
+    QuantizeName = Literal[("auto", "none", *SCHEMES)]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dbrx_cli.options import ModelOptions, OutputOptions, takes
 from dbrx_cli.output import say
 from dbrx_cli.report import Report
+from model.quantization import SCHEMES
 
-To = Literal["auto", "bfloat16", "float16", "float32", "int8", "int4"]
+if TYPE_CHECKING:
+    To = str
+else:
+    To = Literal[("auto", "bfloat16", "float16", "float32", *SCHEMES)]
 
-GROUP = 32  # of int4; `dbrx quantize` has a choice
+GROUP = 32  # weights that share a range; `dbrx quantize` has a choice
 
 
 @takes(output=OutputOptions)
@@ -45,7 +49,7 @@ def convert(
 
     with open_weights(folder) as weights, damage_named(folder), report.bar("Converting") as advance:
         finish = companions(folder, weights.config.vocab_size)
-        if to in ("int8", "int4"):
+        if to in SCHEMES:
             from model.formats.write_quantized import Writer
 
             Writer(weights, out, to, GROUP).write(finish, advance)

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from dbrx_cli.options import ModelOptions, OutputOptions, takes
+from dbrx_cli.options import ModelOptions, OutputOptions, SchemeName, takes
 from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
+from model.quantization import SCHEMES
 
-To = Literal["int8", "int4"]
 Group = Literal["32", "128"]
 
 
@@ -23,18 +23,19 @@ def quantize(
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
     *,
-    to: Annotated[To, typer.Option("--to", help="Of the experts; attention and head become int8.")],
+    to: Annotated[SchemeName, typer.Option("--to", help="Of the experts; attention and head become int8.")],
     group: Annotated[
-        Group, typer.Option("--group", help="int4: weights that share a range; 128 is smaller, 32 is better.")
+        Group, typer.Option("--group", help="Weights that share a range; 128 is smaller, 32 is better.")
     ] = "32",
     output: OutputOptions,
 ) -> None:
-    """Write a model in int8 or int4. It loads as it is; an interrupted run is taken up by the same command.
+    """Write a model in few bits. It loads as it is; an interrupted run is taken up by the same command.
 
     dbrx quantize databricks/dbrx-instruct ./dbrx-int4 --to int4 --group 128
     """
-    if to == "int8" and group != "32":
-        raise InputError("--group is for --to int4", "leave it out")
+    if not SCHEMES[to].groups and group != "32":
+        with_groups = ", ".join(name for name, scheme in SCHEMES.items() if scheme.groups)
+        raise InputError(f"--group is for --to {with_groups}", "leave it out")
     from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
 

@@ -13,13 +13,12 @@ from dbrx_cli.server.errors import ApiError
 from dbrx_cli.server.schemas import CHAT, TEXT, check
 from model.json_text import Limits, parse
 from model.messages import Message
-from model.sampling import MIN_TEMPERATURE, SamplingParams
+from model.sampling import DISTRIBUTION, MIN_TEMPERATURE, SamplingParams
 
 LARGEST_BODY = 8 * 2**20  # bytes
 LARGEST_SCHEMA = 64 * 1024  # of a response_format, as it was sent
 BODY = Limits(LARGEST_BODY, 500_000)
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _message(fields: dict[str, Any], at: str) -> Message:
 
 
 def _sampling(body: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
-    given = {name: body[name] for name in SAMPLING if name in body}
+    given = {name: body[name] for name in DISTRIBUTION if name in body}
     given.setdefault("repetition_penalty", body.get("repeat_penalty", defaults.repetition_penalty))
     if given.get("temperature", 1) < MIN_TEMPERATURE:
         given["temperature"] = 0.0

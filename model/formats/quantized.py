@@ -10,7 +10,7 @@ from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
 from ..quantization import DENSE as DENSE_SCHEME
-from ..quantization import SCHEMES
+from ..quantization import SCHEMES, dequantize
 from ..safetensors_file import TensorInfo
 from ..weights import CheckpointWeights, Extent, FloatExpert, QuantizedExpert, QuantizedMatrix
 from .foreign import quantization_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METHOD = "dbrx"
 VERSION = 1
+GROUP = 32  # where the configuration names none
 STACKED = ".ffn.experts.mlp."
 EXPERT = "transformer.blocks.{}.ffn.experts.{}."
 MATRICES = ("w1", "v1", "w2")
@@ -174,26 +175,22 @@ class QuantizedWeights(CheckpointWeights):
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         """One expert in float32."""
-        from ..quantization import int4, int8
-
         stored = self.quantized_expert(layer, expert, data)
-        if self.quantization == "int8":
-            w1, v1, w2 = (int8.dequantize(matrix) for matrix in stored)
-        else:
-            w1, v1, w2 = (int4.dequantize(matrix, self.group) for matrix in stored)
+        w1, v1, w2 = (dequantize(self.quantization, matrix, self.group) for matrix in stored)
         return FloatExpert(w1, v1, w2.t())
 
 
 def _settings(folder: Path) -> tuple[str, int]:
     """Kind and group of `quantization_config`."""
     path, found = folder / "config.json", quantization_of(folder)
-    kind, group, version = found.get("kind"), found.get("group", 32), found.get("version")
+    kind, group, version = found.get("kind"), found.get("group", GROUP), found.get("version")
     if version != VERSION:
         raise ModelError(f"{path}: quantized in version {version!r} of the format", "update dbrx, or quantize it again")
     if not isinstance(kind, str) or kind not in SCHEMES:
         raise ModelError(f"{path}: quantization {kind!r} is not one of {', '.join(SCHEMES)}")
-    if type(group) is not int or group not in SCHEMES["int4"].groups:
-        raise ModelError(f"{path}: quantization group {group!r} is not one of 32, 64, 128, 256")
+    groups = SCHEMES[kind].groups or (GROUP,)
+    if type(group) is not int or group not in groups:
+        raise ModelError(f"{path}: quantization group {group!r} is not one of {', '.join(map(str, groups))}")
     return kind, group
 
 

@@ -203,7 +203,7 @@ class Writer:
 
     def _write_json(self, source: dict[str, str]) -> None:
         settings: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "kind": self.kind}
-        if self.kind == "int4":
+        if SCHEMES[self.kind].groups:
             settings["group"] = self.group
         config = self.weights.config.to_dict() | {
             "torch_dtype": "float32",

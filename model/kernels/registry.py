@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..placement import KernelFacts
-from ..quantization import DENSE, GGUF, SCHEMES, blocks, int4, int8
+from ..quantization import DENSE, GGUF, SCHEMES, dequantize
 from .base import GluExpertKernel, LinearKernel, Packed
 from .native_gguf import NativeGguf
 from .native_glu import NativeGlu
@@ -35,9 +35,6 @@ KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
     "int4": (partial(NativeLinear, "int4"), AtenInt4, PlainInt4),
     GGUF: (NativeGguf,),
 }
-DEQUANTIZE: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {"int8": int8.dequantize, "int4": int4.dequantize, GGUF: blocks.dequantize}
-)
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 )
@@ -114,5 +111,4 @@ def _both(kernel: LinearKernel, weight: Tensor) -> tuple[Packed, Tensor]:
     if kernel.quantization == "none":
         return kernel.pack(weight), weight
     stored = kernel.quantize(weight)
-    settings = (kernel.group,) if kernel.group else ()
-    return kernel.load(stored), DEQUANTIZE[kernel.quantization](stored, *settings)
+    return kernel.load(stored), dequantize(kernel.quantization, stored, kernel.group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from ..errors import NotFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..weights import QuantizedMatrix
 
 BITS = {"I8": 8, "U8": 8, "F32": 32, "BF16": 16}  # of safetensors' types
 
@@ -80,6 +83,14 @@ BLOCKS: Mapping[str, Block] = MappingProxyType(
 )
 GGUF = "gguf"  # the scheme of weights that stay in a GGUF file's blocks, of one type or several
 DENSE = "int8"  # of attention and head, whatever the experts have
+
+
+def dequantize(scheme: str, matrix: QuantizedMatrix, group: int) -> Tensor:
+    """The float32 matrix [outputs, inputs] that is meant, as the scheme's own file here has it."""
+    settings = {"group": group} if scheme in SCHEMES and SCHEMES[scheme].groups else {}
+    numbers = import_module(".blocks" if scheme == GGUF else f".{scheme}", __name__)
+    floats: Tensor = numbers.dequantize(matrix, **settings)
+    return floats
 
 
 def is_finite(tensor: Tensor) -> bool:
