@@ -190,6 +190,19 @@ def test_security_names_tests_that_exist() -> None:
     assert source
 
 
+def test_the_recipes_name_what_there_is() -> None:
+    """Each row begins with a file or a folder, which has the names of its second column."""
+    rows = re.findall(r"^\| `([\w/.]+)` \| (.+) \|$", (DOCS / "extending.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 15
+    for name, what in rows:
+        path = ROOT / name
+        assert path.exists(), name
+        files = [path] if path.is_file() else sorted(path.glob("*.py"))
+        source = "\n".join(file.read_text("utf-8") for file in files)
+        for word in re.findall(r"`([\w/.]+)(?:\(.*?\))?`", what):
+            assert (ROOT / word).exists() or word in source, (name, word)
+
+
 def test_the_decision_on_dependencies_has_their_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = {*project["dependencies"], *project["optional-dependencies"]["flash"]}
