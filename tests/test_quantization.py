@@ -27,13 +27,13 @@ from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.prefill import prefill
-from model.quantization import SCHEMES, int4, int8
+from model.quantization import GGUF, SCHEMES, int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert
 from tests.cli import Cli
 
 torch.set_num_threads(1)
-KERNELS = [build for several in kernels.KERNELS.values() for build in several]
+KERNELS = [build for form, several in kernels.KERNELS.items() if form != GGUF for build in several]  # it has its own
 EXPERTS, HIDDEN, WIDTH = 16, 40, 48
 CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15}  # error of an output, as a share of the largest
 
