@@ -167,7 +167,7 @@ def test_the_first_sign_of_life_comes_before_the_engine_and_within_a_tenth_of_a_
     report = Report(OutputOptions())
     recorder = Recorder("chat", "fake", None, {}, report.notice, enabled=False)
     repl = Repl(
-        Late(), Conversation(), SamplingParams(max_tokens=20_000), (), report, recorder, Signals(), Typeahead(),
+        Late(), Conversation(), SamplingParams(max_tokens=50), (), report, recorder, Signals(), Typeahead(),
         name="fake", asked="fake", markdown=False,
     )  # fmt: skip
     repl.interactive = True
