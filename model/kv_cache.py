@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionPlan
+from .placement import KV_BLOCK
 
-BLOCK_TOKENS = 256  # 40 MiB of DBRX in bfloat16; the paged kernels of flash-attn want multiples of it
+BLOCK_TOKENS = KV_BLOCK
 
 Pair = tuple[Tensor, Tensor]
 

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 from .config import DbrxConfig
 from .errors import DbrxError, ModelError, ResourceError
 from .machine import limited
-from .placement import FLOAT_BYTES, Device, Format, KernelFacts, Layer, Machine, Sizes, capacity, format_of, sizes
+from .placement import (
+    FLOAT_BYTES,
+    KV_BLOCK,
+    Device,
+    Format,
+    KernelFacts,
+    Layer,
+    Machine,
+    Sizes,
+    capacity,
+    format_of,
+    sizes,
+)
 from .quantization import DENSE, GGUF, SCHEMES
 
 if TYPE_CHECKING:
@@ -175,13 +187,8 @@ class LoadPlan:
             if used:
                 count = used // (self.sizes.kv * capacity(self.context))
                 spare = self.free(device) + used + self.cache_on(device)
-                room = min(room, _tokens(spare // (count * self.sizes.kv)))
+                room = min(room, spare // (count * self.sizes.kv) // KV_BLOCK * KV_BLOCK)
         return room if self.runs else 0
-
-
-def _tokens(allotted: int) -> int:
-    """The inverse of `capacity`: the most tokens that fit into so many places."""
-    return 1 << (allotted.bit_length() - 1) if allotted >= capacity(0) else 0
 
 
 def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions) -> LoadPlan:
