@@ -1,4 +1,4 @@
-"""What `test_cuda_kernels.py` runs under Triton's interpreter, or on a card; float64 by plain PyTorch has the answers."""
+"""What `test_cuda_kernels.py` runs under Triton's interpreter, or on a card; float64 by plain PyTorch answers."""
 
 from __future__ import annotations
 
