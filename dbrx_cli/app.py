@@ -200,7 +200,10 @@ def _run() -> int:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
             raise
         from .engine.memory import lacks_memory
+        from .private import FULL
 
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fault(f"{os.fsdecode(error.filename)}: {error.strerror}", 5 if error.errno in FULL else 2)
         if lacks_memory(error):
             return _fault("out of memory; close other programs, or choose a smaller --dtype or --context", 5)
         name = type(error).__name__

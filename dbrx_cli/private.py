@@ -78,6 +78,8 @@ def write_private(path: Path, text: str, *, over: bool, hint: str = "name a file
 
     over: a plain file that is there gives way. A link, a pipe and all else never do.
     """
+    if "\0" in str(path):
+        raise InputError(f"{path} is no name of a file", hint)
     refuse_link(path)
     if over and path.exists() and not path.is_file():
         raise InputError(f"{path} is not a plain file", "name another file")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from model.errors import InputError
 
 PREFIX = "DBRX_"
+TOO_LARGE = 2**63  # of whole numbers: TOML has no larger ones
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Setting:
 
     def check(self, value: Any) -> Any:
         """A value of the file as the flag takes it; `ValueError` says what is wrong with it."""
+        if type(value) is int and abs(value) >= TOO_LARGE:
+            raise ValueError("must be a number of at most 64 bits")
         accepted = {float: (int, float), list: (list, str)}.get(self.kind, (self.kind,))
         if type(value) not in accepted:  # True is an int to isinstance
             raise ValueError(f"must be {_NAMES[self.kind]}, not {value!r}")

@@ -63,7 +63,7 @@ class SettingsFile:
         """Check a text that is, or is to be, in the file."""
         try:
             content = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not only its own: a number may have too many digits
             raise InputError(f"{path} is not TOML: {error}", "mend that line") from None
         profiles = content.pop(PROFILES, {})
         if not isinstance(profiles, dict) or not all(isinstance(values, dict) for values in profiles.values()):

@@ -242,7 +242,7 @@ def _is_list_of(kind: type, value: object) -> bool:
 def other_adapter(folder: Path) -> ModelError | None:
     """What a path holds instead of an adapter as peft saves it, and what to do with that; None if it may be one."""
     hint = "--adapter takes the folder of a LoRA adapter, as peft saves it"
-    if folder.is_file():
+    if os.path.isfile(folder):
         if folder.suffix != ".gguf":
             return ModelError(f"{folder}: is a file, not a folder with {CONFIG}", hint)
         from .formats.gguf_file import open_gguf

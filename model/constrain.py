@@ -6,13 +6,14 @@ keep: a keyword it does not know how to enforce makes the schema an error instea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import InputError, ModelError
 from .json_schema import CONTROL, ROOT, overlapping, parts, rewritten, strings
+from .json_text import Limits, parse
 from .panics import panics_told
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from .sequence import Drafter
     from .tokenizer import Tokenizer
 
-MAX_SCHEMA = 4 * 1024 * 1024  # bytes
+# What no schema or grammar of a reply reaches, and the parser's library takes: a chain of 3,000 rules or references
+# overflows its stack, at which the process dies; 200,000 alternatives take 350 MB.
+SCHEMA = Limits(nbytes=2**20, entries=25_000)
+MAX_GRAMMAR = 2**17  # bytes
+MAX_RULES = 1_000  # of a grammar, and references of a schema
+MAX_PROBES = 2_016  # pairs of cases of oneOf that are compared, a thousandth of a second each: of 64 cases
 STUCK = "{} leaves nothing that could come next: the reply cannot be completed"
 # Between two parts of the JSON: one space, or a new line with its indentation. Without a bound a model that likes
 # white space would write nothing else, and a greedy one for ever.
@@ -34,9 +40,9 @@ WHITE_SPACE = r"(\x20|\n\x20{0,32})"
 def read_schema(text: str, name: str) -> dict[str, Any]:
     """A JSON Schema from its text; `InputError` names what is wrong with it, or what in it cannot be enforced."""
     try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON: {error}", 'give a JSON Schema, such as {"type": "object"}') from None
+        schema = parse(text.encode(), SCHEMA)
+    except ValueError as error:
+        raise InputError(f"{name} {error}", 'give a JSON Schema, such as {"type": "object"}') from None
     if not isinstance(schema, dict):
         raise InputError(f"{name} is no JSON Schema: it must be an object", 'such as {"type": "object"}')
     check_schema(schema, name)
@@ -53,6 +59,11 @@ def read_grammar(text: str, name: str) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
+    rules = text.replace("::=", ":").count(":")
+    if len(text) > MAX_GRAMMAR or rules > MAX_RULES:
+        raise InputError(
+            f"{name} has {len(text)} characters and about {rules} rules, too many", "give a smaller grammar"
+        )
     try:
         lark: str = any_to_lark(text)
     except Exception as error:  # it has no class of its own for all of them
@@ -260,13 +271,22 @@ def _grammar(schema: Mapping[str, Any], name: str) -> str:
     from llguidance import LLMatcher
 
     ready = rewritten(schema, name)
+    if (references := sum("$ref" in part for part in parts(ready))) > MAX_RULES:
+        raise InputError(f"{name} has {references} references, too many", "flatten it")
     for part in parts(ready):
         least, named = part.get("minProperties"), part.get("required")
         if isinstance(least, int | float) and least > max(1, len(named) if isinstance(named, list) else 0):
             raise InputError(f"{name}: minProperties cannot be enforced: a name could come twice", "use `required`")
     grammar = _compiled(ready, name, _escapes(ready, name))
     _fault(LLMatcher.validate_grammar(grammar), name)
-    if cases := overlapping(ready, lambda probe: _is_empty(probe, name)):
+    probes = count(1)
+
+    def is_empty(probe: dict[str, Any]) -> bool:
+        if next(probes) > MAX_PROBES:
+            raise InputError(f"{name}: oneOf has too many cases to compare each with each", "use enum or anyOf")
+        return _is_empty(probe, name)
+
+    if cases := overlapping(ready, is_empty):
         told = " and ".join(str(case + 1) for case in cases)
         raise InputError(f"{name}: cases {told} of oneOf may both fit one value", "make them differ, or use anyOf")
     return grammar
@@ -305,6 +325,6 @@ def _escapes(schema: Mapping[str, Any], name: str) -> str:
 
 def _fault(message: str, name: str, hint: str = "change the schema: what cannot be enforced is not ignored") -> None:
     if message:
-        message = " ".join(message.split()).replace(f"json-schema:///#/$defs/{ROOT}", "#")
+        message = " ".join(message.partition("<backtrace>")[0].split()).replace(f"json-schema:///#/$defs/{ROOT}", "#")
         short = message if len(message) <= 200 else message[:200] + " ..."
         raise InputError(f"{name}: {short}", hint)

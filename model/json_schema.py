@@ -18,6 +18,7 @@ from .errors import InputError
 
 EXACT = 2**53  # the engine's numbers are float64: from here on they are not exact
 LONGEST = 10**9  # of a text or an array, more than any context holds
+LONGEST_CHAIN = 100  # references that lead from one to the next: following them takes the cube of their number
 ROOT = "schema"  # under which the whole stands, so that parts of it can stand beside it
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 OPTIONS = "x-guidance"  # the engine's own: a user's schema has no say in them
@@ -88,9 +89,16 @@ def overlapping(schema: Mapping[str, Any], is_empty: Callable[[dict[str, Any]], 
         cases = part.get("oneOf")
         around = {key: value for key, value in part.items() if key not in ("oneOf", "$defs")}
         for (i, a), (j, b) in combinations(enumerate(cases if isinstance(cases, list) else ()), 2):
+            if _apart(a, b):
+                continue
             if not is_empty({"$defs": schema["$defs"], "allOf": [around, a, b]}):
                 return i, j
     return None
+
+
+def _apart(a: Any, b: Any) -> bool:
+    """Whether two cases are different constants. Python takes 1 for True, so equal ones may still differ."""
+    return isinstance(a, dict) and isinstance(b, dict) and "const" in a and "const" in b and a["const"] != b["const"]
 
 
 class _Rewriter:
@@ -210,6 +218,8 @@ class _Rewriter:
         """A schema and all that `allOf` and references join to it, each with what led there; None for a circle."""
         if not isinstance(schema, dict):
             return
+        if len(behind) > LONGEST_CHAIN:
+            raise RecursionError
         yield schema, behind
         for each in _list(schema.get("allOf")):
             yield from self._together(each, behind)

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from model.bpe import BYTE_OF_CHARACTER, GPT2_PATTERN, AddedToken, Vocabulary, cl100k_vocabulary
 from model.constrain import (
-    MAX_SCHEMA,
+    SCHEMA,
     ForcedDrafter,
     GrammarMask,
     SchemaMask,
@@ -323,7 +323,7 @@ def test_what_is_no_schema_is_refused(text: str) -> None:
         return
     with pytest.raises(InputError, match=r"schema\.json"):
         read_schema(text, "schema.json")
-    assert MAX_SCHEMA > len(text)
+    assert SCHEMA.nbytes > len(text)
 
 
 def test_options_of_the_library_in_a_schema_are_ignored() -> None:
@@ -367,3 +367,41 @@ def test_a_panic_of_the_parser_is_told_in_one_line(capfd: pytest.CaptureFixture[
     with pytest.raises(ModelError, match="tokens cannot be kept to a grammar: assertion failed"):
         GrammarMask(read_regex("a+", "--regex"), tokenizer, len(pieces))
     assert capfd.readouterr().err == ""
+
+
+def chain(link: Callable[[int], Any], length: int) -> str:
+    links = {f"d{i}": link(i + 1) for i in range(length)}
+    return json.dumps({"$defs": links | {f"d{length}": {"type": "integer"}}, "$ref": "#/$defs/d0"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (chain(lambda i: {"$ref": f"#/$defs/d{i}"}, 300), "nested too deeply"),
+        (chain(lambda i: {"properties": {"a": {"$ref": f"#/$defs/d{i}"}}}, 3000), "3002 references"),
+        (json.dumps({"enum": list(range(100_000))}), "entries"),
+        (json.dumps({"oneOf": [{"type": "object", "maxProperties": 0}] * 99}), "cases 1 and 2"),
+    ],
+)
+def test_a_schema_that_would_cost_much_is_refused_soon(text: str, message: str) -> None:
+    """A chain of 3,000 references overflows the parser's stack, and the process dies."""
+    with pytest.raises(InputError, match=message):
+        read_schema(text, "schema.json")
+
+
+def test_cases_are_compared_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.constrain.MAX_PROBES", 9)
+    cases = [{"type": "integer", "minimum": i, "maximum": i} for i in range(5)]
+    check_schema({"oneOf": cases[:4]})
+    with pytest.raises(InputError, match="too many cases"):
+        check_schema({"oneOf": cases})
+
+
+def test_constants_are_compared_at_once() -> None:
+    read_schema(json.dumps({"oneOf": [{"const": i} for i in range(500)]}), "schema.json")
+
+
+@pytest.mark.parametrize("text", ["".join(f"r{i}: r{i + 1}\n" for i in range(3000)), 'start: "a"' + ' | "a"' * 200_000])
+def test_a_grammar_that_would_cost_much_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"g\.lark has .* too many"):
+        read_grammar(text, "g.lark")

@@ -87,6 +87,12 @@ def test_what_was_there_gives_way_as_a_whole_or_stays(tmp_path: Path, monkeypatc
     assert file.read_text() == "after" and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
+    for over in (True, False):
+        with pytest.raises(InputError, match="no name of a file"):
+            private.write_private(tmp_path / "a\0b", "words", over=over)
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o702, 0o720, 0o1777])
 def test_folders_where_others_can_write_hold_nothing_private(tmp_path: Path, mode: int) -> None:
     folder = tmp_path / "it's here"
@@ -111,6 +117,30 @@ def test_a_home_that_nobody_has(cli: Cli, monkeypatch: pytest.MonkeyPatch, varia
     monkeypatch.setenv(variable, "~nobody-has-this-name/x")
     run = cli("sessions", "list")
     assert run.code == 2 and variable in run.fault and "no such user" in run.fault
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "why"),
+    [
+        ("DBRX_CONFIG", "a" * 5000, 2, "File name too long"),
+        ("DBRX_DATA", "a" * 5000, 1, "File name too long"),
+        ("DBRX_MODEL", "a" * 5000, 3, "nor a Hub id"),
+        ("DBRX_ADAPTER", "a" * 5000, 3, "holds no adapter_config.json"),
+        ("DBRX_EXPERT_CACHE", "9" * 5000, 2, "is not a size"),
+    ],
+)
+def test_values_of_thousands_of_characters(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, variable: str, value: str, code: int, why: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    model = () if variable == "DBRX_MODEL" else ("-m", tiny_checkpoint)
+    run = cli("sessions", "list") if variable == "DBRX_DATA" else cli("generate", "-q", "--no-log", *model, "hi")
+    assert run.code == code and why in run.fault and len(run.fault) < 1000
+
+
+def test_a_data_folder_whose_name_is_no_text(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DBRX_DATA", str(tmp_path / "a\udcffb"))
+    assert cli("sessions", "list").code == 0
 
 
 @pytest.mark.parametrize("kind", ["pipe", "zeros", "large"])

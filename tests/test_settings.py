@@ -149,6 +149,8 @@ def test_what_is_wrong_in_the_file_is_told_with_its_line(
     [
         (b"a b", "is not TOML: "),
         (b"a = 1\na = 2", "is not TOML: "),
+        (b"seed = " + b"9" * 5000, "is not TOML: "),
+        (b"seed = 0x" + b"f" * 5000, "at most 64 bits"),
         (b"model = '\xff'", "is not UTF-8: offset 9"),
         (b"profiles = 1", "profiles are tables"),
         (b"[[profiles.a]]", "profiles are tables"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -435,7 +436,7 @@ def _asked(
             "--dtype": model.dtype,
             "--quantize": model.quantize,
             "--revision": model.revision,
-            "--adapter": of_files(adapter) if adapter is not None and adapter.exists() else None,
+            "--adapter": of_files(adapter) if adapter is not None and os.path.exists(adapter) else None,
             "version of the model's files": of_files(find_model(model, report)),
         }
     return asked

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from dbrx_cli.private import FULL, data_folder, open_private, private_folder, refuse_link
+from dbrx_cli.private import FULL, open_private, private_folder, refuse_link
 from model.errors import DbrxError, ResourceError
 
 Notify = Callable[[str], None]
@@ -76,12 +76,11 @@ class _Damaged(Exception):
     """The file is no database of ours any more."""
 
 
-def open_database(path: Path | None, notify: Notify) -> sqlite3.Connection:
+def open_database(path: Path, notify: Notify) -> sqlite3.Connection:
     """A connection to the newest schema; a damaged file is set aside first, and `notify` is told.
 
     Raises `StoreError`, `ResourceError` (a full disk) or `DbrxError` (a planted link) if that cannot be done.
     """
-    path = path or data_folder() / FILE
     with faults_of(path):
         private_folder(path.parent)
         # One at a time: two processes that make a new file, or set the same one aside, would be in each other's way.

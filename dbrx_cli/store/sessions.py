@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+from dbrx_cli.private import data_folder
 from model.errors import InputError
 from model.messages import Message, Role
 
-from .database import Notify, StoreError, faults_of, open_database, transaction
+from .database import FILE, Notify, StoreError, faults_of, open_database, transaction
 
 Kind = Literal["chat", "generate"]
 TITLE = 60  # characters of the first question that stand for a session without a name
@@ -79,7 +80,7 @@ class _Known:
 class Store:
     """All sessions. Faults are `StoreError`, a full disk `ResourceError`; nothing is half written after one."""
 
-    def __init__(self, connection: sqlite3.Connection, path: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
         self._known: dict[int, _Known] = {}
@@ -87,8 +88,8 @@ class Store:
     @classmethod
     def open(cls, path: Path | None = None, notify: Notify = lambda text: None) -> Self:
         """The user's store, or the one in the file `path`. `notify` hears of a damaged file that was set aside."""
-        connection = open_database(path, notify)
-        return cls(connection, connection.execute("PRAGMA database_list").fetchone()["file"])
+        path = path or data_folder() / FILE
+        return cls(open_database(path, notify), path)
 
     def close(self) -> None:
         """Let go of the file."""

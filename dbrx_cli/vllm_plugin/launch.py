@@ -54,12 +54,12 @@ class Serving:
 def require_vllm(python: str) -> None:
     """`ModelError` unless an interpreter's environment holds vLLM and this plugin; `InputError` if it is none."""
     try:
-        done = subprocess.run([python, "-P", "-c", LOOK], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run([python, "-P", "-c", LOOK], capture_output=True, check=True, stdin=subprocess.DEVNULL)
+        *_, has_vllm, has_plugin = done.stdout.decode(errors="replace").split()
+    except (OSError, ValueError, subprocess.CalledProcessError):  # ValueError: it says something else
         raise InputError(
             f"--python {python} is no Python interpreter that runs", "name the one of vLLM's environment"
         ) from None
-    has_vllm, has_plugin = done.stdout.split()[-2:]
     if has_vllm != "True":
         raise ModelError(f"{python} has no vLLM", f"name the interpreter of one that has with --python, or {INSTALL}")
     if has_plugin != "True":

@@ -29,7 +29,7 @@ def resolve(
     what is missing and what to type. Raises what `download()` raises.
     """
     local = Path(os.path.expanduser(name_or_path))
-    if local.exists():
+    if os.path.exists(local):  # False for a name that is too long, or has a NUL
         return locate(local)
     name = str(name_or_path)
     if name.startswith(OF_OLLAMA):
