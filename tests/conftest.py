@@ -116,7 +116,7 @@ def forks(_nothing_of_the_users: None, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """The command line inside this process, with sessions and settings of its own."""
     for name in [name for name in os.environ if name.startswith("DBRX_") and name != "DBRX_CACHE"]:
         monkeypatch.delenv(name)
@@ -126,13 +126,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         monkeypatch.setenv(name, str(tmp_path / "none"))
     for name, value in EXACT.items():
         monkeypatch.setenv(name, value)
-    before = dict(os.environ)
-    yield Cli(monkeypatch, capsys)
-    for name in ("NO_COLOR", PLAIN):  # what flags tell the process
-        if name in before:
-            os.environ[name] = before[name]
-        else:
-            os.environ.pop(name, None)
+    for name in ("NO_COLOR", PLAIN):  # flags tell them to the process; they are taken back with the others
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return Cli(monkeypatch, capsys)
 
 
 @pytest.fixture
