@@ -34,8 +34,10 @@ class ApiError(Exception):
 
 def of_request(fault: DbrxError, param: str) -> ApiError:
     """The fault of a request that cannot be begun: whatever it is, the same request will meet it again."""
-    code = "context_length_exceeded" if isinstance(fault, ContextError) else None
-    return ApiError(fault.message, param=param, code=code)
+    if isinstance(fault, ContextError):  # litellm knows it by these words alone
+        told = f"This model's maximum context length is exceeded: {fault.message}"
+        return ApiError(told, param=param, code="context_length_exceeded")
+    return ApiError(fault.message, param=param)
 
 
 def of_reply(fault: BaseException) -> ApiError:
