@@ -112,7 +112,7 @@ def alternatives(question: Question) -> Iterator[tuple[str, Question]]:
     plan, options, prefix = question.plan, question.options, ""
     if plan.machine.gpus:
         for offload in ("cpu", "disk"):
-            if options.offload != offload:
+            if options.offload != offload and plan.scheme == "none":
                 yield f"--offload {offload}", replace(question, options=replace(options, offload=offload))
         prefix, options = "--device-map cpu", replace(options, device_map="cpu", offload="auto", quantize="none")
         yield prefix, replace(question, options=options)

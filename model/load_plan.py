@@ -42,8 +42,7 @@ READING_AHEAD = 4  # slots that are read to, where experts are then packed into 
 STREAMED_CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are
 # Safetensors' names of the types that weights keep; all others become bfloat16.
 STORED_FLOATS: Mapping[str, str] = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
-# What is refused beside a GPU: what is wrong, and what to type.
-QUANTIZED_ON_GPU = "quantized weights compute on the CPU only", "give --device-map cpu, or leave out --quantize"
+ON_THE_CPU = "give --device-map cpu, or see `dbrx plan` for what fits"
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,8 @@ def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: Loa
 
     Beside GPUs, `offload` "auto" and "none" spread whole layers over them, and leave the rest in the CPU's memory.
     Else one device computes, the first GPU or the CPU: "disk" leaves the experts on the disk, "cpu" in the CPU's
-    memory beside a GPU, and "auto" on the disk if they do not fit. quantize "auto" makes int8 of floats that then
+    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie
+    on one GPU or on none. quantize "auto" makes int8 of floats that then
     stay in the CPU's memory, where no dtype is asked for, and keeps all else.
     """
     machine = _computing(limited(machine, options.max_memory or {}), options.device_map)
@@ -229,6 +229,19 @@ def _packs(machine: Machine, options: LoadOptions) -> bool:
     return not machine.gpus and isinstance(options.device_map, str)
 
 
+def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
+    """The machine with the GPU that holds and computes weights in few bits, and its kernels."""
+    apart = not isinstance(options.device_map, str) or options.offload in ("cpu", "disk") or options.ranks > 1
+    if apart or scheme not in SCHEMES:
+        raise ModelError(f"{scheme} weights compute on one GPU that holds all of them, or on the CPU", ON_THE_CPU)
+    card = max(machine.gpus, key=lambda gpu: gpu.memory)
+    kernel = machine.card(scheme, group, card.name)
+    if kernel is None:
+        wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
+        raise ModelError(f"{card.name} has no kernels for {scheme} weights: they need {wanted}", ON_THE_CPU)
+    return replace(machine, gpus=(card,)), kernel
+
+
 def _keeps_blocks(stored: Stored, machine: Machine, options: LoadOptions) -> bool:
     """Whether a GGUF file's blocks are computed in: who names a type, or another form, asks for its numbers."""
     free = options.quantize in ("auto", "none") and options.dtype == "auto" and options.pack and options.ranks == 1
@@ -253,17 +266,18 @@ class _Planner:
         self.config, self.stored, self.machine, self.options = config, stored, machine, options
         scheme = quantize if quantize != "none" else stored.scheme
         packs = _packs(machine, options)
-        if scheme != "none" and not packs:
-            raise ModelError(*QUANTIZED_ON_GPU)
         has_groups = scheme in SCHEMES and SCHEMES[scheme].groups
         group = stored.group if scheme == stored.scheme and has_groups else None
         dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
         form = dtype if scheme == "none" else scheme
         wanted = packs and options.ranks == 1 and (options.pack or scheme != "none")
         kernel = machine.kernel(form, group, stored.scheme) if wanted else None
+        if scheme != "none" and not packs:
+            machine, kernel = _on_one_card(machine, options, scheme, group)
+            self.machine = machine
         activations = kernel.dtype if kernel else dtype
         kv_dtype = dtype if scheme == "none" else activations
-        as_stored = stored.float_type if kernel else None  # the embedding, of which rows are read
+        as_stored = stored.float_type if kernel and packs else None  # the embedding, of which rows are read
         embedding: float = FLOAT_BYTES[as_stored or dtype]
         if scheme == GGUF and stored.blocks is not None:
             self.layout, embedding = stored.blocks, stored.blocks.rest
@@ -375,7 +389,9 @@ class _Planner:
         """
         parts, machine = self.parts, self.machine
         kv, block = parts.kv * capacity(self.context), parts.dense + parts.experts
-        fault = replace(self.nothing, fault=too_large(parts.total, self.layout.name))
+        refused = too_large(parts.total, self.layout.name)
+        packed = self.nothing.kernel is not None  # on one GPU, of which no layer can be elsewhere
+        fault = replace(self.nothing, fault=ResourceError(refused.message, ON_THE_CPU) if packed else refused)
         # A GPU that holds not even one layer beside its ends is left alone.
         least = parts.buffers + parts.embedding + parts.head + block + parts.n_layers * kv
         gpus = [gpu for gpu in machine.gpus if gpu.memory >= least]
@@ -390,7 +406,7 @@ class _Planner:
         counts = _fill(whole, block + kv, parts.n_layers, evenly)
         waiting = parts.n_layers - sum(counts.values())
         if waiting:
-            if self.options.device_map not in AUTOMATIC:
+            if packed or self.options.device_map not in AUTOMATIC:
                 return fault
             rooms[first] -= block + parts.n_layers * kv
             counts = _fill(rooms, block + kv, parts.n_layers, evenly)

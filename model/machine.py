@@ -100,7 +100,7 @@ def _rate(text: str) -> float:
 
 def this_machine(experts: Sequence[Sequence[Extent]] = ()) -> Machine:
     """This machine, measured in about a second; the disk where there are `experts` to read, as they lie in files."""
-    from .kernels import kernel_facts
+    from .kernels import card_facts, kernel_facts
 
     disk = disk_bandwidth(experts) if experts else None
     return Machine(
@@ -108,15 +108,16 @@ def this_machine(experts: Sequence[Sequence[Extent]] = ()) -> Machine:
         Device("cpu", int(available_memory() * CPU_USABLE), memory_bandwidth()),
         Device("disk", 0, disk or DISK_BANDWIDTH),
         kernel_facts,
+        card_facts,
     )
 
 
 def free_memory(gpus: bool) -> Machine:
     """This machine as loading finds it: what is free now, and the kernels that are right here. Nothing is measured."""
-    from .kernels import kernel_facts
+    from .kernels import card_facts, kernel_facts
 
     cpu = Device("cpu", int(available_memory() * CPU_USABLE), 0)
-    return Machine(tuple(_torch_gpus()) if gpus else (), cpu, Device("disk", 0, 0), kernel_facts)
+    return Machine(tuple(_torch_gpus()) if gpus else (), cpu, Device("disk", 0, 0), kernel_facts, card_facts)
 
 
 def _torch_gpus() -> Iterator[Device]:

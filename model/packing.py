@@ -1,4 +1,4 @@
-"""Weights that are packed for a CPU's kernels while they are read: matrix by matrix, never twice in memory."""
+"""Weights that are packed for kernels while they are read: matrix by matrix, never twice in memory."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .weights import Extent, Weights
 
 UNDER_WAY = 0.1  # of the packed weights' size: what experts that are being packed may take beside
+MOST_ON_CARD = 2  # experts whose floats lie there at the same time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SMALL, LARGE = 2**16, 2**25  # bytes that are mapped by themselves; the larger is the most that glibc takes
 KEPT = 2**27  # bytes that may stay free at the end of the heap
@@ -71,7 +72,9 @@ def packing_of(plan: LoadPlan, weights: Weights) -> Packing | None:
         dense, experts = NativeGguf(weights.blocks.linear), NativeGguf(weights.blocks.experts)
     else:
         kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
-        dense, experts = choose(DENSE), choose(plan.scheme, weights.group if kept else None)
+        device = torch.device(plan.layers[0].device)
+        dense = choose(DENSE, None, device)
+        experts = choose(plan.scheme, weights.group if kept else None, device)
     assert experts is not None and dense is not None  # the plan asked the same
     kv_dtype = getattr(torch, plan.kv_dtype)
     return Packing(
@@ -118,7 +121,8 @@ def pack_into(
         jobs += [partial(expert, layer, i) for layer, held in enumerate(every) for i in range(len(held))]
     # A dense matrix counts as an expert: there are few.
     size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
-    with threads(at_once(weights, int(size * UNDER_WAY))) as pool:
+    most = MOST_ON_CARD if packing.dense.device.type == "cuda" else len(jobs)
+    with threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if experts:

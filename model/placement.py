@@ -133,6 +133,11 @@ def native_kernel(form: str, group: int | None, stored: str) -> KernelFacts | No
     return None if form == "float16" else KernelFacts("native", "float32", "stored")
 
 
+def triton_kernel(form: str, group: int | None, device: str) -> KernelFacts:
+    """The kernel of a GPU that is not here: Triton's."""
+    return KernelFacts("triton", "bfloat16", "packed")
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where a model can go. A disk's bandwidth is that of reading files."""
@@ -142,6 +147,8 @@ class Machine:
     disk: Device
     # The kernel for a form (a float type or a scheme), with a group, of weights that are stored in a scheme or none.
     kernel: Callable[[str, int | None, str], KernelFacts | None] = native_kernel
+    # The same on a GPU, by its name: for experts in a scheme.
+    card: Callable[[str, int | None, str], KernelFacts | None] = triton_kernel
 
 
 def capacity(tokens: int) -> int:

@@ -62,7 +62,7 @@ def agree(found: Tensor, exact: Tensor) -> None:
 
 def linear(form: str, group: int) -> CudaLinear:
     kernel = CudaLinear(form, group, DEVICE)
-    kernel.gemm_dtype = torch.float32
+    kernel.dtype = torch.float32
     return kernel
 
 
@@ -211,7 +211,7 @@ def test_a_network(form: str, group: int, tmp_path: Path, monkeypatch: pytest.Mo
     with open_weights(tmp_path / form) as weights:
         plain = DbrxForCausalLM(weights.config).eval()
         plain.load_state_dict({name: weights.read(name).float() for name in expected_tensors(weights.config)})
-    monkeypatch.setattr(packing, "choose", lambda name, group=None: linear(name, group or 0))
+    monkeypatch.setattr(packing, "choose", lambda name, group, device: linear(name, group or 0))
     monkeypatch.setattr(packing, "experts_of", CudaGlu)
     network = DbrxForCausalLM.from_pretrained(tmp_path / form, dtype="float32")
     assert network.packing is not None and "triton" in network.packing.name and network.dtype == torch.float32

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from model.causal_lm import DbrxForCausalLM
 from model.config import DbrxConfig, official
-from model.errors import InputError
+from model.errors import InputError, ModelError
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kv_cache import KVCache
 from model.load_plan import LoadOptions, LoadPlan, Stored, plan_load
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
-from model.placement import FORMATS, Device, Format, Layer, Machine, capacity, parameters, sizes
+from model.placement import FORMATS, Device, Format, KernelFacts, Layer, Machine, capacity, parameters, sizes
 from model.rates import measure
 from model.speed import Rates, load_s, predict, tiers, tokens_per_s
 from tests import make_plan_table
@@ -258,11 +258,30 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert cli("plan", tmp_path).code == 3
 
 
+def in_int4(machine: Machine) -> LoadPlan:
+    return plan_load(official(), Stored(), machine, LoadOptions(quantize="int4", device_map="auto"))
+
+
+def test_weights_in_few_bits_lie_on_one_gpu() -> None:
+    """On the largest that there is, with activations in bfloat16, or nowhere: what to type instead is said."""
+    plan = in_int4(parse_devices("2xRTX4090,H200,cpu=256GiB"))
+    assert plan.runs and set(plan.layers) == {Layer("cuda:2", "cuda:2")} and plan.converts and not plan.mapped
+    assert (
+        plan.kernel == KernelFacts("triton", "bfloat16", "packed") and (plan.dtype, plan.kv_dtype) == ("bfloat16",) * 2
+    )
+    assert plan.weights == {"cuda:2": plan.sizes.total} and plan.free(plan.machine.gpus[0]) > 50e9
+    small = in_int4(parse_devices("4xRTX4090,cpu=256GiB"))
+    assert small.fault is not None and "--device-map cpu" in str(small.fault.hint)
+    old = replace(parse_devices("V100,cpu=256GiB"), card=lambda form, group, device: None)
+    with pytest.raises(ModelError, match="cuda:0 has no kernels for int4 weights") as refused:
+        in_int4(old)
+    assert "compute capability 8.0" in refused.value.message and "--device-map cpu" in str(refused.value.hint)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--devices", "1xH100", "--quantize", "int4"), "quantized weights compute on the CPU only"),
-        (("--devices", "4xH100", "--quantize", "int8"), "quantized weights compute on the CPU only"),
+        (("--devices", "H200", "--quantize", "int4", "--offload", "cpu"), "int4 weights compute on one GPU"),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "8xH100", "--dtype", "float32", "--attn", "flash"), "bfloat16 or float16"),

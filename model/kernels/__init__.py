@@ -2,7 +2,17 @@
 
 from .base import GluExpertKernel, LinearKernel, Packed, Rows
 from .linear import PackedLinear
-from .registry import ACTIVATIONS, KERNELS, choose, experts_of, fault, kernel_facts, probe, streamed_experts_of
+from .registry import (
+    ACTIVATIONS,
+    KERNELS,
+    card_facts,
+    choose,
+    experts_of,
+    fault,
+    kernel_facts,
+    probe,
+    streamed_experts_of,
+)
 from .torch_glu import FloatGlu
 
 __all__ = [
@@ -14,6 +24,7 @@ __all__ = [
     "Packed",
     "PackedLinear",
     "Rows",
+    "card_facts",
     "choose",
     "experts_of",
     "fault",

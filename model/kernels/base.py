@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 Packed = tuple[Any, ...]  # a matrix or an expert as its kernel wants it; opaque to everybody else
 Rows = tuple[Tensor, ...]  # prepared activations: the same rows of each tensor belong together
 
@@ -27,6 +28,7 @@ class LinearKernel(Protocol):
     group: int  # inputs that share a scale, where the scheme has groups
     dtype: torch.dtype  # of the activations that go in and come out
     keeps_nan: bool  # whether numbers that are not finite come out as such
+    device: torch.device  # where it computes
 
     def pack(self, *weights: Tensor) -> Packed:
         """From floats [outputs, inputs], stacked one below the other; where it reads them as they lie, no copy."""
@@ -95,6 +97,7 @@ class QuantizedFirst:
     """`pack` of kernels that hold few bits a weight."""
 
     keeps_nan = False  # products of bytes are bytes
+    device = CPU
 
     def pack(self: LinearKernel, *weights: Tensor) -> Packed:
         return self.load(*map(self.quantize, weights))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
@@ -18,10 +17,10 @@ from .cuda_tiles import add_products, place_of, pointer
 from .dispatch import Dispatched
 from .torch_glu import LinearsGlu
 
+if TYPE_CHECKING:
+    from ..weights import FloatExpert, QuantizedExpert
+
 DOWN = Tile(16, 32, 4)  # a thread has four outputs: with eight, in a loop over experts, registers are spilled
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
-)
 
 
 @triton.jit
@@ -127,9 +126,13 @@ class CudaGlu(LinearsGlu):
     """w1 above v1, and w2 by its outputs. Up to eight tokens in two launches; of more, one expert after the other."""
 
     def __init__(self, linear: CudaLinear, activation: str) -> None:
-        super().__init__(linear, ACTIVATIONS[activation])
+        super().__init__(linear, getattr(functional, activation))
         self.linear = linear
         self.function = activation
+
+    def quantize(self, expert: FloatExpert) -> QuantizedExpert:
+        """On the card: its floats are there meanwhile."""
+        return super().quantize(type(expert)(*(matrix.to(self.linear.device) for matrix in expert)))
 
     def stack(self, experts: Sequence[Packed]) -> Any:
         return CudaExperts([cast("tuple[CudaMatrix, CudaMatrix]", expert) for expert in experts])

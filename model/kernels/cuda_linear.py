@@ -115,12 +115,11 @@ def dequantize_kernel(
 class CudaLinear(RowByRow):
     """A matrix of bfloat16, or in one of `SCHEMES`, on a card; packed, it is one `CudaMatrix` of all that was given.
 
-    Of one to eight tokens all is in float32 but the weights. More are multiplied in `gemm_dtype`, summed in float32.
+    Of one to eight tokens all is in float32 but the weights. More are multiplied in `dtype`: bfloat16 with sums in
+    float32. On a CPU, where a kernel is only interpreted, all is in float32.
     """
 
-    dtype = torch.float32
     keeps_nan = True
-    gemm_dtype = torch.bfloat16
 
     def __init__(self, form: str, group: int = 0, device: torch.device | str = "cuda") -> None:
         self.form = form
@@ -128,6 +127,7 @@ class CudaLinear(RowByRow):
         self.quantization = form if form in SCHEMES else "none"
         self.group = group or (*SCHEMES[form].groups, 0)[0] if form in SCHEMES else 0
         self.device = torch.device(device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.name = f"{form} triton"
 
     def pack(self, *weights: Tensor) -> Packed:
@@ -184,8 +184,8 @@ class CudaLinear(RowByRow):
 
     def gemm(self, x: Tensor, matrix: CudaMatrix) -> Tensor:
         """Many tokens: float32 [tokens, outputs], from a piece of the matrix after the other."""
-        x = x.to(self.gemm_dtype)
-        return torch.cat([linear(x, floats) for floats in self.floats(matrix, self.gemm_dtype)], dim=1).float()
+        x = x.to(self.dtype)
+        return torch.cat([linear(x, floats) for floats in self.floats(matrix, self.dtype)], dim=1).float()
 
     def floats(self, matrix: CudaMatrix, dtype: torch.dtype) -> Iterator[Tensor]:
         """Pieces [some outputs, inputs] of the floats that are meant, in order."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..native.abi import Matrix
 from ..quantization import SCHEMES
 from ..weights import QuantizedMatrix
-from .base import Packed, Rows, check_scales, paired
+from .base import CPU, Packed, Rows, check_scales, paired
 from .native_call import CALL, float_matrix, function, quantize, quantized_matrix
 
 
@@ -19,6 +19,7 @@ class NativeProducts:
 
     dtype = torch.float32
     keeps_nan = True
+    device = CPU
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         return (x.float().contiguous(),)

@@ -1,11 +1,12 @@
-"""Which kernels there are for a form of weights on a CPU, in order of preference: the first that is right is taken."""
+"""Which kernels there are for a form of weights on a device, in order of preference: the first that is right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from ..placement import KernelFacts
 from ..quantization import DENSE, GGUF, SCHEMES, dequantize
-from .base import GluExpertKernel, LinearKernel, Packed
+from .base import CPU, GluExpertKernel, LinearKernel, Packed
 from .native_gguf import NativeGguf
 from .native_glu import NativeGlu
 from .native_linear import NativeLinear
@@ -38,20 +39,36 @@ KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 )
+CARD_FORMS = ("int8", "int4")
+OLDEST = (8, 0)  # of the cards that kernels in Triton were compiled for: its compute capability
 TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
 
 
 @cache
-def choose(name: str, group: int | None = None) -> LinearKernel | None:
-    """The first kernel of a name that is right on this CPU; None if there is none. group: of int4."""
+def choose(name: str, group: int | None = None, device: torch.device = CPU) -> LinearKernel | None:
+    """The first kernel of a name that is right on this device; None if there is none. group: of int4."""
     settings = {} if group is None else {"group": group}
-    return next((kernel for build in KERNELS[name] if not fault(kernel := build(**settings))), None)
+    found = KERNELS[name] if device.type == "cpu" else _for_card(name, device)
+    return next((kernel for build in found if not fault(kernel := build(**settings))), None)
+
+
+def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearKernel]]:
+    there = find_spec("triton") is not None and device.type == "cuda"
+    if there and name in CARD_FORMS and torch.cuda.get_device_capability(device) >= OLDEST:
+        from .cuda_linear import CudaLinear
+
+        yield partial(CudaLinear, name, device=device)
 
 
 def experts_of(linear: LinearKernel, activation: str) -> GluExpertKernel:
     """The kernel of whole experts that lie in memory, for one of matrices."""
     if isinstance(linear, NativeLinear | NativeGguf):
         return NativeGlu(linear, activation)
+    if linear.device.type == "cuda":
+        from .cuda_glu import CudaGlu
+        from .cuda_linear import CudaLinear
+
+        return CudaGlu(cast(CudaLinear, linear), activation)
     return LinearsGlu(linear, ACTIVATIONS[activation])
 
 
@@ -81,6 +98,16 @@ def kernel_facts(form: str, group: int | None, stored: str) -> KernelFacts | Non
     return KernelFacts(name, dtype, streams if streamed.reads_stored else "packed")
 
 
+def card_facts(form: str, group: int | None, device: str) -> KernelFacts | None:
+    """The same of a GPU, see `placement.Machine.card`: experts of a form in memory, attention and head in `DENSE`."""
+    place = torch.device(device)
+    linear, dense = choose(form, group, place), choose(DENSE, None, place)
+    if linear is None or dense is None:
+        return None
+    name = " + ".join(dict.fromkeys((linear.name, dense.name)))
+    return KernelFacts(name, str(dense.dtype).removeprefix("torch."), "packed")
+
+
 def probe() -> dict[str, str]:
     """Which kernel each form of weights has here, in words, for people."""
     chosen = {name: choose(name) for name in KERNELS}
@@ -97,12 +124,12 @@ def fault(kernel: LinearKernel) -> str | None:
         x[0] = 1
         try:
             packed, meant = _both(kernel, weight)
-            out = kernel.run(kernel.prepare(x.to(kernel.dtype)), packed).float()
+            out = kernel.run(kernel.prepare(x.to(kernel.device, kernel.dtype)), packed).float().cpu()
         except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
             return str(error).partition("\n")[0]
-        exact = x @ meant.t()
+        exact = x @ meant.cpu().t()
         if not bool(((out - exact).abs() <= TOLERANCE * exact.abs().amax(1, keepdim=True)).all()):
-            return "computes wrong numbers on this CPU"
+            return "computes wrong numbers here"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..weights import QuantizedMatrix
-from .base import Packed, RowByRow, Rows, paired
+from .base import CPU, Packed, RowByRow, Rows, paired
 from .upcast import linear, upcasts
 
 # oneDNN reads memory up to a third faster for four rows than for one with AVX-512, and without it up to a half slower.
@@ -22,6 +22,7 @@ class Floats:
 
     quantization = "none"
     keeps_nan = True
+    device = CPU
     group = 0
     order: str  # in which they are held, in a word
 
