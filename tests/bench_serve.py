@@ -46,7 +46,7 @@ def ask(client: httpx2.Client, path: str, body: dict[str, Any]) -> tuple[float, 
                 first = first or (time.perf_counter() - begun if piece else 0.0)
                 text += piece
             tokens = (told.get("usage") or {}).get("completion_tokens", tokens)
-    return first, tokens, text
+    return first or time.perf_counter() - begun, tokens, text
 
 
 def prompt(number: int) -> str:
@@ -122,7 +122,7 @@ def turns(url: str, count: int) -> None:
             talk.append({"role": "user", "content": prompt(number)})
             first, _, text = ask(client, "chat/completions", {"messages": talk, "max_tokens": 32})
             fresh = [{"role": "user", "content": prompt(10_000 + number)}]
-            alone, _, _ = ask(client, "chat/completions", {"messages": fresh, "max_tokens": 1})
+            alone, _, _ = ask(client, "chat/completions", {"messages": fresh, "max_tokens": 8})
             talk.append({"role": "assistant", "content": text})
             ratios.append(first / alone)
             print(f"turn {number + 1}: {first:.3f} s, fresh {alone:.3f} s, {first / alone:.2f} x", flush=True)
