@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "answers to other prompts": (["--batch", "{tmp}/good", "--output", "{tmp}/others"], "other prompts"),
     "answers of another model": (["--batch", "{tmp}/good", "--output", "{tmp}/model"], "another model"),
     "size": (["--batch", "{tmp}/good", "--batch-size", "0"], "--batch-size"),
-    "bad schema": (["--batch", "{tmp}/good", "--schema", "{tmp}/text"], "is not JSON"),
+    "bad schema": (["--batch", "{tmp}/good", "--schema", "{tmp}/text"], "is not valid JSON"),
     "bad sampling": (["--batch", "{tmp}/good", "--top-p", "7"], "top_p"),
 }
 

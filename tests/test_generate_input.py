@@ -146,7 +146,7 @@ def test_forms_of_a_constrained_reply(cli: Cli, tiny_checkpoint: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("schema", "message"),
-    [("", "is not JSON"), ("[1]", "must be an object"), ({"type": "strin"}, "strin"), ({"not": {}}, "not"),
+    [("", "is not valid JSON"), ("[1]", "must be an object"), ({"type": "strin"}, "strin"), ({"not": {}}, "not"),
      ({"type": "string", "pattern": "(?<=a)b"}, "look"), ("\ud83d", "JSON")],
 )  # fmt: skip
 def test_a_bad_schema_is_told_before_a_model_is_loaded(cli: Cli, tmp_path: Path, schema: Any, message: str) -> None:

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from model import hub as models
 from model.errors import DbrxError, ModelError
 from model.hub import partial, patience
+from model.hub.layout import make_folder
 
 from .hub_server import FakeHub, checkpoint
 from .test_hub import NAME, WANTED, Recorder, same
@@ -272,6 +273,23 @@ def test_partial_files_do_not_stay(server: FakeHub) -> None:
     same_folder = models.download(NAME)
     assert models.verify_cached(same_folder) == []
     assert sorted(path.parent.glob("*.incomplete")) == [paused, theirs]
+
+
+def test_a_folder_that_goes_away_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between making a folder and looking whether it is one, another program may remove it, or the one above."""
+    real, faults = Path.mkdir, [FileExistsError(17, "File exists"), FileNotFoundError(2, "No such file or directory")]
+
+    def mkdir(path: Path, *args: Any, **options: Any) -> None:
+        if faults:
+            raise faults.pop()
+        real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    make_folder(tmp_path / "blobs")
+    assert (tmp_path / "blobs").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")
 
 
 def test_another_program_that_tidies_up_meanwhile(server: FakeHub) -> None:

@@ -89,7 +89,7 @@ def test_quantized_slices() -> None:
     matrix = QuantizedMatrix(values, torch.rand(8, 4), torch.rand(8, 4))
 
     class Stored:
-        config = source = None
+        config = source = blocks = None
         quantization, group = "int4", 32
         plain_experts = False
 

@@ -143,7 +143,7 @@ def test_a_kernel_that_computes_wrong_numbers_is_not_taken(monkeypatch: pytest.M
         def run(self, x: kernels.Rows, packed: kernels.Packed) -> Tensor:
             raise NotImplementedError("no such operator\nand a long story")
 
-    assert kernels.fault(Wrong()) == "computes wrong numbers on this CPU"
+    assert kernels.fault(Wrong()) == "computes wrong numbers here"
     assert kernels.fault(Missing()) == "no such operator"
     monkeypatch.setitem(kernels.KERNELS, "int8", (Wrong, Missing, AtenInt8))
     kernels.choose.cache_clear()

@@ -17,6 +17,7 @@ from .layout import (
     CacheSnapshot,
     Place,
     cached_commit,
+    make_folder,
     missing_files,
     tree_of,
     write_ref,
@@ -210,7 +211,7 @@ def _note_commit(plan: DownloadPlan, place: Place, first: bool) -> None:
         if place.kept() != list(plan.listing):
             write_tree(place.tree_path, plan.listing)
         if isinstance(place, CacheSnapshot) and not (first and cached_commit(plan.name, plan.revision)):
-            place.root.mkdir(parents=True, exist_ok=True)
+            make_folder(place.root)
             if cached_commit(plan.name, plan.revision) != plan.commit:
                 write_ref(place.storage, plan.revision, plan.commit)
     except OSError as error:

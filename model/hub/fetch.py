@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConnectionFault, DbrxError, ModelError, ResourceError
 from .client import Hub, NoSuchFile
-from .layout import Place
+from .layout import Place, make_folder
 from .listing import HubFile
 from .partial import Partial, resumable
 from .patience import AGAIN, Patience, Transient
@@ -122,7 +122,7 @@ def _locked(path: Path, patience: Patience, waiting: Callable[[], None]) -> Iter
     """Hold a lock as all Hub clients do; while another process has it, wait for as long as it takes."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with contextlib.ExitStack() as stack:
         for attempt in itertools.count():
             try:

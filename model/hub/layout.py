@@ -27,6 +27,7 @@ from ..safetensors_file import read_json, read_text
 from .listing import COMMIT, HubFile, check_together, is_safe
 
 PIECE = 1 << 20
+MOST_REMOVALS = 100
 OURS, THEIRS = ".dbrx", "trees"  # folders of kept listings: this program's, huggingface_hub's
 NO_SYMLINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # What a checkpoint needs to be loaded, beyond the shards that its index names.
@@ -94,11 +95,13 @@ class CacheSnapshot:
         pointer, blob = self.root / file.path, self.blob(file)
         if self.holds(file):
             return
-        pointer.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(pointer.parent)
         pointer.unlink(missing_ok=True)
         try:
             pointer.symlink_to(os.path.relpath(blob, pointer.parent))  # at once: no name that a kill could leave behind
         except FileExistsError:  # another process was quicker
+            pass
+        except FileNotFoundError:  # another one removed the folder, as the next round will find
             pass
         except OSError as error:
             if error.errno not in NO_SYMLINKS:
@@ -280,9 +283,23 @@ def digest(path: Path, etag: str, watch: Callable[[int], None] = lambda n: None)
     return str(checksum.hexdigest())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. One that another program removes meanwhile is "File exists" for `mkdir`."""
+    for _ in range(MOST_REMOVALS):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        except FileNotFoundError:  # one above it
+            continue
+        except FileExistsError:
+            if os.path.lexists(path) and not path.is_dir():
+                raise
+    raise FileNotFoundError(None, "another program keeps removing it")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_text(text, "utf-8")

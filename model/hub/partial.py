@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .layout import PIECE, Place, hasher
+from .layout import PIECE, Place, hasher, make_folder
 from .listing import HubFile
 from .patience import STALL_SECONDS, Patience
 
@@ -38,7 +38,7 @@ class Partial:
         self._patience = patience
         self._notice = notice
         self._checksum: Any = hasher(file.etag, file.size)
-        place.scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(place.scratch)
         self._path = self._name()
         self._fd = self._adopt(alone)
         try:
@@ -76,7 +76,7 @@ class Partial:
         final = self._place.blob(self.file)
         for _ in range(MOST_RESCUES):
             os.fsync(self._fd)
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(final.parent)
             try:
                 os.replace(self._path, final)
                 return
@@ -97,7 +97,7 @@ class Partial:
         return self._place.scratch / f"{self.file.etag}.dbrx-{uuid.uuid4().hex[:8]}.incomplete"
 
     def _create(self) -> int:
-        self._place.scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._place.scratch)
         return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def _adopt(self, alone: bool) -> int:
