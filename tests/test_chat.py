@@ -129,13 +129,13 @@ def test_forty_columns(terminal: Callable[..., Terminal]) -> None:
     assert all(len(line) <= 40 for line in chat.text.splitlines())
 
 
-def test_a_session_keeps_its_cache(cli: Cli, checkpoint: Path) -> None:
+def test_a_session_keeps_its_cache(cli: Cli, tiny_checkpoint: Path) -> None:
     """What was said is neither read again in the next run nor answered in another way."""
-    flags = ("chat", "-m", checkpoint, "-t", "0", "-n", str(NEW), "--dtype", "float32", "-v")
+    flags = ("chat", "-m", tiny_checkpoint, "-t", "0", "-n", str(NEW), "--dtype", "float32", "-v")
     first = cli(*flags, "--session", "kept", stdin="\n".join(TURNS[:2]) + "\n")
     then = cli(*flags, "-c", stdin=TURNS[2] + "\n")
     assert first.code == then.code == 0
-    assert first.out + then.out == "".join(reply + "\n" for reply in fresh_replies(checkpoint, TURNS))
+    assert first.out + then.out == "".join(reply + "\n" for reply in fresh_replies(tiny_checkpoint, TURNS))
     (cached,) = (int(n) for n in re.findall(r"\((\d+) cached\)", then.err))
     assert cached > 40
     (folder,) = (Path(os.environ["DBRX_DATA"]) / "caches",)
