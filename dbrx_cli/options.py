@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache, wraps
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hin
 
 import typer
 
-from model.errors import InputError
+from model.errors import AccessError, InputError
 from model.quantization import SCHEMES
 from model.sampling import SamplingParams
 
@@ -148,6 +149,14 @@ def _variable(flags: tuple[str, ...]) -> str:
 
 CONTEXT = "context_"  # the parameter by which Typer hands its context to `takes`
 MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
+
+
+def given_key() -> str | None:
+    """The key of a server, if the environment has one; `AccessError` for what no header can carry."""
+    key = os.environ.get(KEY) or None
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise AccessError(f"{KEY} holds characters that no key has", f"set {KEY} again")
+    return key
 
 
 @dataclass(frozen=True)

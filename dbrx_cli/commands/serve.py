@@ -13,7 +13,7 @@ import typer
 
 from dbrx_cli import running
 from dbrx_cli.engine.follower import needs_one_process
-from dbrx_cli.options import KEY, ModelOptions, OutputOptions, WhichModel, option, refuse_typed, takes
+from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, given_key, option, refuse_typed, takes
 from dbrx_cli.report import Report
 from dbrx_cli.server.options import ServerOptions, seconds_of
 from model.errors import InputError
@@ -95,7 +95,7 @@ def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
     from dbrx_cli.server.safety import Guard
     from dbrx_cli.server.service import Limits
 
-    key = os.environ.get(KEY) or None
+    key = given_key()
     guard = Guard(options.host, key, options.allow_origin or ())
     limits = Limits(options.parallel, options.queue, seconds_of(options.timeout, "--timeout"))
     idle = None if options.idle_timeout is None else seconds_of(options.idle_timeout, "--idle-timeout")

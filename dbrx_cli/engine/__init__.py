@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NOTHING = Message("assistant", "")
 FinishReason = Literal["stop", "length", "stop_string", "interrupted"]
+UNLIKELY = -9999.0  # OpenAI's spelling of minus infinity, which JSON has no number for
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dbrx_cli.engine import FinishReason, Likelihood, TokenLogprob
+from dbrx_cli.engine import UNLIKELY, FinishReason, Likelihood, TokenLogprob
 from dbrx_cli.engine.wire import TRY_AGAIN, OneReply, Server, words_of
 from model.json_text import parse
 
@@ -14,7 +14,6 @@ REASONS: dict[str, FinishReason] = {
     "stop_string": "stop_string", "stop_sequence": "stop_string",
     "length": "length", "max_tokens": "length", "model_length": "length", "max_length": "length",
 }  # fmt: skip
-UNLIKELY = -9999.0  # OpenAI's spelling of minus infinity, which JSON has no number for
 
 
 def read_chunk(server: Server, name: str, data: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from dbrx_cli.options import KEY
+from dbrx_cli.options import KEY, given_key
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.hub.patience import FEW_TRIES, Patience, Transient
 from model.json_text import LISTING, parse
@@ -92,10 +92,7 @@ class Server:
             raise InputError("--url holds more than an address", f"put the key into {KEY}")
         path = re.sub(r"/(chat/completions|completions|models)$", "", parts.path.rstrip("/"))
         paths = (path,) if path.endswith("/v1") else (path, f"{path}/v1") if path else ("/v1", "")
-        key = os.environ.get(KEY) or None
-        if key is not None and not re.fullmatch(r"[!-~]+", key):
-            raise AccessError(f"{KEY} holds characters that no key has", f"set {KEY} again")
-        return cls(tuple(f"{parts.scheme}://{parts.netloc}{path}" for path in paths), key)
+        return cls(tuple(f"{parts.scheme}://{parts.netloc}{path}" for path in paths), given_key())
 
     @property
     def host(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from dbrx_cli.engine import Delta, Done, Likelihood, TokenLogprob
+from dbrx_cli.engine import UNLIKELY, Delta, Done, Likelihood, TokenLogprob
 
 if TYPE_CHECKING:
     from dbrx_cli.server.requests import Asked
@@ -158,4 +158,4 @@ def _columns(scores: Sequence[TokenLogprob], start: int = 0) -> Json:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # JSON has no infinity
+    return max(logprob, UNLIKELY)
