@@ -46,8 +46,9 @@ def add_products(
     chunk = start + tl.arange(0, C)
     is_chunk = chunk < CHUNKS
     held = is_row[:, None] & is_chunk[None]
-    place = row[:, None].to(tl.int64) * CHUNKS + chunk[None]
-    loaded = tl.load(values + place[:, :, None] * 4 + tl.arange(0, 4), mask=held[:, :, None], other=0)
+    word = start * 4 + tl.arange(0, 4 * C)
+    place = row[:, None].to(tl.int64) * (4 * CHUNKS) + word[None]
+    loaded = tl.load(values + place, mask=is_row[:, None] & (word < 4 * CHUNKS)[None], other=0)
     even, odd = tl.split(tl.reshape(loaded, [N, C, 2, 2]))
     word_0, word_2 = tl.split(even)
     word_1, word_3 = tl.split(odd)
@@ -63,8 +64,9 @@ def add_products(
         found -= 128 * total[:, None]
     elif BITS == 4:
         group = row[:, None].to(tl.int64) * tl.cdiv(CHUNKS, GROUP // 32) + chunk[None] // (GROUP // 32)
-        # Not four groups a thread, as Triton would have it: they would have to be exchanged for those of its chunks.
-        word = tl.load(ranges + tl.max_contiguous(group, (1, 1)), mask=held, other=0)
+        # One group a thread, and neighbours along a row, as its chunks lie: else threads would have to exchange them.
+        group = tl.max_contiguous(tl.multiple_of(group, (1, 1)), (1, 2))
+        word = tl.load(ranges + group, mask=held, other=0)
         scale, zero = (word & -65536).to(tl.float32, bitcast=True), (word << 16).to(tl.float32, bitcast=True)
         found = scale[None] * (found - zero[None] * total[:, None])
     return sums + found
