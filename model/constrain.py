@@ -17,7 +17,7 @@ from .json_text import Limits, parse
 from .panics import panics_told
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
     from torch import Tensor
 
     from .sequence import Drafter
@@ -30,11 +30,18 @@ MAX_GRAMMAR = 2**17  # bytes
 MAX_RULES = 1_000  # of a grammar, and references of a schema
 MAX_PROBES = 2_016  # pairs of cases of oneOf that are compared, a thousandth of a second each: of 64 cases
 STUCK = "{} leaves nothing that could come next: the reply cannot be completed"
+GRAMMAR_FORM = "give rules in Lark's form (start: ...) or in GBNF (root ::= ...)"
+# A terminal takes all it can. If it takes what must follow it, no text of the grammar ends, and the library, which
+# looks how far a text goes on without a choice, never returns. So in grammars it is told not to look. In JSON a part
+# ends in a mark that no part holds, and an expression is one terminal.
+NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
+MOST_PIECES = 256  # tokens that begin one text, at most: more are a choice
+MOST_BYTES = 8  # of a token in a text without a choice, on average
 # Between two parts of the JSON: one space, or a new line with its indentation. Without a bound a model that likes
 # white space would write nothing else, and a greedy one for ever.
-GRAMMAR_FORM = "give rules in Lark's form (start: ...) or in GBNF (root ::= ...)"
-ESCAPES = 'nrbtf"\\'  # in strings
 WHITE_SPACE = r"(\x20|\n\x20{0,32})"
+MOST_BLANKS = 64  # more than WHITE_SPACE has characters
+ESCAPES = 'nrbtf"\\'  # in strings
 
 
 def read_schema(text: str, name: str) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def read_grammar(text: str, name: str) -> str:
         lark: str = any_to_lark(text)
     except Exception as error:  # it has no class of its own for all of them
         raise InputError(f"{name}: {' '.join(str(error).split())}", GRAMMAR_FORM) from None
-    grammar: str = LLMatcher.grammar_from_lark(lark)
+    grammar: str = LLMatcher.grammar_from_lark(lark + NO_FORCING)
     _fault(LLMatcher.validate_grammar(grammar), name, GRAMMAR_FORM)
     return grammar
 
@@ -108,7 +115,9 @@ class GrammarMask:
     def leads_on(self, row: int, ids: Sequence[int]) -> bool:
         """See `LooksAhead`: whether something fits behind the newest token."""
         state = self._row(row).read(ids)
-        while not state.stopped:
+        for _ in range(MOST_BLANKS):
+            if state.stopped:
+                return not state.failed
             allowed = state.allowed()
             if (allowed & ~self._vocabulary.blank).any():
                 return True
@@ -117,16 +126,16 @@ class GrammarMask:
             # White space is allowed where the parser does not know yet that nothing could come behind it.
             ids = [*ids, int(allowed.nonzero()[0])]
             state = self._row(row).read(ids)
-        return not state.failed
+        return True
 
     def complete(self, row: int, ids: Sequence[int]) -> bool:
         """Whether the text is whole and nothing can follow it (see `Stopper`)."""
         state = self._row(row).read(ids)
         return state.stopped and not state.failed
 
-    def forced(self, row: int, ids: Sequence[int]) -> list[int]:
-        """What the tokenizer makes of the text that must come next, as far as there is no choice."""
-        return self._row(row).read(ids).forced()
+    def forced(self, row: int, ids: Sequence[int], most: int) -> list[int]:
+        """What the tokenizer makes of the text that must come next, as far as there is no choice; `most` ids of it."""
+        return self._row(row).read(ids).forced(most)[:most]
 
     def _row(self, row: int) -> _Row:
         if row not in self._rows:
@@ -156,7 +165,7 @@ class ForcedDrafter:
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         """See `Drafter`."""
-        forced = self._mask.forced(0, ids[self._prompt :])[: max(0, most)]
+        forced = self._mask.forced(0, ids[self._prompt :], max(0, most))
         self._forced = bool(forced)
         if forced or self._otherwise is None:
             return forced
@@ -172,14 +181,14 @@ class _Row:
     """The parser of one reply, and what it has read."""
 
     def __init__(self, vocabulary: _Vocabulary, grammar: str, vocab_size: int, name: str) -> None:
-        self._vocabulary, self._grammar, self._vocab_size = vocabulary.tokens, grammar, vocab_size
+        self._vocabulary, self._grammar, self._vocab_size = vocabulary, grammar, vocab_size
         self._begin()
         _fault(self._matcher.get_error(), name)
 
     def _begin(self) -> None:
         from llguidance import LLMatcher
 
-        self._matcher = LLMatcher(self._vocabulary, self._grammar, log_level=0)
+        self._matcher = LLMatcher(self._vocabulary.tokens, self._grammar, log_level=0)
         self._read: list[int] = []
         self._allowed: Tensor | None = None  # behind what was read
 
@@ -199,20 +208,27 @@ class _Row:
 
     def allowed(self) -> Tensor:
         """Which ids may come next, [vocab] bool; none in a dead end."""
-        import numpy as np
-        import torch
-
         if self._allowed is None:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            if self.failed:  # it finds out when it looks for a token
-                bits = np.zeros_like(bits)
-            mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-            self._allowed = torch.from_numpy(mask).bool()
+            self._allowed = _allowed(self._matcher, self._vocab_size)
         return self._allowed
 
-    def forced(self) -> list[int]:
+    def forced(self, most: int) -> list[int]:
         """See `GrammarMask.forced`."""
-        return [] if self.stopped else list(self._matcher.compute_ff_tokens())
+        if self.stopped:
+            return []
+        if not self._grammar.endswith(NO_FORCING):
+            return list(self._matcher.compute_ff_tokens())
+        ahead, allowed, text = self._matcher.deep_copy(), self.allowed(), b""
+        while len(text) < MOST_BYTES * most and not ahead.is_stopped():
+            pieces = [(self._vocabulary.pieces[i], i) for i in allowed.nonzero().flatten()[:MOST_PIECES].tolist()]
+            shortest, token = min(pieces, default=(b"", 0))
+            if not shortest or not all(piece.startswith(shortest) for piece, _ in pieces):
+                break
+            text += shortest
+            ahead.consume_token(token)
+            allowed = _allowed(ahead, self._vocab_size)
+        ids = self._vocabulary.tokens.tokenize_bytes(text)
+        return list(ids if ahead.is_accepting() else ids[:-1])  # the last one may be another with what follows
 
     @property
     def stopped(self) -> bool:
@@ -244,6 +260,7 @@ class _Tokens:
 
 class _Vocabulary(NamedTuple):
     tokens: LLTokenizer
+    pieces: list[bytes]  # of each id
     blank: Tensor  # which ids are white space, [vocab] bool
 
 
@@ -260,7 +277,19 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> _Vocabulary:
             eos_token=[*tokenizer.eos_token_ids] or [tokens.eos_token_id],
             slices=LLTokenizer.json_slices(),
         )
-    return _Vocabulary(made, torch.tensor([bool(t) and not t.strip() for t in tokens.tokens[:vocab_size]]))
+    blank = [bool(piece) and not piece.strip() for piece in tokens.tokens[:vocab_size]]
+    return _Vocabulary(made, tokens.tokens, torch.tensor(blank))
+
+
+def _allowed(matcher: LLMatcher, vocab_size: int) -> Tensor:
+    """Which ids may come next, [vocab] bool; none in a dead end."""
+    import numpy as np
+    import torch
+
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    if matcher.is_error():  # it finds out when it looks for a token
+        bits = np.zeros_like(bits)
+    return torch.from_numpy(np.unpackbits(bits, count=vocab_size, bitorder="little")).bool()
 
 
 def _unfit(why: str) -> ModelError:

@@ -288,6 +288,25 @@ def test_a_grammar_or_an_expression_is_kept_and_what_it_forces_is_drafted(name: 
     assert steps < tokens * 0.9
 
 
+@pytest.mark.parametrize("own", ["", '%llguidance {"no_forcing": false}\n'])
+def test_the_library_never_looks_ahead_in_a_grammar(own: str) -> None:
+    """Where no text of a grammar ends it would look for ever. What is forced is found by a walk with an end."""
+    mask = GrammarMask(read_grammar(own + 'start: "' + 200 * "no choice " + '"', "g"), dbrx(), 100352)
+    assert mask._row(0)._matcher.compute_ff_tokens() == []
+    forced = mask.forced(0, [], 12)
+    assert forced == dbrx().encode(200 * "no choice ")[:12]
+    assert mask.forced(0, forced, 3) == dbrx().encode(200 * "no choice ")[12:15]
+
+
+def test_a_look_behind_white_space_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = GrammarMask(read_regex(" {5000}a", "--regex"), dbrx(), 100352)
+    reads: list[int] = []
+    read = type(mask._row(0)).read
+    monkeypatch.setattr(type(mask._row(0)), "read", lambda row, ids: reads.append(len(ids)) or read(row, ids))
+    assert mask.leads_on(0, dbrx().encode(" "))
+    assert len(reads) < 100
+
+
 @pytest.mark.parametrize("text", ["start: nothing", "root ::= (", "start: /(/", "", "hello there"])
 def test_a_wrong_grammar_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InputError, match=r"^g\.lark: ") as caught:
