@@ -316,7 +316,7 @@ def test_interrupt(server: FakeHub, tmp_path: Path, interrupts: int) -> None:
             begun = time.monotonic()
             os.kill(pid, signal.SIGINT)
             result = clients.wait(pid)
-            assert result["status"] in (0, 130) and result["stderr"] == ""
+            assert result["status"] in (0, 130) and result["stderr"] == "", result
             assert time.monotonic() - begun < SOON
             server.repos[NAME].faults = []
         result = clients.call("fetch", NAME, to=str(tmp_path / "0"))
