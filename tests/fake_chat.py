@@ -14,6 +14,14 @@ import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+# Forks of a test's process have these, and need not import them.
+import pydantic.fields  # noqa: F401
+
+import dbrx_cli.app
+import dbrx_cli.render.markdown
+import dbrx_cli.repl.notices
+import dbrx_cli.repl.prompt
+import dbrx_cli.settings_file
 from dbrx_cli.commands import chat
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, Usage
 from model.errors import ConnectionFault, ContextError
@@ -98,7 +106,6 @@ def finished(text: str, made: int = 0, reason: FinishReason = "stop", prompt: in
 
 def main() -> None:
     """The command line, but for the engine."""
-    from dbrx_cli.app import main as run
 
     def load(options: object, report: object) -> FakeEngine:
         if seconds := os.environ.get("FAKE_LOAD"):
@@ -108,7 +115,7 @@ def main() -> None:
 
     chat.open_engine = load
     sys.argv[1:1] = ["chat"]
-    run()
+    dbrx_cli.app.main()
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class Terminal:
         self.screen = Screen(columns, rows)
         self.stream = pyte.ByteStream(self.screen)
         self.received = b""
+        self.typed = ""
         self.flags = 0  # the terminal's local modes (termios), as the program left them
         # Answers the program's question where the cursor is, as a real terminal does.
         self.screen.write_process_input = lambda data: self.process.send(data)  # type: ignore[method-assign]
@@ -109,6 +110,7 @@ class Terminal:
             self.process.ptyproc.wait()
 
     def type(self, text: str) -> None:
+        self.typed += text
         self.process.send(text)
 
     def resize(self, columns: int, rows: int) -> None:

@@ -27,6 +27,7 @@ from tests.terminal import Terminal
 pytestmark = pytest.mark.slow  # whole runs and sessions
 
 Open = Callable[..., Terminal]
+LONG = 40  # characters of a line
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,20 @@ def kept(home: Path) -> Iterator[Terminal]:
 @pytest.fixture
 def chat(kept: Terminal) -> Terminal:
     """The kept process with a new conversation on an empty screen."""
+    changed = [command for command in ("/system", "/set max_tokens") if command in kept.typed]
     kept.type("\x03")
     kept.until(lambda text: ready(kept))
-    for line in ("/system default", "/set max_tokens default", "/clear"):
-        say(kept, line)
-    clean(kept)
+    kept.typed = ""
+    for command in changed:
+        say(kept, f"{command} default")
+    clean(kept, "/clear\r")
     return kept
 
 
-def clean(chat: Terminal) -> None:
-    """Ctrl-L: an empty screen."""
+def clean(chat: Terminal, line: str = "") -> None:
+    """A line, if any, and Ctrl-L: an empty screen."""
     wiped = chat.received.count(b"\x1b[2J")
-    chat.type("\x0c")
+    chat.type(line + "\x0c")
     chat.until(lambda text: chat.received.count(b"\x1b[2J") > wiped and ready(chat))
 
 
@@ -99,10 +102,20 @@ def wrapped(words: str) -> Callable[[str], bool]:
     return lambda text: words in " ".join(text.split())
 
 
+def paste(text: str) -> str:
+    """As a terminal sends it."""
+    return "\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~"
+
+
+def enter(chat: Terminal, line: str) -> None:
+    """Type a line; a long one is pasted, since the prompt takes a millisecond for a key."""
+    chat.type((line if len(line) < LONG else paste(line)) + "\r")
+
+
 def say(chat: Terminal, line: str, *shows: str | Callable[[str], object]) -> str:
-    """Type a line, wait for what it brings and for the next prompt."""
+    """Enter a line, wait for what it brings and for the next prompt."""
     prompts = prompts_of(chat)
-    chat.type(line + "\r")
+    enter(chat, line)
     for each in shows:
         chat.until(each)
     return chat.until(lambda text: prompts_of(chat) > prompts and ready(chat))
@@ -397,7 +410,7 @@ def test_history_and_reverse_search(chat: Terminal) -> None:
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_what_came(chat: Terminal) -> None:
-    chat.type("slowly " + "word " * 100 + "\r")
+    enter(chat, "slowly " + "word " * 100)
     chat.until("word word word word word")
     chat.until(lambda text: text.count("word ") > 105)
     asked = time.monotonic()
@@ -479,11 +492,6 @@ PASTES = {
 }
 
 
-def paste(text: str) -> str:
-    """As a terminal sends it."""
-    return "\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~"
-
-
 def asked(chat: Terminal, home: Path) -> list[str]:
     """The user's messages, as the session holds them."""
     with Store.open(home / "data" / "sessions.db") as store:
@@ -553,7 +561,7 @@ def test_a_slow_paste_across_the_end_of_a_reply_holds_no_report(chat: Terminal, 
     "queued", ["next\rand next\rhalf", paste("a\nb\n") + "\r", paste("long " * 50_000), "\x1b[200~a\r"]
 )
 def test_ctrl_c_drops_what_waits(chat: Terminal, home: Path, queued: str) -> None:
-    chat.type("slowly " + "word " * 60 + "\r")
+    enter(chat, "slowly " + "word " * 60)
     chat.until(lambda text: text.count("word ") > 65)
     chat.type(queued)
     chat.until(lambda text: text.count("word ") > 70)
@@ -696,7 +704,7 @@ def test_a_signal_saves_and_restores_the_terminal(
     chat = start()
     say(chat, "say whole turn", "whole turn")
     if moment == "reply":
-        chat.type("slowly " + "partial " * 100 + "\r")
+        enter(chat, "slowly " + "partial " * 100)
         chat.until(lambda text: text.count("partial") > 105)
     elif moment == "reading":
         chat.type("read 30\r")
@@ -720,7 +728,7 @@ def test_a_signal_saves_and_restores_the_terminal(
 
 def test_hangup_with_the_terminal_there_leaves_pastes_unmarked(start: Open) -> None:
     chat = start("--no-log")
-    chat.type("slowly " + "partial " * 100 + "\r")
+    enter(chat, "slowly " + "partial " * 100)
     chat.until(lambda text: text.count("partial") > 105)
     os.kill(chat.process.pid, signal.SIGHUP)
     assert chat.leave() == 128 + signal.SIGHUP
@@ -747,7 +755,7 @@ def test_keys_that_stop_or_end_the_program_amid_a_reply_restore_the_terminal(
     chat = Terminal([sys.executable, "-c", STARTER], variables={"DBRX_DATA": str(tmp_path)})
     before = termios.tcgetattr(chat.process.fileno())
     pid = int(re.findall(r"pid (\d+)", chat.until(">>>"))[0])
-    chat.type("slowly " + "word " * 40 + "\r")
+    enter(chat, "slowly " + "word " * 40)
     chat.until(lambda text: text.count("word ") > 45)
     during = termios.tcgetattr(chat.process.fileno())
     assert during != before
@@ -775,7 +783,7 @@ def test_a_killed_chat_keeps_the_question_from_the_first_text_on(start: Open, tm
 
 def test_a_terminal_that_goes_away_takes_nothing_along(start: Open, tmp_path: Path) -> None:
     chat = start()
-    chat.type("slowly " + "partial " * 100 + "\r")
+    enter(chat, "slowly " + "partial " * 100)
     chat.until(lambda text: text.count("partial") > 105)
     chat.process.ptyproc.delayafterclose = 1.5
     chat.process.close()  # the window is closed: SIGHUP, and every write is a fault
@@ -836,7 +844,7 @@ def test_forty_columns(start: Open) -> None:
 
 def test_the_window_changes_its_size(start: Open) -> None:
     chat = start(columns=80)
-    chat.type("slowly " + "word " * 20 + r"\n\nthe end" + "\r")
+    enter(chat, "slowly " + "word " * 20 + r"\n\nthe end")
     chat.until("word word word")
     chat.resize(50, 30)
     chat.until("the end\n")
