@@ -16,6 +16,7 @@ from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from model.errors import AccessError, InputError
 from model.quantization import SCHEMES
@@ -41,6 +42,19 @@ else:
     QuantizeName = Literal[("auto", "none", *SCHEMES)]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def default_command(name: str) -> type[TyperGroup]:
+    """A group of commands that is this one where none is named: `dbrx models --json` is `dbrx models list --json`."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            asks_help = bool(args) and args[0] in ctx.help_option_names
+            if (not args or args[0].startswith("-")) and not (asks_help or ctx.resilient_parsing):
+                args = [name, *args]
+            return super().parse_args(ctx, args)
+
+    return Group
 
 
 def takes(**groups: type) -> Callable[[Command], Command]:

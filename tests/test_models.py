@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pexpect
 import pytest
 from huggingface_hub import constants, scan_cache_dir
 
-from dbrx_cli.commands.models import _to_remove
+from dbrx_cli.commands.models import _print_table, _to_remove
 from dbrx_cli.options import DEMOS
 from model.errors import InputError, ModelError
 from model.hub import inventory
@@ -80,6 +81,19 @@ def test_speed_is_a_column_of_a_pipe_too(cli: Cli, add: Add, cache: Path, monkey
     monkeypatch.setattr("dbrx_cli.commands.models._predicted", lambda row: 12.34)
     assert cli("models", "list", "--speed").out.rstrip("\n").split("\t")[-1] == "12"
     assert len(cli("models", "list").out.split("\t")) == 6
+    assert cli("models", "--speed").out == cli("models", "list", "--speed").out  # as `dbrx models` alone
+
+
+@pytest.mark.parametrize("columns, speed", [(80, True), (40, True), (40, False)])
+def test_the_table_breaks_no_number(monkeypatch: pytest.MonkeyPatch, columns: int, speed: bool) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = {"name": "demo-moe", "refs": [], "revision": None, "bytes": 918_120_854, "form": "bfloat16", "path": "/x"}
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    _print_table([row | {"complete": True, "fits": True} | ({"tokens_per_s": 27.3} if speed else {})])
+    head, cells = out.getvalue().splitlines()
+    assert "918.1 MB" in cells and "in memory" in cells and ("tokens/s" in head) == speed
+    assert ("bfloat16" in cells) == (columns == 80 or not speed)
 
 
 def test_what_is_incomplete_is_told(cli: Cli, add: Add, cache: Path) -> None:
@@ -290,7 +304,7 @@ def test_it_asks_on_a_terminal(add: Add, cache: Path, tmp_path: Path) -> None:
     for answer, left in (("n", 1), ("y", 0)):
         terminal = pexpect.spawn(
             COMMAND[0], [*COMMAND[1:], "models", "remove", NAME], cwd=str(ROOT), encoding="utf-8",
-            env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"),
+            env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"), timeout=60,
         )  # fmt: skip
         terminal.expect(r"Remove acme/tiny-dbrx, 301.3 kB\? \[y/N\]")
         terminal.sendline(answer)
@@ -305,7 +319,7 @@ def test_the_table_of_a_terminal(add: Add, cache: Path, tmp_path: Path, columns:
     add(NAME, checkpoint())
     terminal = pexpect.spawn(
         COMMAND[0], [*COMMAND[1:], "models"], cwd=str(ROOT), encoding="utf-8", dimensions=(30, columns),
-        env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"),
+        env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"), timeout=60,
     )  # fmt: skip
     terminal.expect(pexpect.EOF)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.before or "").splitlines()

@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from dbrx_cli.complete import profile_names, setting_keys
-from dbrx_cli.options import OutputOptions, check_range, switch
+from dbrx_cli.options import OutputOptions, check_range, default_command, switch
 from dbrx_cli.output import say, say_json, to_json
 from dbrx_cli.report import Report
 from model.foreign_text import on_one_line
 
-app = typer.Typer(help="Settings: show them and where each comes from, set and unset them.")
+app = typer.Typer(
+    cls=default_command("show"), help="Settings: show them and where each comes from, set and unset them."
+)
 
 Key = Annotated[
     str,
@@ -28,13 +30,6 @@ Profile = Annotated[
 ]
 
 Quiet = Annotated[bool, switch("-q", "--quiet", help="Errors only on stderr.")]
-
-
-@app.callback(invoke_without_command=True)
-def config(context: typer.Context) -> None:
-    """Settings: show them and where each comes from, set and unset them."""
-    if context.invoked_subcommand is None:
-        show()
 
 
 @app.command("path")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbrx_cli.options import DEMOS, ModelOptions, OutputOptions, switch, takes
+from dbrx_cli.options import DEMOS, ModelOptions, OutputOptions, default_command, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError, ModelError
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 BECOMES = {"float32": 4, "bfloat16": 2, "float16": 2}  # times smaller, as int8
 MOST = 0.9  # of the memory, for weights
 WIDE = 90  # columns of a terminal that show where a model lies
+NARROW = 50  # columns that show its form beside its speed
 SHORTEST = 7  # characters of a commit that stand for it, as git shows it
 
-app = typer.Typer(help="Models on this machine: list them, print a folder, remove one.", rich_markup_mode="markdown")
+app = typer.Typer(
+    cls=default_command("list"),
+    help="Models on this machine: list them, print a folder, remove one.",
+    rich_markup_mode="markdown",
+)
 
 Name = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hub id (org/name), `demo` or `demo-moe`.", show_default=False)
@@ -32,13 +37,6 @@ Name = Annotated[
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit.", show_default=False)
 ]
-
-
-@app.callback(invoke_without_command=True)
-def models(context: typer.Context) -> None:
-    """Models on this machine: list them, print a folder, remove one."""
-    if context.invoked_subcommand is None:
-        _list()
 
 
 @app.command("list")
@@ -271,18 +269,21 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         console.print("No models yet. To fetch one: dbrx download org/name; to try the demo: dbrx chat -m demo")
         return
     wide, speed = console.width >= WIDE, "tokens_per_s" in rows[0]
+    formed = not speed or console.width >= NARROW
     table = Table(box=None, pad_edge=False)
-    titles = ["model", "size", "form", "here", *(["tokens/s"] if speed else [])]
+    titles = ["model", "size", *(["form"] if formed else []), "here", *(["tokens/s"] if speed else [])]
     for title in (*titles, *(("revision", "place") if wide else ())):
         right = title in ("size", "tokens/s")
-        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title == "size")
+        table.add_column(
+            title, justify="right" if right else "left", overflow="fold", no_wrap=title not in ("model", "place")
+        )
     for row in rows:
         refs = f" ({', '.join(row['refs'])})" if row["refs"] else ""
         state = Text("in memory" if row["fits"] else "from disk", "green" if row["fits"] else "yellow")
         cells = [
             Text(on_one_line(row["name"]), "bold"),
             Text(_size(row["bytes"])),
-            Text(on_one_line(row["form"])),
+            *([Text(on_one_line(row["form"]))] if formed else []),
             state if row["complete"] else Text(_lacks(row), "red"),
         ]
         if speed:

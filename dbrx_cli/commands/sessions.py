@@ -15,7 +15,7 @@ import typer
 
 from dbrx_cli.complete import session_names
 from dbrx_cli.engine import Delta
-from dbrx_cli.options import OutputOptions, switch, takes
+from dbrx_cli.options import OutputOptions, default_command, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
 from dbrx_cli.private import write_private
 from dbrx_cli.report import Report
@@ -25,7 +25,9 @@ from model.foreign_text import on_one_line
 if TYPE_CHECKING:
     from dbrx_cli.store import Entry, Session, Store
 
-app = typer.Typer(help="Conversations that were kept: list, show, search, export, rename, remove.")
+app = typer.Typer(
+    cls=default_command("list"), help="Conversations that were kept: list, show, search, export, rename, remove."
+)
 
 Kind = Literal["chat", "generate", "all"]
 Name = Annotated[
@@ -42,13 +44,6 @@ OnlyKind = Annotated[
     Kind | None,
     typer.Option("--kind", help="Of one command, or all; default: on a terminal chats, else all.", show_default=False),
 ]
-
-
-@app.callback(invoke_without_command=True)
-def sessions(context: typer.Context) -> None:
-    """Conversations that were kept: list, show, search, export, rename, remove."""
-    if context.invoked_subcommand is None:
-        _list(None, None, False, Report(OutputOptions()))
 
 
 @app.command("list")
