@@ -54,3 +54,16 @@ def attached(paths: Sequence[str], errors: InputErrors, hint: str = REPLACE) -> 
     whole = "\n\n".join(parts)
     check_size(len(whole.encode()))
     return whole
+
+
+# A file as `attached` has it and the blank line behind it: its fence is longer than any within.
+ATTACHED = re.compile(r"([^\n]+):\n(`{3,})\n.*?^\2\n\n", re.DOTALL | re.MULTILINE)
+
+
+def apart(message: str) -> tuple[list[str], str]:
+    """The names of the files that were put before a message, and its own words: what a person remembers of it."""
+    names, at = [], 0
+    while found := ATTACHED.match(message, at):
+        names.append(found[1])
+        at = found.end()
+    return names, message[at:]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from dbrx_cli.files import attached
+from dbrx_cli.files import apart, attached
 from model.errors import InputError
 from model.messages import MAX_TEXT
 from tests.cli import COMMAND, ROOT, Cli, environment
@@ -38,6 +38,7 @@ def test_files_go_before_the_prompt_under_their_names(cli: Cli, tiny_checkpoint:
         f"{names[0]}:\n```\none\ntwo\n```\n\n{names[1]}:\n`````\n```\ncode\n````\n`````\n\n{names[2]}:\n```\n\n```"
     )
     assert attached(names, "strict") == expected
+    assert apart(f"{expected}\n\nwhat is it?\n```\n\n") == (names, "what is it?\n```\n\n")
     flags = [word for name in names for word in ("-f", name)]
     asked = tokens(cli, tiny_checkpoint, *flags, "What?")
     assert asked == tokens(cli, tiny_checkpoint, f"{expected}\n\nWhat?")

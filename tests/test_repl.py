@@ -260,6 +260,8 @@ def test_read_puts_a_file_before_the_next_message(chat: Terminal, home: Path) ->
     text = say(chat, "prompt of it", "You said")  # `prompt` is not its first word any more
     assert re.search(r"note \[b\].txt:\n+```\nline one\nline two\n```\n+prompt of it", text)
     clean(chat)
+    say(chat, "/regen", 'another reply to "prompt of it"')  # which is what the user wrote
+    clean(chat)
     say(chat, f"/read {home}/nothing", "cannot be read: No such file")
     say(chat, f"/read {home}/binary", "is not UTF-8: byte 0xff at offset 1")
     say(chat, f"/read {home}/pipe", "is not a plain file")
@@ -802,6 +804,7 @@ def test_the_session_goes_on_later(start: Open, tmp_path: Path) -> None:
     for flags in (["-c"], ["--session", "1"]):
         chat = start(*flags)
         chat.until("session mine")
+        assert chat.text.index("/help lists more") < chat.text.index("session mine") < chat.text.index(">>> say")
         say(chat, "prompt", "('assistant', 'remembered')")
         say(chat, "/undo", "took back")
         chat.type("\x04")

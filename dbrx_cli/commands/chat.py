@@ -108,6 +108,7 @@ def chat(
             again=_again(model),
             markdown=not no_markdown,
         )
+        repl.welcome()
         if found:
             take_up(repl, found)
             if system is not None:

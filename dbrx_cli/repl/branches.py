@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl.words import count, quote
+from dbrx_cli.repl.words import count, quote_message
 from model.errors import InputError
 from model.messages import Message
 
@@ -65,7 +65,7 @@ def _parting(turns: list[Message], current: list[Message], room: int) -> str:
     """Where a branch differs from this one."""
     pairs = enumerate(zip(turns, current, strict=False))
     at = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(turns), len(current)))
-    return f", message {at // 2 + 1}: {quote(turns[at].content, room)}" if at < len(turns) else ""
+    return f", message {at // 2 + 1}: {quote_message(turns[at].content, room)}" if at < len(turns) else ""
 
 
 def _keep(repl: Repl) -> None:

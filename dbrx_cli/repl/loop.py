@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import NOTHING, Delta, Done, Engine, Request
+from dbrx_cli.files import apart
 from dbrx_cli.options import DEMOS
 from dbrx_cli.output import say
 from dbrx_cli.render import Renderer, show
@@ -22,7 +23,7 @@ from dbrx_cli.repl.commands import run_command
 from dbrx_cli.repl.lines import Line
 from dbrx_cli.repl.signals import Signals
 from dbrx_cli.repl.typeahead import Typeahead, edits_lines
-from dbrx_cli.repl.words import count, duration, quote
+from dbrx_cli.repl.words import count, duration, quote_message
 from dbrx_cli.report import Report
 from dbrx_cli.session_cache import keep_cache
 from dbrx_cli.store import Recorder
@@ -114,12 +115,15 @@ class Repl:
         """End the chat."""
         self._running = False
 
-    def run(self) -> None:
-        """Take turns until the user leaves, the script ends, or a signal ends the program."""
+    def welcome(self) -> None:
+        """What one talks with, and the keys."""
         if self.interactive:
             toy = "; a toy: quick, and often wrong" if self.name in DEMOS else ""
             self.report.notice(f"{self.name}, {self.engine.context:,} tokens of context{toy}")
             self.report.notice(WELCOME)
+
+    def run(self) -> None:
+        """Take turns until the user leaves, the script ends, or a signal ends the program."""
         try:
             self._loop()
             if self.signals.ending is None:  # it may take a while, and a signal asks for haste
@@ -284,7 +288,7 @@ class Repl:
         if skipped:
             self.report.notice(f"the context is full; {count(len(skipped), 'message')} are no longer read:")
             for turn in skipped:
-                self.report.notice(f"- {turn.role}: {quote(turn.content, self.columns - 24)}")
+                self.report.notice(f"- {turn.role}: {quote_message(turn.content, self.columns - 24)}")
 
     def _tell_end(self, record: Done | None, came: bool) -> None:
         """After a reply; without a record, it was interrupted."""
@@ -309,7 +313,8 @@ class Repl:
             return
         for turn in turns:
             if turn.role == "user":
-                self.report.line(f">>> {turn.content}\n")
+                names, own = apart(turn.content)
+                self.report.line(f">>> {''.join(f'[{name}] ' for name in names)}{own}\n")
             else:
                 renderer = self._renderer("")
                 renderer.delta(Delta(turn.content, None))

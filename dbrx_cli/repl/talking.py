@@ -10,7 +10,7 @@ from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
 from dbrx_cli.repl.branches import answer_as_branch
-from dbrx_cli.repl.words import count, quote, unquoted
+from dbrx_cli.repl.words import count, quote, quote_message, unquoted
 from dbrx_cli.stdin import CONVERT
 from model.errors import ContextError, InputError
 from model.messages import Message
@@ -23,9 +23,9 @@ ROOM = 8  # /read leaves this part of the context, one in so many, for a questio
 
 
 def regenerate(repl: Repl, argument: str) -> None:
-    question = _last_question(repl)
-    asked = repl.conversation.before(question + 1)
-    repl.report.notice(f"another reply to {quote(asked.turns[-1].content, 30)}{repl.reading(asked, '; reads {}')}")
+    asked = repl.conversation.before(_last_question(repl) + 1)
+    question = quote_message(asked.turns[-1].content, 30)
+    repl.report.notice(f"another reply to {question}{repl.reading(asked, '; reads {}')}")
     request = Request(asked.fit(repl.engine).messages, repl.params, repl.stop)
     if request == repl.answered and (repl.params.greedy or repl.params.seed is not None):
         why = "the temperature is 0" if repl.params.greedy else f"the seed is {repl.params.seed}"
@@ -71,7 +71,7 @@ def undo(repl: Repl, argument: str) -> None:
     text = repl.conversation.turns[question].content
     repl.change(repl.conversation.before(question))
     repl.report.notice(
-        f"took back {quote(text, 40)} and the reply; {count(len(repl.conversation.turns), 'message')} left"
+        f"took back {quote_message(text, 40)} and the reply; {count(len(repl.conversation.turns), 'message')} left"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from dbrx_cli.files import apart
 from model.foreign_text import on_one_line
 
 
@@ -12,6 +13,11 @@ def quote(text: str, length: int = 60) -> str:
     line = on_one_line(" ".join(text[: 4 * max(length, 10)].split()))
     length = max(length, 10)
     return f'"{line if len(line) <= length else line[: length - 1] + "…"}"'
+
+
+def quote_message(text: str, length: int = 60) -> str:
+    """The same of a message, without the files before it."""
+    return quote(apart(text)[1], length)
 
 
 def words(text: str) -> list[str]:

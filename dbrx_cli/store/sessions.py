@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+from dbrx_cli.files import apart
 from dbrx_cli.private import data_folder
 from model.errors import InputError
 from model.messages import Message, Role
@@ -325,7 +326,7 @@ def changed_by_another(id: int) -> Conflict:
 
 def _entry(row: sqlite3.Row) -> Entry:
     values = dict(row)
-    question = " ".join((values.pop("question") or "").split())
+    question = " ".join(apart(values.pop("question") or "")[1].split())
     return Entry(**values, title=question if len(question) <= TITLE else question[: TITLE - 1] + "…")
 
 
