@@ -103,7 +103,7 @@ def _main() -> None:
         if pid:
             files[pid] = output
             os.close(begins)
-            os.read(heard, 1)  # Python forgets a signal that comes before its child runs, and one before `try` is no test
+            os.read(heard, 1)  # it runs; Python would forget a signal that came before
             os.close(heard)
             print(pid, flush=True)
             continue
