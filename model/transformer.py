@@ -19,7 +19,7 @@ from .config import DbrxConfig
 from .kv_cache import KVCache
 from .moe import DbrxFFN
 from .outputs import BaseOutput
-from .rope import rotary_row, rotary_table, rotate
+from .rope import rotary_rows, rotary_table, rotate
 
 EPS = 1e-5  # of every LayerNorm
 
@@ -179,8 +179,8 @@ class DbrxModel(nn.Module):
         valid = None if attention_mask is None else attention_mask[:, -seq:].bool().to(x.device)
         plan = AttentionPlan(cache.lengths if cache is not None else [0] * batch, seq, valid, x.device)
         head_dim, theta = self.config.head_dim, self.config.attn_config.rope_theta
-        if plan.single_token and position_ids is None:
-            cos, sin = rotary_row(plan.starts[0], head_dim, theta, x.device)
+        if plan.one_each and position_ids is None:
+            cos, sin = rotary_rows(plan.starts, head_dim, theta, x.device)
         else:
             positions = plan.positions if position_ids is None else position_ids.to(x.device)
             cos, sin = rotary_table(positions, head_dim, theta)
@@ -201,7 +201,8 @@ class DbrxModel(nn.Module):
                 attentions.append(plan.spread(weights))
         if cache is not None:
             cache.advance(plan)
-        x = self.norm_f(x)
+        # A norm of several rows wakes PyTorch's threads, which then take the cores from the native library's.
+        x = self.norm_f(x) if at_once is None else torch.cat([self.norm_f(row) for row in x.split(1)])
         want_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return BaseOutput(
             last_hidden_state=x,

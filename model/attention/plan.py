@@ -17,7 +17,7 @@ class AttentionPlan:
 
     `seq` columns are computed; `starts` and `lengths` are the rows' keys before and after the step; `uniform` says
     that all rows are equally long and none has padding, so that no mask is needed beyond causality; `one_each` that
-    each row has one token, `single_token` that there is one in all.
+    each row has one token.
     """
 
     def __init__(self, starts: Sequence[int], seq: int, valid: Tensor | None, device: torch.device) -> None:
@@ -32,7 +32,6 @@ class AttentionPlan:
         self.lengths = [start + count for start, count in zip(self.starts, counts, strict=True)]
         self.uniform = valid is None and len(set(self.starts)) == 1
         self.one_each = valid is None and seq == 1
-        self.single_token = self.one_each and len(self.starts) == 1
         self._masks: dict[torch.device, Tensor] = {}
 
     @property
