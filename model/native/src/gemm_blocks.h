@@ -8,8 +8,8 @@
 
 namespace dbrx {
 
-template <class Type>
-class BlockGemm {
+// What is the same for all types.
+class BlockProducts {
   public:
 #if defined(__AVX2__) || defined(DBRX_EMULATE)
     using Dot = ShortDot;
@@ -32,13 +32,7 @@ class BlockGemm {
         }
     }
 
-    // Prepared rows times outputs first .. last - 1: write(i, output, count, values) for each row i and panel.
-    static void run(const dbrx_matrix &m, const std::byte *const *x, int64_t n, int64_t first, int64_t last,
-                    const GemmWrite &write) {
-        for (int64_t begin = 0; begin < n; begin += GEMM_ROWS) some(m, x + begin, begin, std::min(GEMM_ROWS, n - begin), first, last, write);
-    }
-
-  private:
+  protected:
     using Element = typename Dot::Element;
     static constexpr bool ROUNDS = std::is_same_v<Dot, ShortDot>;
     static constexpr float SPAN_NORM = 46300;  // of both factors: rounding adds at most 8, and 46,308 squared is below 2^31
@@ -65,30 +59,22 @@ class BlockGemm {
         alignas(64) Element rows[PANEL][SPAN] = {};  // outputs that are not there are zeros
         alignas(64) Element words[PANEL * SPAN];
         alignas(64) float step[PANEL] = {};
-
-        void fill(const dbrx_matrix &m, int64_t output, int count, int64_t index) {
-            Span<Type> span;
-            alignas(64) float weights[SPAN];
-            for (int o = 0; o < count; ++o) {
-                span.open(static_cast<const uint8_t *>(m.values) + (output + o) * Blocks<Type>::row_bytes(m), m.inputs, index);
-                span.unpack(weights);
-                step[o] = round_span(weights, SPAN, rows[o]);
-            }
-            interleave((const float *)rows, SPAN / Dot::TOGETHER, SPAN / Dot::TOGETHER, (float *)words);
-        }
     };
+    // Rounds a span of the weights of `count` outputs from `output` on to rows and steps of a panel.
+    using Fill = void (*)(Panel &panel, const dbrx_matrix &m, int64_t output, int count, int64_t span);
 
     static void some(const dbrx_matrix &m, const std::byte *const *x, int64_t begin, int64_t n, int64_t first, int64_t last,
-                     const GemmWrite &write) {
+                     const GemmWrite &write, Fill fill) {
         const char *rows[GEMM_ROWS];
         for (int64_t i = 0; i < n; ++i) rows[i] = (const char *)x[i] + steps_bytes(m.inputs);
         alignas(64) float totals[GEMM_ROWS][PANEL], sums[ROUNDS ? GEMM_ROWS : 1][PANEL];  // sums: integers, of a span
         for (int64_t output = first; output < last; output += PANEL) {
             const int outputs = int(std::min<int64_t>(PANEL, last - output));
-            dbrx::BlockGemm<Type>::Panel panel;
+            Panel panel;
             std::memset(totals, 0, size_t(n) * sizeof totals[0]);
             for (int64_t s = 0; s < spans(m.inputs); ++s) {
-                panel.fill(m, output, outputs, s);
+                fill(panel, m, output, outputs, s);
+                interleave((const float *)panel.rows, SPAN / Dot::TOGETHER, SPAN / Dot::TOGETHER, (float *)panel.words);
                 const int64_t offset = s * SPAN * int64_t(sizeof(Element)), words = SPAN / Dot::TOGETHER;
                 if constexpr (!ROUNDS) {
                     tiles<Dot>(rows, n, offset, (const char *)panel.words, words, (char *)totals);
@@ -105,6 +91,28 @@ class BlockGemm {
                 }
             }
             for (int64_t i = 0; i < n; ++i) write(begin + i, output, outputs, totals[i]);
+        }
+    }
+};
+
+template <class Type>
+class BlockGemm : public BlockProducts {
+  public:
+    // Prepared rows times outputs first .. last - 1: write(i, output, count, values) for each row i and panel.
+    static void run(const dbrx_matrix &m, const std::byte *const *x, int64_t n, int64_t first, int64_t last,
+                    const GemmWrite &write) {
+        for (int64_t begin = 0; begin < n; begin += GEMM_ROWS)
+            some(m, x + begin, begin, std::min(GEMM_ROWS, n - begin), first, last, write, fill);
+    }
+
+  private:
+    static void fill(Panel &panel, const dbrx_matrix &m, int64_t output, int count, int64_t index) {
+        Span<Type> span;
+        alignas(64) float weights[SPAN];
+        for (int o = 0; o < count; ++o) {
+            span.open(static_cast<const uint8_t *>(m.values) + (output + o) * Blocks<Type>::row_bytes(m), m.inputs, index);
+            span.unpack(weights);
+            panel.step[o] = round_span(weights, SPAN, panel.rows[o]);
         }
     }
 };

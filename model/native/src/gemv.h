@@ -85,38 +85,37 @@ struct Places {
     static int64_t quarter(int64_t outputs) { return (outputs + PLACES - 1) / PLACES; }
 };
 
-// out[r * stride + o] = the product, or what it was and the product, for the outputs of a piece and n rows. Up to two
-// activation rows meet an output of all four places in registers, of more rows four those of two places.
+// f.operator()<R>() for R = count, from 1 to MOST.
+template <int MOST, class F>
+void with_count(int64_t count, F f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, f);
+    f.template operator()<MOST>();
+}
+
+// out[r * stride + o] = the product, or what it was and the product, for the outputs of a piece and n rows. In registers
+// some rows meet an output of as many places as the format takes AT_ONCE.
 template <class Format>
 void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const std::byte *const *x, int64_t n, float *out,
               int64_t stride, bool add) {
-    const auto tile = [&]<int W, int R>(const int64_t(&outputs)[W], int64_t there, int64_t row) {
-        float y[W][R];
-        Format::template dot<W, R>(m, outputs, x + row, y);
-        for (int64_t w = 0; w < there; ++w)
-            for (int r = 0; r < R; ++r) {
-                float &to = out[(row + r) * stride + outputs[w]];
-                to = add ? to + y[w][r] : y[w][r];
-            }
-    };
+    constexpr int W = ROWS_AT_ONCE > 1 ? Format::AT_ONCE : 1;
     const int64_t first = piece * places.each, last = std::min(first + places.each, places.apart);
     for (int64_t o = first; o < last; ++o) {
-        // Behind the last output it is computed again, and not stored.
-        const auto at = [&](int64_t place) { return std::min(o + place * places.apart, m.outputs - 1); };
-        const int64_t there = (m.outputs - 1 - o) / places.apart + 1;
-        if (n <= 2) {
-            const int64_t outputs[4] = {at(0), at(1), at(2), at(3)};
-            if (n == 1) tile.template operator()<4, 1>(outputs, std::min<int64_t>(4, there), 0);
-            else tile.template operator()<4, 2>(outputs, std::min<int64_t>(4, there), 0);
-            continue;
-        }
-        for (int64_t place = 0; place < std::min<int64_t>(4, there); place += 2) {
-            const int64_t outputs[2] = {at(place), at(place + 1)}, two = std::min<int64_t>(2, there - place);
-            for (int64_t row = 0, tiles = (n + 3) / 4, count; row < n; row += count, --tiles) {
-                count = (n - row + tiles - 1) / tiles;  // 5 rows are 3 and 2: a tile of one takes as long as one of two
-                if (count == 2) tile.template operator()<2, 2>(outputs, two, row);
-                else if (count == 3) tile.template operator()<2, 3>(outputs, two, row);
-                else tile.template operator()<2, 4>(outputs, two, row);
+        const int64_t there = std::min<int64_t>(PLACES, (m.outputs - 1 - o) / places.apart + 1);
+        for (int64_t place = 0; place < there; place += W) {
+            int64_t outputs[W];  // behind the last output it is computed again, and not stored
+            for (int w = 0; w < W; ++w) outputs[w] = std::min(o + (place + w) * places.apart, m.outputs - 1);
+            for (int64_t row = 0, tiles = (n + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, count; row < n; row += count, --tiles) {
+                count = (n - row + tiles - 1) / tiles;  // 5 rows are 3 and 2
+                with_count<ROWS_AT_ONCE>(count, [&]<int R>() {
+                    float y[W][R];
+                    Format::template dot<W, R>(m, outputs, x + row, y);
+                    for (int64_t w = 0; w < std::min<int64_t>(W, there - place); ++w)
+                        for (int r = 0; r < R; ++r) {
+                            float &to = out[(row + r) * stride + outputs[w]];
+                            to = add ? to + y[w][r] : y[w][r];
+                        }
+                });
             }
         }
     }

@@ -108,6 +108,7 @@ struct Shorts {  // 16 of 16 bits
     }
     static Shorts load(const int16_t *at) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))}; }
 };
+constexpr int ROWS_AT_ONCE = 4;  // activation rows that meet a weight in registers
 // 16 weights, or 32, for products: where it is fewer instructions, the even ones before the odd ones. What they are
 // multiplied with is kept in that order (EVEN_FIRST).
 constexpr bool EVEN_FIRST = true;
@@ -249,6 +250,7 @@ struct Shorts {
     }
     static Shorts load(const int16_t *at) { return {vld1q_s16(at), vld1q_s16(at + 8)}; }
 };
+constexpr int ROWS_AT_ONCE = 3;
 constexpr bool EVEN_FIRST = false;
 struct Ints {
     int32x4_t lo, hi;
@@ -365,6 +367,7 @@ struct Shorts {
         return out;
     }
 };
+constexpr int ROWS_AT_ONCE = 1;  // no vectors, so nothing is saved by more
 constexpr bool EVEN_FIRST = false;
 struct Ints {
     int32_t v[8];

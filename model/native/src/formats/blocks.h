@@ -76,8 +76,35 @@ struct SpanActivations {  // zeros behind the last input
     float unused[7];
 };
 
+// Activations, the same for all types, so that matrices of two types can share a row.
+struct BlockRows {
+    static int64_t prepared_bytes(int64_t inputs) { return spans(inputs) * int64_t(sizeof(SpanActivations)); }
+    static void prepare(const float *x, int64_t inputs, std::byte *to) {
+        SpanActivations *out = reinterpret_cast<SpanActivations *>(to);
+        for (int64_t start = 0; start < inputs; start += SPAN, ++out) prepare_span(x + start, std::min<int64_t>(SPAN, inputs - start), *out);
+    }
+
+  private:
+    static void prepare_span(const float *x, int64_t inputs, SpanActivations &out) {
+        const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
+        const Floats inverse = Floats::all(32766 / most);
+        int64_t i = 0;
+        for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse, out.x + i);
+        std::fill(out.x + i, out.x + SPAN, int16_t(0));
+        for (int g = 0; g < SPAN / 16; ++g) {
+            int32_t total = 0;
+            for (int j = 0; j < 16; ++j) total += out.x[16 * g + j];
+            out.less_of_16[g] = float(-total);
+        }
+        for (int g = 0; g < SPAN / 32; ++g) out.less_of_32[g] = out.less_of_16[2 * g] + out.less_of_16[2 * g + 1];
+        out.scale = most / 32766;
+        if (EVEN_FIRST) even_first(out.x, SPAN, CHUNK);
+    }
+};
+
 template <class Type>
-struct Blocks {
+struct Blocks : BlockRows {
+    static constexpr int AT_ONCE = 2;  // outputs whose products share a loop: with four, scales leave no registers
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
     static void unpack(const dbrx_matrix &m, int64_t output, float *to) {
@@ -88,13 +115,6 @@ struct Blocks {
             span.unpack(weights);
             std::copy_n(weights, std::min<int64_t>(SPAN, m.inputs - s * SPAN), to + s * SPAN);
         }
-    }
-
-    // The same for all types, so that matrices of two types can share a row.
-    static int64_t prepared_bytes(int64_t inputs) { return spans(inputs) * int64_t(sizeof(SpanActivations)); }
-    static void prepare(const float *x, int64_t inputs, std::byte *to) {
-        SpanActivations *out = reinterpret_cast<SpanActivations *>(to);
-        for (int64_t start = 0; start < inputs; start += SPAN, ++out) prepare_span(x + start, std::min<int64_t>(SPAN, inputs - start), *out);
     }
 
     template <int W, int R>
@@ -140,22 +160,6 @@ struct Blocks {
             }
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r) sums[w][r] = fma(found[w][r], Floats::all(of[r]->scale), sums[w][r]);
-    }
-
-    static void prepare_span(const float *x, int64_t inputs, SpanActivations &out) {
-        const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
-        const Floats inverse = Floats::all(32766 / most);
-        int64_t i = 0;
-        for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse, out.x + i);
-        std::fill(out.x + i, out.x + SPAN, int16_t(0));
-        for (int g = 0; g < SPAN / 16; ++g) {
-            int32_t total = 0;
-            for (int j = 0; j < 16; ++j) total += out.x[16 * g + j];
-            out.less_of_16[g] = float(-total);
-        }
-        for (int g = 0; g < SPAN / 32; ++g) out.less_of_32[g] = out.less_of_16[2 * g] + out.less_of_16[2 * g + 1];
-        out.scale = most / 32766;
-        if (EVEN_FIRST) even_first(out.x, SPAN, CHUNK);
     }
 };
 

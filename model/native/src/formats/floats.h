@@ -10,6 +10,7 @@ template <class T>
 struct FloatRows {
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs * int64_t(sizeof(T)); }
 
+    static constexpr int AT_ONCE = 4;  // outputs whose products share a loop
     static constexpr int STEP = 16;  // inputs, two vectors
 
     // Activations: the floats, and zeros up to a whole step.
@@ -32,25 +33,26 @@ struct FloatRows {
         for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const float *>(x[r]);
         for (auto &row : sums)
             for (Floats &one : row) one = Floats::all(0);
-        const auto add = [&](int w, int64_t i, const T *at) {
-            Floats weight[2];
-            read_ahead(at);
-            load_weights(at, weight);
-            for (int half = 0; half < 2; ++half)
-                for (int r = 0; r < R; ++r)
-                    sums[w][r] = fma(weight[half], Floats::load(rows[r] + i + half * LANES), sums[w][r]);
-        };
         const int64_t whole = m.inputs / STEP * STEP;
+        if (whole < m.inputs) {  // through memory of its own, since nothing may be read behind a matrix
+            T last[W][STEP] = {};
+            for (int w = 0; w < W; ++w) std::copy(weights[w] + whole, weights[w] + m.inputs, last[w]);
+            for (int w = 0; w < W; ++w) add<R>(last[w], rows, whole, sums[w]);
+        }
         for (int64_t i = 0; i < whole; i += STEP)
-            for (int w = 0; w < W; ++w) add(w, i, weights[w] + i);
-        if (whole < m.inputs)  // through memory of its own, since nothing may be read behind a matrix
-            for (int w = 0; w < W; ++w) {
-                T last[STEP] = {};
-                std::copy(weights[w] + whole, weights[w] + m.inputs, last);
-                add(w, whole, last);
-            }
+            for (int w = 0; w < W; ++w) add<R>(weights[w] + i, rows, i, sums[w]);
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);
+    }
+
+  private:
+    template <int R>
+    static DBRX_INLINE void add(const T *weights, const float *const (&rows)[R], int64_t i, Floats (&sums)[R]) {
+        Floats weight[2];
+        read_ahead(weights);
+        load_weights(weights, weight);
+        for (int half = 0; half < 2; ++half)
+            for (int r = 0; r < R; ++r) sums[r] = fma(weight[half], Floats::load(rows[r] + i + half * LANES), sums[r]);
     }
 };
 

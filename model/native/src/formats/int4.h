@@ -108,12 +108,8 @@ DBRX_INLINE Floats load_of_parts(const uint16_t *at) {
 #endif
 }
 
-template <int GROUP>
-struct Int4 {
-    static constexpr int GROUPS = BLOCK / GROUP;  // in a block
-    static int64_t groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
-    static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / 2 + 4 * groups(m.inputs); }
-
+// Activations, the same for all sizes of groups.
+struct Int4Rows {
     struct Activations {  // of one block, zeros behind the last input
         alignas(32) int8_t x[BLOCK];  // of each 64 the even ones first, as a byte's halves come apart
         float scale[PARTS], less[PARTS];  // in the order of lanes; less: what a zero point takes away, minus the sum of x
@@ -144,6 +140,14 @@ struct Int4 {
             for (int i = 0; i < BLOCK; ++i) block.x[i] = int8_t(rounded[i]);
         }
     }
+};
+
+template <int GROUP>
+struct Int4 : Int4Rows {
+    static constexpr int AT_ONCE = 4;             // outputs whose products share a loop
+    static constexpr int GROUPS = BLOCK / GROUP;  // in a block
+    static int64_t groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
+    static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / 2 + 4 * groups(m.inputs); }
 
     template <int W, int R>
     static void dot(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, float (&y)[W][R]) {
@@ -156,27 +160,7 @@ struct Int4 {
             zero[w] = static_cast<const uint16_t *>(m.zero) + outputs[w] * groups(m.inputs);
             for (Floats &one : sums[w]) one = Floats::all(0);
         }
-        const auto add = [&](int w, int64_t block, const uint8_t *values, const uint16_t *scales, const uint16_t *zeros) {
-            const Activations *of[R];
-            const int8_t *numbers[R];
-            Floats found[R];
-            for (int r = 0; r < R; ++r) {
-                of[r] = reinterpret_cast<const Activations *>(x[r]) + block;
-                numbers[r] = of[r]->x;
-            }
-            read_ahead(values);
-            read_ahead(values + BLOCK / 4);
-            part_sums(values, numbers, found);
-            const Floats s = load_of_parts<GROUP>(scales), z = load_of_parts<GROUP>(zeros);
-            for (int r = 0; r < R; ++r) {
-                const Floats product = fma(z, Floats::load(of[r]->less), found[r]) * s;
-                sums[w][r] = fma(product, Floats::load(of[r]->scale), sums[w][r]);
-            }
-        };
         const int64_t whole = m.inputs / BLOCK, rest = m.inputs % BLOCK;
-        for (int64_t b = 0; b < whole; ++b)
-            for (int w = 0; w < W; ++w)
-                add(w, b, levels[w] + b * (BLOCK / 2), scale[w] + b * GROUPS, zero[w] + b * GROUPS);
         if (rest) {  // through memory of its own, since nothing may be read behind a matrix
             for (int w = 0; w < W; ++w) {
                 uint8_t values[BLOCK / 2] = {};
@@ -184,11 +168,35 @@ struct Int4 {
                 std::memcpy(values, levels[w] + whole * (BLOCK / 2), size_t(rest / 2));
                 std::memcpy(scales, scale[w] + whole * GROUPS, size_t(groups(rest)) * 2);
                 std::memcpy(zeros, zero[w] + whole * GROUPS, size_t(groups(rest)) * 2);
-                add(w, whole, values, scales, zeros);
+                add<R>(values, scales, zeros, x, whole, sums[w]);
             }
         }
+        for (int64_t b = 0; b < whole; ++b)
+            for (int w = 0; w < W; ++w)
+                add<R>(levels[w] + b * (BLOCK / 2), scale[w] + b * GROUPS, zero[w] + b * GROUPS, x, b, sums[w]);
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);
+    }
+
+  private:
+    template <int R>
+    static DBRX_INLINE void add(const uint8_t *values, const uint16_t *scales, const uint16_t *zeros, const std::byte *const *x,
+                                int64_t block, Floats (&sums)[R]) {
+        const Activations *of[R];
+        const int8_t *numbers[R];
+        Floats found[R];
+        for (int r = 0; r < R; ++r) {
+            of[r] = reinterpret_cast<const Activations *>(x[r]) + block;
+            numbers[r] = of[r]->x;
+        }
+        read_ahead(values);
+        read_ahead(values + BLOCK / 4);
+        part_sums(values, numbers, found);
+        const Floats s = load_of_parts<GROUP>(scales), z = load_of_parts<GROUP>(zeros);
+        for (int r = 0; r < R; ++r) {
+            const Floats product = fma(z, Floats::load(of[r]->less), found[r]) * s;
+            sums[r] = fma(product, Floats::load(of[r]->scale), sums[r]);
+        }
     }
 };
 

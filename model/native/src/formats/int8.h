@@ -12,6 +12,7 @@
 namespace dbrx {
 
 struct Int8 {
+    static constexpr int AT_ONCE = 4;  // outputs whose products share a loop
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs + 4; }
 
     // Activations: the scale, at 64 bytes the rounded numbers, and zeros up to a whole step.
@@ -51,27 +52,28 @@ struct Int8 {
         for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const int16_t *>(x[r] + 64);
         for (auto &row : sums)
             for (Ints &one : row) one = Ints::zero();
-        const auto add = [&](int w, int64_t i, const int8_t *at) {
-            Shorts weight[2];
-            read_ahead(at);
-            load_weights(at, weight);
-            for (int half = 0; half < 2; ++half)
-                for (int r = 0; r < R; ++r)
-                    sums[w][r] = multiply_add(weight[half], Shorts::load(rows[r] + i + 16 * half), sums[w][r]);
-        };
         const int64_t whole = m.inputs / STEP * STEP;
+        if (whole < m.inputs) {  // through memory of its own, since nothing may be read behind a matrix
+            int8_t last[W][STEP] = {};
+            for (int w = 0; w < W; ++w) std::copy(weights[w] + whole, weights[w] + m.inputs, last[w]);
+            for (int w = 0; w < W; ++w) add<R>(last[w], rows, whole, sums[w]);
+        }
         for (int64_t i = 0; i < whole; i += STEP)
-            for (int w = 0; w < W; ++w) add(w, i, weights[w] + i);
-        if (whole < m.inputs)  // through memory of its own, since nothing may be read behind a matrix
-            for (int w = 0; w < W; ++w) {
-                int8_t last[STEP] = {};
-                std::copy(weights[w] + whole, weights[w] + m.inputs, last);
-                add(w, whole, last);
-            }
+            for (int w = 0; w < W; ++w) add<R>(weights[w] + i, rows, i, sums[w]);
         const float *scale = static_cast<const float *>(m.scale);
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r)
                 y[w][r] = float(sum(sums[w][r])) * *reinterpret_cast<const float *>(x[r]) * scale[outputs[w]];
+    }
+
+  private:
+    template <int R>
+    static DBRX_INLINE void add(const int8_t *weights, const int16_t *const (&rows)[R], int64_t i, Ints (&sums)[R]) {
+        Shorts weight[2];
+        read_ahead(weights);
+        load_weights(weights, weight);
+        for (int half = 0; half < 2; ++half)
+            for (int r = 0; r < R; ++r) sums[r] = multiply_add(weight[half], Shorts::load(rows[r] + i + 16 * half), sums[r]);
     }
 };
 
