@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dbrx_cli.engine import Engine, KeepsCache
 from dbrx_cli.private import data_folder, private_folder
+from dbrx_cli.report import Report
 from dbrx_cli.store import Recorder
 from model.errors import DbrxError
 
@@ -14,11 +15,11 @@ FOLDER = "caches"
 KEPT = 4  # sessions, the newest: a token of DBRX takes 160 kB
 
 
-def keep_cache(engine: Engine, recorder: Recorder) -> None:
+def keep_cache(engine: Engine, recorder: Recorder, report: Report) -> None:
     """Save what the engine has in its cache. A cache is only a saving: no fault of it is worth a word."""
     if recorder.id is None or not recorder.enabled or not isinstance(engine, KeepsCache):
         return
-    with suppress(DbrxError, OSError):
+    with report.status("keeping what was read"), suppress(DbrxError, OSError):
         folder = private_folder(data_folder() / FOLDER)
         engine.save_cache(_path(folder, recorder.id))
         # Also of sessions that were removed: what was said must not stay behind in their caches.
@@ -29,10 +30,10 @@ def keep_cache(engine: Engine, recorder: Recorder) -> None:
                 path.unlink()
 
 
-def take_cache(engine: Engine, session: int) -> None:
+def take_cache(engine: Engine, session: int, report: Report) -> None:
     """Read a session's cache, if there is one that fits the model."""
     if isinstance(engine, KeepsCache):
-        with suppress(DbrxError, OSError):
+        with report.status("fetching what was read"), suppress(DbrxError, OSError):
             engine.load_cache(_path(data_folder() / FOLDER, session))
 
 

@@ -363,7 +363,15 @@ def test_multiline_switches_what_enter_does(chat: Terminal) -> None:
 def test_more_lines_by_alt_enter_backslash_and_block(chat: Terminal) -> None:
     for typed in ("say a\x1b\rb\r", "say a\\\rb\r", '"""say a\rb"""\r'):
         chat.type(typed)
-        chat.until(lambda text: "b\n\na\nb\n" in text.replace('"""', "") and ready(chat))
+        text = chat.until(lambda text: "b\n\na\nb\n" in text.replace('"""', "") and ready(chat))
+        assert "\\" not in text
+        clean(chat)
+
+
+def test_a_backslash_at_the_end_can_be_sent(chat: Terminal) -> None:
+    """A typed one opens a line; a space behind it, three quotes or a paste send it (`PASTES` has the last)."""
+    for typed in ("say C:\\dir\\ ", '"""say C:\\dir\\"""'):
+        say(chat, typed, "\nC:\\dir\\\n")
         clean(chat)
 
 

@@ -6,6 +6,9 @@ import io
 import sys
 import time
 from collections.abc import Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -14,13 +17,16 @@ from dbrx_cli.commands import generate
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Delta, Done, Request
 from dbrx_cli.options import OutputOptions
+from dbrx_cli.repl import editor, loop
 from dbrx_cli.repl.lines import Line
 from dbrx_cli.repl.loop import Repl
 from dbrx_cli.repl.signals import Signals
 from dbrx_cli.repl.typeahead import Typeahead
 from dbrx_cli.report import Report
+from dbrx_cli.session_cache import keep_cache
 from dbrx_cli.status import Status
-from dbrx_cli.store import Recorder
+from dbrx_cli.store import Recorder, Store
+from model.messages import Message
 from model.sampling import SamplingParams
 from tests.cli import Cli
 from tests.fake_chat import FakeEngine
@@ -151,29 +157,81 @@ class Watched(Tty):
 
 
 class Late(FakeEngine):
-    """Computes nothing before the terminal has been shown something."""
+    """Computes nothing before the terminal has been shown something, and keeps a cache as a model does."""
 
     context = 100_000
+    cache = 0  # times that one was loaded
 
     def stream(self, request: Request) -> Generator[Delta | Done, None, None]:
-        assert isinstance(sys.stderr, Watched) and sys.stderr.first is not None
+        after_a_sign()
         yield from super().stream(request)
+
+    def load_cache(self, path: Path) -> None:
+        after_a_sign()
+        self.cache += 1
+
+    def save_cache(self, path: Path) -> None:
+        after_a_sign()
+
+
+def after_a_sign() -> None:
+    assert isinstance(sys.stderr, Watched) and sys.stderr.first is not None
+
+
+def late_chat(recorder: Recorder) -> Repl:
+    """A chat on a terminal with that engine."""
+    repl = Repl(
+        Late(), Conversation(), SamplingParams(max_tokens=50), (), Report(OutputOptions()), recorder, Signals(),
+        Typeahead(), name="fake", asked="fake", markdown=False,
+    )  # fmt: skip
+    repl.interactive = True
+    return repl
 
 
 def test_the_first_sign_of_life_comes_before_the_engine_and_within_a_tenth_of_a_second(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     terminal(monkeypatch)
-    report = Report(OutputOptions())
-    recorder = Recorder("chat", "fake", None, {}, report.notice, enabled=False)
-    repl = Repl(
-        Late(), Conversation(), SamplingParams(max_tokens=50), (), report, recorder, Signals(), Typeahead(),
-        name="fake", asked="fake", markdown=False,
-    )  # fmt: skip
-    repl.interactive = True
+    repl = late_chat(Recorder("chat", "fake", None, {}, print, path=tmp_path / "sessions.db"))
+    monkeypatch.setattr(Repl, "reader", SimpleNamespace(remember=print))  # of no use to /edit
+    monkeypatch.setattr(editor, "edit_text", lambda text: f"{text}, changed")
     pasted = "".join(f"line {i} of what was pasted\n" for i in range(3000))
-    for line in ("say one", pasted, "/regen", "say two", "/set max_tokens 1", "say one two", "/continue"):
+    asks = ("say one", pasted, "/regen", "say two", "/set max_tokens 1", "say one two", "/continue")
+    for line in (*asks, "/edit", "/edit 1", "/branches 1", "/undo", "/clear", "/load 1"):
         monkeypatch.setattr(sys, "stderr", err := Watched())
         entered = time.process_time()
         repl.obey(Line(line, line.startswith("/")))
         assert err.first is not None and err.first - entered < 0.1, line
+    monkeypatch.setattr(sys, "stderr", Watched())
+    keep_cache(repl.engine, repl.recorder, repl.report)
+    assert cast(Late, repl.engine).cache == 1
+
+
+@pytest.mark.parametrize(
+    "args, signs",
+    [
+        (("chat", "-c"), ("starting fake", "fake, 100,000 tokens of context", "fetching what was read")),
+        (("chat", "--session", "1"), ("starting fake", "fake, 100,000 tokens of context", "fetching what was read")),
+        (("generate", "say one"), ("starting fake", "reading the prompt")),
+    ],
+)
+def test_nothing_is_loaded_or_fetched_before_it_is_said(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], signs: tuple[str, ...]
+) -> None:
+    """From the command on: `signs` come in this order."""
+    with Store.open() as store:
+        store.save(store.begin("chat", "fake", None, {}), None, [Message("user", "hi"), Message("assistant", "ho")])
+
+    def load(options: object, report: object) -> Late:
+        after_a_sign()
+        return Late()
+
+    terminal(monkeypatch)
+    monkeypatch.setitem(sys.modules, "dbrx_cli.engine.local", SimpleNamespace(LocalEngine=SimpleNamespace(load=load)))
+    monkeypatch.setattr(loop, "sys", SimpleNamespace(stdin=Tty(), stdout=Tty()))
+    monkeypatch.setattr(Repl, "_loop", lambda self: None)
+    monkeypatch.setattr(sys, "stderr", err := Watched())
+    monkeypatch.setattr(sys, "stdout", Tty())
+    cli(*args, "-m", "fake")
+    at = [err.getvalue().index(sign) for sign in signs]
+    assert at == sorted(at)

@@ -110,7 +110,8 @@ def chat(
         )
         repl.welcome()
         if found:
-            take_up(repl, found)
+            with signals.heard():
+                take_up(repl, found)
             if system is not None:
                 repl.conversation = Conversation(conversation.system, found.turns)
         elif session is not None:

@@ -63,7 +63,7 @@ def load(repl: Repl, argument: str) -> None:
 def take_up(repl: Repl, session: Session) -> None:
     """Go on in a session that was saved."""
     repl.branches = repl.recorder.resume(session)
-    take_cache(repl.engine, session.id)
+    take_cache(repl.engine, session.id, repl.report)
     repl.session_name = None
     repl.branch = next(n for n in range(1, len(repl.branches) + 2) if n not in repl.branches)
     repl.conversation = Conversation(session.system, session.turns)

@@ -128,7 +128,7 @@ class Repl:
             self._loop()
             if self.signals.ending is None:  # it may take a while, and a signal asks for haste
                 with self.signals.heard():
-                    keep_cache(self.engine, self.recorder)
+                    keep_cache(self.engine, self.recorder, self.report)
         except KeyboardInterrupt:
             if self.signals.ending is None and not self.interactive:
                 raise
