@@ -851,6 +851,9 @@ def test_forty_columns(start: Open) -> None:
     assert all(re.search(r"\S", line) is None or len(line) <= 40 for line in chat.transcript.splitlines())
     assert "    go on with the last reply" in chat.transcript
     assert "Ctrl-D leaves" in " ".join(chat.transcript.split()) and "/help" in chat.transcript
+    say(chat, "/show", "temperature         0.7\n", "system message\n    the checkpoint's default\n")
+    clean(chat)
+    say(chat, "/tokens", "read with the\nnext message: ")
 
 
 def test_the_window_changes_its_size(start: Open) -> None:

@@ -56,7 +56,7 @@ def _switch(repl: Repl, argument: str) -> None:
     repl.branch = number
     del repl.branches[repl.branch]
     _keep(repl)
-    reads = repl.reading(repl.conversation, "; the next message reads {} more")
+    reads = repl.reading(repl.conversation, "; the next message reads {}", "more token")
     repl.report.notice(f"branch {repl.branch}, {count(len(turns), 'message')}{reads}")
     repl.show_again(turns[-2:])
 

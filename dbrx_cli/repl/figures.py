@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 def tokens(repl: Repl, argument: str) -> None:
     engine, messages = repl.engine, repl.conversation.messages
     used = engine.count(messages) if messages else 0
-    repl.report.line(f"{used} of {engine.context} tokens are used by {count(len(messages), 'message')}")
+    repl.tell(f"{used} of {engine.context} tokens are used by {count(len(messages), 'message')}")
     if repl.files:
         waiting = engine.count(repl.conversation.ask("".join(repl.files.values())).messages) - used
-        repl.report.line(
-            f"{waiting} more with {count(len(repl.files), 'file')} before your next message; /read lists them"
-        )
+        repl.tell(f"{waiting} more with {count(len(repl.files), 'file')} before your next message; /read lists them")
     if repl.conversation.skipped:
-        repl.report.line(f"{count(repl.conversation.skipped, 'old message')} are no longer read")
+        repl.tell(f"{count(repl.conversation.skipped, 'old message')} are no longer read")
     if messages and (reads := repl.reading(repl.conversation, "not in the cache, and read with the next message: {}")):
-        repl.report.line(reads)
+        repl.tell(reads)
 
 
 def stats(repl: Repl, argument: str) -> None:

@@ -70,7 +70,7 @@ def take_up(repl: Repl, session: Session) -> None:
     repl.ended = bool(session.timings) and (session.timings[-1] or {}).get("finish_reason") == "stop"
     repl.used = repl.engine.count(repl.conversation.messages) if session.turns else 0
     name = session.name or str(session.id)
-    reads = repl.reading(repl.conversation, "; the next message reads {} more") if session.turns else ""
+    reads = repl.reading(repl.conversation, "; the next message reads {}", "more token") if session.turns else ""
     repl.report.notice(f"session {name}, {count(len(session.turns), 'message')}{reads}")
     if session.model not in (repl.name, repl.asked):
         repl.report.notice(f"it was held with {session.model}, and goes on with {repl.name}")

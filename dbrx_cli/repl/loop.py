@@ -232,13 +232,13 @@ class Repl:
             self.session_name = None
             self.recorder.store().rename(self.recorder.id, name)
 
-    def reading(self, conversation: Conversation, form: str = "{}") -> str:
+    def reading(self, conversation: Conversation, form: str = "{}", thing: str = "token") -> str:
         """How many tokens a conversation costs to read, and about how long it takes; nothing if that is not known."""
         tokens = self.engine.unread(conversation.messages)
         if tokens is None:
             return ""
         speed = self._reading_speed
-        return form.format(f"{count(tokens, 'token')}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
+        return form.format(f"{count(tokens, thing)}{f', {duration(tokens / speed)}' if tokens and speed else ''}")
 
     @property
     def _reading_speed(self) -> float:
@@ -325,11 +325,15 @@ class Repl:
         """Names and what is said of each, wrapped by words; on a narrow window below each other."""
         width = max(map(len, rows)) + 2
         for name, text in rows.items():
-            indent = " " * (width if self.columns >= NARROW else 4)
-            start = f"{name:{width}}" if self.columns >= NARROW else f"{name}\n{indent}"
-            room = max(20, self.columns - 1 - len(indent))
-            lines = wrap(text, room, break_on_hyphens=False, break_long_words=False) or [""]
-            self.report.line(start + f"\n{indent}".join(lines))
+            beside = self.columns >= NARROW or width + len(text) < self.columns
+            indent = " " * (width if beside else 4)
+            self.tell(text, f"{name:{width}}" if beside else f"{name}\n{indent}", indent)
+
+    def tell(self, text: str, start: str = "", indent: str = "") -> None:
+        """An answer, wrapped by words. start: what stands before it; indent: before its further lines."""
+        room = max(20, self.columns - 1 - len(indent))
+        lines = wrap(text, room, break_on_hyphens=False, break_long_words=False) or [""]
+        self.report.line(start + f"\n{indent}".join(lines))
 
     @property
     def columns(self) -> int:

@@ -142,8 +142,8 @@ def _list_files(repl: Repl) -> None:
         raise InputError("no file waits for your next message", "type /read FILE")
     for name, text in repl.files.items():
         tokens = repl.engine.count([Message("user", text)])
-        repl.report.line(f"{quote(name)} waits for your next message: {count(tokens, 'token')}")
-    repl.report.line("/read - drops what waits, /undo the last one")
+        repl.tell(f"{quote(name)} waits for your next message: {count(tokens, 'token')}")
+    repl.tell("/read - drops what waits, /undo the last one")
 
 
 def _question(repl: Repl, number: str) -> int:
