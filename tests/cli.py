@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "dbrx_cli"]
@@ -34,6 +36,19 @@ class Result:
         return line
 
 
+_build = typer.main.get_command
+
+
+@cache
+def _built(app: typer.Typer, _markup: str | None) -> Any:
+    return _build(app)
+
+
+def commands_of(app: typer.Typer) -> Any:
+    """Typer's commands, made once for each kind of help: to make them takes longer than most of them run."""
+    return _built(app, app.rich_markup_mode)
+
+
 class Cli:
     """`dbrx` inside this process, with stdin from bytes and what it writes captured."""
 
@@ -45,6 +60,7 @@ class Cli:
         from dbrx_cli import early
         from dbrx_cli.app import main
 
+        self._monkeypatch.setattr(typer.main, "get_command", commands_of)
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._monkeypatch.setattr(sys, "argv", ["dbrx", *map(str, args)])
         self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ settings.load_profile("same")
 
 def pytest_runtest_setup() -> None:
     early.interrupt()  # to import the program is to start it
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a third of a million objects that stay: to walk through them again and again takes a minute in all
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Processes of `dbrx` that start at once: forks of one that imported everything. Starting torch takes seconds."""
+"""Processes of `dbrx` that start at once: forks of one that has what all of them need, which takes seconds to make."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from typing import BinaryIO
 from tests.cli import ROOT, environment
 
 SERVER = """
-import json, os, socket, sys
+import gc, json, os, socket, sys
 import torch, model.causal_lm, model.scheduler, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
 import dbrx_cli.batch, dbrx_cli.repl.loop, dbrx_cli.repl.prompt
-from dbrx_cli.app import main
+import model.adapters, model.hub.resolve, model.loading, model.lookup, model.session, model.tokenizer
+import dbrx_cli.render.jsonl, dbrx_cli.settings_file, psutil, typer._adapters, typer.main
+from dbrx_cli.app import app, main
+from model.bpe import BytePairEncoder, cl100k_vocabulary
+from tests.cli import commands_of
+BytePairEncoder(cl100k_vocabulary())
+typer.main.get_command = commands_of
+commands_of(app)
+gc.freeze()
 asked = socket.socket(fileno=int(sys.argv[1]))
 while True:
     line, fds, _, _ = socket.recv_fds(asked, 1 << 16, 3)
