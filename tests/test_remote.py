@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,8 @@ from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.messages import Message
 from model.sampling import PARAMETERS, SamplingParams
-from tests.cli import ROOT, SOON, Cli, environment, start
+from tests.cli import ROOT, SOON, Cli, environment
+from tests.forks import Forks
 from tests.stub_server import PIECES, TEXT, Handler, Send, Server, after_pieces, pieces, status
 from tests.test_imports import loaded_by
 
@@ -376,16 +376,15 @@ def test_the_prompt_of_a_chat_is_there_at_once(server: Server) -> None:
     terminal.expect(pexpect.EOF)
 
 
-def test_ctrl_c_in_the_program(server: Server) -> None:
+def test_ctrl_c_in_the_program(server: Server, forks: Forks) -> None:
     def reply(handler: Handler) -> None:
         pieces(handler)
         handler.hang()
 
     server.reply = reply
-    process = start("generate", "-q", "--no-log", "--url", server.url, "hi", stdin=subprocess.DEVNULL)
-    assert process.stdout and process.stderr
-    first = os.read(process.stdout.fileno(), 7)
-    process.send_signal(2)
-    rest, err = process.communicate(timeout=SOON)
-    assert process.returncode == 130 and (first + rest).decode().startswith("The sea") and err == b""
+    with forks.piped("generate", "-q", "--no-log", "--url", server.url, "hi") as process:
+        first = os.read(process.stdout.fileno(), 7)
+        process.send_signal(2)
+        rest, err = process.stdout.read(), process.stderr.read()
+        assert process.wait() == 130 and (first + rest).decode().startswith("The sea") and err == b""
     assert server.gone.wait(SOON)
