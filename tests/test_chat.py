@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dbrx_cli.commands import chat
 from model import AutoTokenizer, DbrxForCausalLM, Message
 from tests.cli import COMMAND, SOON, Cli
+from tests.fake_chat import FakeEngine
 from tests.terminal import Terminal
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -56,12 +58,10 @@ def test_commands_in_a_script(cli: Cli, tiny_checkpoint: Path) -> None:
     assert lines and "never read" not in result.err
 
 
-def test_blocks_and_backslashes_open_more_lines(cli: Cli, tiny_checkpoint: Path) -> None:
-    def reply(script: str) -> str:
-        return cli("chat", "-m", tiny_checkpoint, "-t", "0", "-n", "5", stdin=script).out
-
-    assert reply('"""one\ntwo"""\n') == reply("one\\\ntwo\n") == reply('"""\none\ntwo\n"""\n')
-    assert reply("one two\n") != reply("one\\\ntwo\n")
+def test_blocks_and_backslashes_open_more_lines(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "open_engine", lambda options, report: FakeEngine())
+    for script in ('"""one\ntwo"""\n', "one\\\ntwo\n", '"""\none\ntwo\n"""\n'):
+        assert cli("chat", "-m", "fake", stdin=script).out == "You said: one\ntwo\n"
 
 
 def test_bytes_that_are_no_text_name_the_line(cli: Cli, tiny_checkpoint: Path) -> None:
@@ -81,52 +81,48 @@ def test_a_message_that_never_fits_ends_a_script_with_6(cli: Cli, tiny_checkpoin
     assert result.code == 6 and "the context is 50" in result.fault
 
 
-@pytest.fixture
-def terminal(tiny_checkpoint: Path) -> Iterator[Callable[..., Terminal]]:
-    opened: list[Terminal] = []
-
-    def open_terminal(*args: str, **size: int) -> Terminal:
-        opened.append(Terminal([*COMMAND, "chat", "-m", str(tiny_checkpoint), "-t", "0", *args], **size))
-        opened[-1].until(">>>", seconds=60)
-        return opened[-1]
-
-    yield open_terminal
-    for each in opened:
-        each.end()
+@pytest.fixture(scope="module")
+def terminal(tiny_checkpoint: Path) -> Iterator[Terminal]:
+    """One process for the tests in a terminal, which come in their order."""
+    opened = Terminal([*COMMAND, "chat", "-m", str(tiny_checkpoint), "-t", "0", "-n", "8"], rows=60)
+    opened.until(">>>", seconds=240)
+    yield opened
+    opened.end()
 
 
-def test_a_conversation_in_the_terminal(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("-n", "8")
-    chat.type("hello\r")
-    chat.until(lambda text: text.count(">>>") == 2 and ">>> hello" in text and "tokens/s" in text)
-    chat.type("/regen\r")
-    chat.until(lambda text: re.search(r"reads \d tokens?", text) and text.count(">>>") == 3)
-    chat.type("/trace\r")
-    chat.until(lambda text: "experts in use" in text, seconds=60)
-    chat.type("/exit\r")
-    assert chat.leave() == 0
+@pytest.mark.timeout(300)  # on a busy machine, a process that reads torch begins late
+def test_a_conversation_in_the_terminal(terminal: Terminal) -> None:
+    terminal.type("hello\r")
+    terminal.until(lambda text: text.count(">>>") == 2 and ">>> hello" in text and "tokens/s" in text)
+    terminal.type("/regen\r")
+    terminal.until(lambda text: re.search(r"reads \d tokens?", text) and text.count(">>>") == 3)
+    terminal.type("/trace\r")
+    terminal.until(lambda text: "experts in use" in text, seconds=60)
 
 
-def test_ctrl_c_stops_the_reply_and_the_talk_goes_on(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("-n", "500", rows=60)
-    chat.type("hello\r")
-    chat.until(lambda text: len(text.partition(">>> hello")[2]) > 200)
+def test_ctrl_c_stops_the_reply_and_the_talk_goes_on(terminal: Terminal) -> None:
+    terminal.type("\x0c/set max_tokens 500\r")
+    terminal.until("max_tokens is now 500")
+    terminal.type("hello\r")
+    terminal.until(lambda text: len(text.partition(">>> hello")[2]) > 200)
     asked = time.monotonic()
-    chat.type("\x03")
-    chat.until("stopped; /continue goes on")
+    terminal.type("\x03")
+    terminal.until("stopped; /continue goes on")
     assert time.monotonic() - asked < SOON
-    chat.until(lambda text: text.count(">>>") == 2)
-    chat.type("/clear\r")
-    chat.until("new conversation")
-    chat.type("\x04")
-    assert chat.leave() == 0
+    terminal.until(lambda text: text.count(">>>") == 3)
+    terminal.type("/clear\r")
+    terminal.until("new conversation")
 
 
-def test_forty_columns(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal("-n", "30", columns=40)
-    chat.type("hello\r")
-    chat.until(lambda text: text.count(">>>") == 2)
-    assert all(len(line) <= 40 for line in chat.text.splitlines())
+def test_a_narrow_window_and_the_end(terminal: Terminal) -> None:
+    terminal.resize(40, 60)
+    terminal.type("\x0c/set max_tokens 30\r")
+    terminal.until("max_tokens is now 30")
+    terminal.type("hello\r")
+    terminal.until(lambda text: ">>> hello" in text and text.count(">>>") == 3)
+    assert all(len(line) <= 40 for line in terminal.text.splitlines())
+    terminal.type("/exit\r")
+    assert terminal.leave() == 0
 
 
 def test_a_session_keeps_its_cache(cli: Cli, tiny_checkpoint: Path) -> None:

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
+from huggingface_hub import constants
 
 from dbrx_cli.store import Store
 from model.messages import Message
@@ -48,39 +49,54 @@ def things(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text('{"model_type": "dbrx"}')
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_is(tmp_path / "hub", monkeypatch)
 
 
-def offered(shell: str, line: str) -> set[str]:
-    """What the program answers to the shell's script."""
-    words = line.split(" ")
-    variables = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    if shell == "bash":
-        variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    env = environment(_DBRX_COMPLETE=f"complete_{shell}", **variables)
-    run = subprocess.run(COMMAND, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert "touch" not in run.stdout
-    if shell == "zsh":
-        return set(re.findall(r'^(?:_arguments .*\(\()?"([^"]+)"', run.stdout, re.MULTILINE))
-    return {answer.split("\t")[0] for answer in run.stdout.split("\n") if answer}
+def hub_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's cache, in this process and in others."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder))
+
+
+Offered = Callable[[str, str], set[str]]
+
+
+@pytest.fixture
+def offered(things: None, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Offered:
+    """What the program answers to a shell's script."""
+
+    def ask(shell: str, line: str) -> set[str]:
+        variables = {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        if shell == "bash":
+            variables = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        for name, value in {"_DBRX_COMPLETE": f"complete_{shell}", **variables}.items():
+            monkeypatch.setenv(name, value)
+        result = cli()
+        assert (result.code, result.err) == (0, "")
+        assert "touch" not in result.out
+        if shell == "zsh":
+            return set(re.findall(r'^(?:_arguments .*\(\()?"([^"]+)"', result.out, re.MULTILINE))
+        return {answer.split("\t")[0] for answer in result.out.split("\n") if answer}
+
+    return ask
 
 
 @pytest.mark.parametrize("line", WORDS)
-def test_bash_is_offered(things: None, line: str) -> None:
+def test_bash_is_offered(offered: Offered, line: str) -> None:
     assert offered("bash", line) == set(WORDS[line])
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_are_offered_the_same(things: None, shell: str) -> None:
+def test_other_shells_are_offered_the_same(offered: Offered, shell: str) -> None:
     for line in ("dbrx sessions show ", "dbrx generate --profile ", "dbrx chat --attn "):
         assert offered(shell, line) == set(WORDS[line])
 
 
-def test_a_fault_offers_nothing_and_says_nothing(things: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(os.environ["DBRX_CONFIG"]).write_text("not TOML")
-    monkeypatch.setenv("DBRX_DATA", str(Path(os.environ["DBRX_CONFIG"])))
-    monkeypatch.setenv("HF_HUB_CACHE", os.environ["DBRX_CONFIG"])
+def test_a_fault_offers_nothing_and_says_nothing(offered: Offered, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path(os.environ["DBRX_CONFIG"])
+    file.write_text("not TOML")
+    monkeypatch.setenv("DBRX_DATA", str(file))
+    hub_is(file, monkeypatch)
     for line, expected in (
         ("dbrx chat --profile ", set()),
         ("dbrx sessions show ", set()),
@@ -90,22 +106,31 @@ def test_a_fault_offers_nothing_and_says_nothing(things: None, tmp_path: Path, m
 
 
 def test_completion_and_help_load_no_torch(things: None) -> None:
+    """Each in a fork of a process that has imported the program."""
     script = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 from dbrx_cli.app import main
-with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-    main()
-print(json.dumps([name for name in ("torch", "transformers", "accelerate", "prompt_toolkit") if name in sys.modules]))
+for words, variables in json.loads(sys.argv[1]):
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    os.environ |= variables
+    sys.argv = ["dbrx", *words]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        main()
+    heavy = [name for name in ("torch", "transformers", "accelerate", "prompt_toolkit") if name in sys.modules]
+    print(json.dumps([words, heavy, bool(out.getvalue())]), flush=True)
+    os._exit(0)
 """
-    for words, variables in (
+    runs: list[tuple[list[str], dict[str, str]]] = [
         ([], {"_DBRX_COMPLETE": "complete_bash", "COMP_WORDS": "dbrx chat -m ", "COMP_CWORD": "3"}),
         (["--help"], {}),
         (["sessions", "list"], {}),
         (["config", "show"], {}),
-    ):
-        args = [sys.executable, "-c", script, *words]
-        run = subprocess.run(args, cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
-        assert json.loads(run.stdout.splitlines()[-1]) == [], words
+    ]
+    args = [sys.executable, "-c", script, json.dumps(runs)]
+    run = subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert [json.loads(line) for line in run.stdout.splitlines()] == [[words, [], True] for words, _ in runs], run
 
 
 PROMPTS = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}

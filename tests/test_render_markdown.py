@@ -266,14 +266,14 @@ def test_bytes_grow_with_the_reply() -> None:
         parts = re.findall(r"\s?\S+|\s", block * times)
         return len(stream(parts, 80, 24))
 
-    assert 3.8 < cost(12) / cost(3) < 4.2
+    assert 3.8 < cost(8) / cost(2) < 4.2
 
 
 def test_one_long_block_costs_no_square() -> None:
     def cost(lines: int) -> int:
         return len(stream([f"line {i} of one paragraph\n" for i in range(lines)], 80, 24))
 
-    assert cost(2000) < 4.5 * cost(500)
+    assert cost(800) < 4.5 * cost(200)
 
 
 OBEYED = (
