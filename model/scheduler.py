@@ -53,6 +53,11 @@ class Scheduler:
         return len(self._waiting) + len(self._reading) + len(self._active)
 
     @property
+    def waiting(self) -> int:
+        """Rows that have no place, or no room in the pool."""
+        return len(self._waiting)
+
+    @property
     def cache(self) -> KVCache:
         """Keys and values of the rows that have a place, to tell their size."""
         return KVCache.of([_kv(row) for row in (*self._reading, *self._active)])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import httpx2
+import pytest
 
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.server.app import create_app
@@ -36,7 +39,8 @@ class Served:
         self.waits = True  # until the model is loaded
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+        # To read the certificates that plain HTTP does not need would take longer than most requests.
+        self.client = httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, verify=False)
 
     async def _run(self) -> None:
         self.service = service = Service(self._load, ["small", "other-name"], self._limits)
@@ -60,6 +64,13 @@ class Served:
         self._thread.join()
         self.listening.close()
 
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Meanwhile rows come and leave, and no step is made."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.service.worker, "_step", lambda: time.sleep(0.002))
+            yield
+
     def post(self, path: str, **body: Any) -> httpx2.Response:
         return self.client.post(path, json=body)
 
@@ -81,3 +92,10 @@ class Served:
                     yield json.loads(line.removeprefix("data: "))
                 elif line:
                     yield line.removeprefix("data: ")
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)

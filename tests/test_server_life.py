@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from model.sampling import SamplingParams
 from model.sequence import Sequence
 from tests.cli import Cli
 from tests.forks import Forks
-from tests.served import Served
+from tests.served import Served, until
 from tests.test_server import engine_of, user
 
 KEY = "a-long-random-text"
@@ -43,13 +43,6 @@ def locked(engine: LocalEngine) -> Iterator[Served]:
         yield running
 
 
-def until(true: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def sent(served: Served, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
     """A connection on which a request was sent, and nothing is read."""
     host, port = served.url.removeprefix("http://").removesuffix("/v1").split(":")
@@ -64,8 +57,9 @@ def sent(served: Served, body: dict[str, Any], receive_bytes: int | None = None)
 
 
 def status(served: Served, headers: dict[str, str], path: str = "models", method: str = "GET") -> int:
-    with httpx2.Client(base_url=served.url, trust_env=False) as client:
-        return client.request(method, path, headers=headers).status_code
+    """What is answered to these headers, and none that `served.client` has of its own."""
+    asked = httpx2.Request(method, f"{served.url}/{path}", headers=headers)
+    return served.client.send(asked).status_code
 
 
 def test_an_address_that_others_reach_needs_a_key(cli: Cli, small_checkpoint: Path) -> None:
@@ -86,7 +80,7 @@ def test_a_key_opens(locked: Served) -> None:
         assert status(locked, headers) == status(locked, headers, "../metrics") == 401
         assert status(locked, headers, "chat/completions", "POST") == 401
         assert status(locked, headers, "../health") == 200
-    told = httpx2.get(f"{locked.url}/models", trust_env=False).json()["error"]
+    told = locked.client.send(httpx2.Request("GET", f"{locked.url}/models")).json()["error"]
     assert (told["type"], told["code"]) == ("authentication_error", "invalid_api_key")
 
 
@@ -106,7 +100,7 @@ def test_pages_are_refused(locked: Served, engine: LocalEngine) -> None:
 def test_allowed_pages(locked: Served) -> None:
     origin = {"origin": "https://pages.example"}
     ask = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    answer = httpx2.options(f"{locked.url}/chat/completions", headers=ask, trust_env=False)
+    answer = locked.client.send(httpx2.Request("OPTIONS", f"{locked.url}/chat/completions", headers=ask))
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://pages.example"
     assert status(locked, origin) == 401 and status(locked, origin | {"authorization": f"Bearer {KEY}"}) == 200
 
@@ -158,11 +152,12 @@ def test_who_hangs_up_frees_the_place(engine: LocalEngine, stream: bool) -> None
 
 def test_a_full_queue_says_when_to_come_back(engine: LocalEngine) -> None:
     with Served(lambda: engine, Limits(rows=1, queue=0)) as served:
-        held = served.stream("completions", **LONG)
-        next(held)
-        answer = served.post("completions", prompt="Hello", max_tokens=1)
+        with served.standing(), sent(served, LONG):
+            until(lambda: served.service.worker.waiting == 1)
+            answer = served.post("completions", prompt="Hello", max_tokens=1)
+            known = served.service.worker.pace.step_s * LONG["max_tokens"]  # no reply was seen yet
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
-        assert 1 <= int(answer.headers["retry-after"]) and [*held][-1] == "[DONE]"
+        assert int(answer.headers["retry-after"]) == math.ceil(known)
         assert served.post("completions", prompt="Hello", n=2).status_code == 429
         until(lambda: not served.service.open)
         assert served.post("completions", prompt="Hello", max_tokens=1).status_code == 200
@@ -196,7 +191,7 @@ def test_a_client_that_does_not_read(engine: LocalEngine, monkeypatch: pytest.Mo
 def test_a_comment_comes_while_nothing_else_does(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbrx_cli.server.tickets.KEEP_ALIVE_SECONDS", 0.001)
     with Served(lambda: engine) as served:
-        events = list(served.stream("completions", **LONG))
+        events = list(served.stream("completions", **{**LONG, "max_tokens": 12}))
         assert ": keep-alive" in events and events[-1] == "[DONE]"
 
 

@@ -37,7 +37,7 @@ class Request:
     continue_final: bool = False  # go on with the last message, an assistant's, instead of answering
     constraint: Constraint | None = None
     logprobs: int | None = None  # how many of the likeliest tokens to tell beside each token; None tells nothing
-    prompt_ids: Sequence[int] | None = None  # the prompt as it is read, where that is known
+    prompt_ids: Sequence[int] | None = None  # what the reply stands behind, as it is read, if known
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
     resume: Path | None = None  # where the reply is kept as it comes, and taken up when the process was killed
     # Hears how many of the tokens that must be read are: (0, total) before the first, then behind each piece.

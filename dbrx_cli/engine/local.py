@@ -159,11 +159,12 @@ class LocalEngine:
         It goes on as if it had never ended: from the ids that were sampled, behind the prompt that it answers, so that
         penalties count them as the reply's. Where they are not known, or of another tokenizer, from those of its text.
         """
-        if request.prompt_ids is not None:
-            return list(request.prompt_ids), [], ""
+        known = None if request.prompt_ids is None else list(request.prompt_ids)
         if not request.continue_final or isinstance(request.prompt, str):
-            return self._encode(request.prompt), [], ""
+            return known or self._encode(request.prompt), [], ""
         *asked, reply = request.prompt
+        if known is not None:
+            return known, list(reply.token_ids), reply.content
         if reply.token_ids and self._spells(reply.token_ids, reply.content):
             return self._encode(asked), list(reply.token_ids), reply.content
         ids, template = self.tokenizer.encode(reply.content), self.tokenizer.chat_template

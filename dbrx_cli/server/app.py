@@ -42,7 +42,7 @@ def create_app(service: Service, guard: Guard, cut: Callable[[Scope], None]) -> 
         return JSONResponse({"status": "draining" if service.draining else "ok"})
 
     async def metrics(request: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(await service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(document(service.names))

@@ -37,10 +37,11 @@ class Metrics:
             ("dbrx_rows_running", "Replies that are being made.", lambda: worker.running),
             ("dbrx_rows_waiting", "Replies that wait for a place.", lambda: worker.waiting),
             ("dbrx_step_seconds", "What a step takes at present.", lambda: worker.pace.step_s),
-            ("dbrx_kv_used_bytes", "Keys and values of replies.", lambda: _pool(worker, "used_bytes")),
-            ("dbrx_kv_cached_bytes", "Those kept for who comes back.", lambda: _pool(worker, "cached_bytes")),
         ):
             Gauge(name, text, registry=registry).set_function(now)
+        self._worker = worker
+        self._used = Gauge("dbrx_kv_used_bytes", "Keys and values of replies.", registry=registry)
+        self._kept = Gauge("dbrx_kv_cached_bytes", "Those kept for who comes back.", registry=registry)
 
     def note(self, tickets: Sequence[Ticket], n: int) -> None:
         """Count what became of a request: `n` choices for each prompt."""
@@ -56,10 +57,9 @@ class Metrics:
             if done.usage.completion_tokens > 1:
                 self._each.observe(done.timings.decode_s / (done.usage.completion_tokens - 1))
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
         """All of it in Prometheus' form."""
+        if (pool := await self._worker.pool_stats()) is not None:
+            self._used.set(pool.used_bytes)
+            self._kept.set(pool.cached_bytes)
         return generate_latest(self._registry)
-
-
-def _pool(worker: Worker, size: str) -> int:
-    return 0 if worker.pool is None else int(getattr(worker.pool, size))

@@ -17,7 +17,7 @@ from dbrx_cli.server.errors import ApiError, of_request
 from dbrx_cli.server.metrics import Metrics
 from dbrx_cli.server.tickets import Mailbox, OverTime, Ticket
 from dbrx_cli.server.timelines import Timelines
-from dbrx_cli.server.worker import Worker
+from dbrx_cli.server.worker import Talk, Worker
 from model.errors import DbrxError
 from model.messages import Message
 
@@ -42,7 +42,7 @@ class Service:
     def __init__(self, load: Callable[[], LocalEngine], names: Sequence[str], limits: Limits) -> None:
         """names: of the model, the one that is listed first. Make it inside a running event loop."""
         self.names, self.limits = names, limits
-        self.worker = Worker(load, limits.rows, asyncio.get_running_loop(), self._remember)
+        self.worker = Worker(load, limits.rows, asyncio.get_running_loop(), self._remember, self._foresee)
         self.metrics = Metrics(self.worker)
         self.created = int(time.time())
         self.draining = False
@@ -98,24 +98,39 @@ class Service:
             if token >= size:
                 raise ApiError(f"{token} is no id of a token: there are {size}", param=param)
         try:
-            if not isinstance(request.prompt, str) and not request.continue_final and self._timelines is not None:
-                request = replace(request, prompt_ids=self._timelines.encode(request.prompt))
-            return Job(engine, request)
+            return Job(engine, self._with_known_ids(request))
         except DbrxError as fault:
             raise of_request(fault, param) from None
 
-    def _remember(self, ticket: Ticket, done: Done) -> None:
+    def _with_known_ids(self, request: Request) -> Request:
+        """The same with the ids that were sampled, where the conversation goes on from what was made here."""
+        talk = request.prompt
+        if isinstance(talk, str) or self._timelines is None:
+            return request
+        if not request.continue_final:
+            return replace(request, prompt_ids=self._timelines.encode(talk))
+        if (found := self._timelines.reply(talk)) is None:
+            return request
+        prompt, reply = found
+        return replace(request, prompt=[*talk[:-1], replace(talk[-1], token_ids=tuple(reply))], prompt_ids=prompt)
+
+    def _remember(self, ticket: Ticket, done: Done) -> Talk | None:
         """Keep the ids of a conversation whose reply is complete, unless a stop string or a limit cut one in two."""
         prompt, reply, tokenizer = ticket.request.prompt, ticket.job.reply, self.engine.tokenizer
         if isinstance(prompt, str):
-            return
+            return None
         self._timelines = self._timelines or Timelines(tokenizer)
         made = done.token_ids
         ended = bool(made) and made[-1] in tokenizer.eos_token_ids
-        if tokenizer.decode(made[: len(made) - ended], skip_special_tokens=True) == done.text:
-            said = prompt[:-1] if ticket.request.continue_final else prompt
-            known = reply.known
-            self._timelines.keep([*said, Message("assistant", reply.text)], known[: len(known) - ended])
+        if tokenizer.decode(made[: len(made) - ended], skip_special_tokens=True) != done.text:
+            return None
+        said = prompt[:-1] if ticket.request.continue_final else prompt
+        talk = [*said, Message("assistant", reply.text)]
+        self._timelines.keep(talk, reply.prompt, reply.ids[: len(reply.ids) - ended])
+        return talk
+
+    def _foresee(self, talk: Talk) -> list[int]:
+        return [] if self._timelines is None else self._timelines.foresee(talk)
 
     def _admit(self, count: int) -> None:
         if self.draining:

@@ -7,7 +7,9 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dbrx_cli.engine import Done
@@ -17,6 +19,9 @@ from dbrx_cli.output import tell_lines
 from dbrx_cli.server.errors import ApiError
 from dbrx_cli.server.tickets import Event, Ticket
 from model.errors import DbrxError, InputError, ModelError
+from model.messages import Message
+
+Talk = list[Message]
 
 if TYPE_CHECKING:
     from dbrx_cli.engine.local import LocalEngine
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
     from model.sequence import Sequence
 
 NEWEST = 0.1  # how much the newest step or reply counts in what is expected of the next
+STATS_SECONDS = 1.0  # that figures may wait for a step to end
+AHEAD_SECONDS = 0.3  # without a request, after which there is time to read ahead: who is quicker would wait for it
+MOST_AHEAD = 32  # ids that are read before anybody asks for them: the marks between a reply and what follows
 
 
 class Pace:
@@ -54,17 +62,22 @@ class Worker:
         load: Callable[[], LocalEngine],
         rows: int,
         loop: asyncio.AbstractEventLoop,
-        remember: Callable[[Ticket, Done], None],
+        remember: Callable[[Ticket, Done], Talk | None],
+        foresee: Callable[[Talk], list[int]],
     ) -> None:
-        """remember: hears of each reply that is complete, before its client does."""
+        """remember: hears of each reply that is complete, before its client does; the conversation that may go on.
+
+        foresee: the ids of such a conversation, and those that follow whatever is said next.
+        """
         self.pace = Pace()
         self.engine: LocalEngine | None = None
         self.fault: BaseException | None = None  # of loading
         self.ready = asyncio.Event()  # loaded, or failed to
-        self.pool: PoolStats | None = None  # when the last row left
-        self._load, self._rows, self._loop, self._remember = load, rows, loop, remember
+        self._load, self._rows, self._loop, self._remember, self._foresee = load, rows, loop, remember, foresee
+        self._ended = deque[Talk](maxlen=rows)  # conversations that may go on
         self._inbox: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         self._tickets: dict[Sequence, Ticket] = {}
+        self._stats: PoolStats | None = None
         self._scheduler: Scheduler
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -85,12 +98,27 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Rows that have no place yet."""
-        return max(0, len(self._tickets) - self._rows)
+        """Rows that have no place yet, or no room for their keys and values."""
+        return self._scheduler.waiting if self._tickets else 0
 
     @property
     def running(self) -> int:
-        return min(len(self._tickets), self._rows)
+        return max(0, len(self._tickets) - self.waiting)
+
+    async def pool_stats(self) -> PoolStats | None:
+        """What the pool holds; the last that was seen if the step that is computed now takes long."""
+        if self.engine is not None:
+            seen = asyncio.Event()
+            self._inbox.put(lambda: self._look_at_pool(seen))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(seen.wait(), STATS_SECONDS)
+        return self._stats
+
+    def _look_at_pool(self, seen: asyncio.Event) -> bool:
+        assert self.engine is not None
+        self._stats = self.engine.pool.stats()
+        self._loop.call_soon_threadsafe(seen.set)
+        return True
 
     def seconds_to_place(self) -> float:
         """When the first of the rows will probably end."""
@@ -101,12 +129,15 @@ class Worker:
             self.engine = self._load()
             self.engine.pool.budget_bytes = self.engine.kv_budget(self._rows)
             self._begin()
+            self._time_a_step()
         except BaseException as fault:  # told where the process ends
-            self.fault = fault
+            self.engine, self.fault = None, fault
         self._loop.call_soon_threadsafe(self.ready.set)
         while self.engine is not None and self._take_in():
             if len(self._scheduler):
                 self._step()
+            elif self._ended:
+                self._read_ahead(self._foresee(self._ended.popleft()))
 
     def _begin(self) -> None:
         from model.scheduler import Scheduler
@@ -114,11 +145,25 @@ class Worker:
         assert self.engine is not None
         self._scheduler = Scheduler(self.engine.network, self._rows, self.engine.pool)
 
+    def _time_a_step(self) -> None:
+        """The first who finds no place is told when to come back, too."""
+        from model.sampling import SamplingParams
+        from model.scheduler import Scheduler
+        from model.sequence import Sequence
+
+        assert self.engine is not None
+        scheduler = Scheduler(self.engine.network, 1)
+        scheduler.add(Sequence([0], SamplingParams(max_tokens=2)))
+        scheduler.step()
+        begun = time.perf_counter()
+        scheduler.step()
+        self.pace.note_step(time.perf_counter() - begun)
+
     def _take_in(self) -> bool:
         """Do what others want; wait for it where there is nothing else to do. False at the end."""
         while True:
             try:
-                wanted = self._inbox.get(block=not len(self._scheduler))
+                wanted = self._inbox.get(not len(self._scheduler), AHEAD_SECONDS if self._ended else None)
             except queue.Empty:
                 return True
             if not wanted():
@@ -145,8 +190,6 @@ class Worker:
     def _leave(self, ticket: Ticket) -> None:
         del self._tickets[ticket.job.row]
         ticket.job.close()
-        assert self.engine is not None
-        self.pool = self.engine.pool.stats()
 
     def _step(self) -> None:
         begun, decodes = time.perf_counter(), any(row.ids for row in self._tickets)
@@ -166,6 +209,29 @@ class Worker:
         letters += [letter for row in [row for row in self._tickets if row.done] for letter in self._end(row)]
         self._post(letters)
 
+    def _read_ahead(self, ids: list[int]) -> None:
+        """While nobody asks, read what will follow a reply, so that a conversation goes on as soon as a new one begins.
+
+        Only the marks: where the conversation has given way to others it is not read again.
+        """
+        from model.sampling import SamplingParams
+        from model.sequence import Sequence
+
+        assert self.engine is not None
+        unread = len(ids) - self.engine.pool.find(ids)[0]
+        if not 0 < unread <= MOST_AHEAD or len(ids) >= self.engine.context:
+            return
+        row = Sequence(ids, SamplingParams(max_tokens=1))
+        try:
+            self._scheduler.add(row)
+            self._scheduler.step()
+        except DbrxError:
+            pass  # there is no room for it
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._scheduler.cancel(row)
+
     def _end(self, row: Sequence) -> list[tuple[Ticket, Event]]:
         ticket = self._tickets[row]
         job = ticket.job
@@ -180,7 +246,9 @@ class Worker:
             return [(ticket, fault)]
         finally:
             self._leave(ticket)
-        self._remember(ticket, done)
+        talk = self._remember(ticket, done)
+        if talk is not None and self.engine is not None and self.engine.network.expert_store is None:
+            self._ended.append(talk)  # where experts come from a disk, nothing is read that nobody has asked for
         self.pace.note_reply(done.usage.completion_tokens)
         return [(ticket, list(job.deltas())), (ticket, done.error or done)]
 
