@@ -69,6 +69,17 @@ def instead_of(main: Callable[[], None], arguments: Sequence[str], variables: di
     return run
 
 
+def spawn(*args: str, columns: int = 80, rows: int = 24, **variables: str) -> pexpect.spawn[str]:
+    """`dbrx` with these arguments in a terminal, a fork of this process. SQLite's files that it has open are of no use there."""
+    from dbrx_cli.app import main
+
+    around = environment(**{"TERM": "xterm", **variables})
+    return pexpect.spawn(
+        sys.executable, [], dimensions=(rows, columns), env=around, cwd=str(ROOT), encoding="utf-8", timeout=60,
+        preexec_fn=instead_of(main, args, around),
+    )  # fmt: skip
+
+
 class Terminal:
     """What is typed, and what the screen shows."""
 

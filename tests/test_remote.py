@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import struct
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,9 +21,10 @@ from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.messages import Message
 from model.sampling import PARAMETERS, SamplingParams
-from tests.cli import ROOT, SOON, Cli, environment
+from tests.cli import SOON, Cli
 from tests.forks import Forks
 from tests.stub_server import PIECES, TEXT, Handler, Send, Server, after_pieces, pieces, status
+from tests.terminal import spawn
 from tests.test_imports import loaded_by
 
 KEY = "sk-canary-4711"
@@ -365,10 +365,7 @@ except SystemExit: pass
 
 @pytest.mark.slow
 def test_the_prompt_of_a_chat_is_there_at_once(server: Server) -> None:
-    terminal = pexpect.spawn(
-        sys.executable, ["-m", "dbrx_cli", "chat", "--url", server.url], cwd=str(ROOT), encoding="utf-8",
-        env=environment(TERM="xterm"), dimensions=(24, 80),
-    )  # fmt: skip
+    terminal = spawn("chat", "--url", server.url)
     terminal.expect("dbrx-a, 4,096 tokens of context.*>>>")
     terminal.send("hi\r")
     terminal.expect("The sea.*>>>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from model.bpe import cl100k_vocabulary
 from model.tokenizer import Tokenizer
 from tests.cli import COMMAND, ROOT, Cli, environment
+from tests.terminal import spawn
 from tests.test_imports import loaded_by
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -121,14 +121,7 @@ def test_a_checkpoints_own_tokenizer(cli: Cli, tiny_checkpoint: Path) -> None:
 
 
 def test_the_table_of_a_terminal_fits_40_columns() -> None:
-    terminal = pexpect.spawn(
-        sys.executable,
-        ["-m", "dbrx_cli", "tokenize", "--chat", TEXT + "\x1b]0;owned\x07[bold]"],
-        env=environment(TERM="xterm", NO_COLOR="1"),
-        dimensions=(60, 40),
-        encoding="utf-8",
-        cwd=str(ROOT),
-    )
+    terminal = spawn("tokenize", "--chat", TEXT + "\x1b]0;owned\x07[bold]", columns=40, rows=60, NO_COLOR="1")
     terminal.expect(pexpect.EOF)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.before or "")
     assert "\x1b" not in shown and "\x07" not in shown
