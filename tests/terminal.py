@@ -70,7 +70,7 @@ def instead_of(main: Callable[[], None], arguments: Sequence[str], variables: di
 
 
 def spawn(*args: str, columns: int = 80, rows: int = 24, **variables: str) -> pexpect.spawn[str]:
-    """`dbrx` with these arguments in a terminal, a fork of this process. SQLite's files that it has open are of no use there."""
+    """`dbrx` in a terminal, by a fork of this process, whose open sessions (SQLite) it cannot use."""
     from dbrx_cli.app import main
 
     around = environment(**{"TERM": "xterm", **variables})

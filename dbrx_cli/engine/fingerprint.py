@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,7 @@ def _content(path: Path) -> list[bytes]:
     return parts
 
 
+@lru_cache(maxsize=1)  # a process has one, and asks whenever it saves
 def _tokenizer(tokenizer: Tokenizer) -> str:
     tokens = (tokenizer.decode_bytes(i) for i in range(tokenizer.vocab_size))
     return _digest([repr(sorted(tokenizer.special_tokens.items())).encode(), *tokens])
