@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+
+from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "dbrx_cli"]
@@ -37,6 +39,7 @@ class Result:
 
 
 _build = typer.main.get_command
+_read_tokenizer: Any = Tokenizer.from_folder
 
 
 @cache
@@ -47,6 +50,26 @@ def _built(app: typer.Typer, _markup: str | None) -> Any:
 def commands_of(app: typer.Typer) -> Any:
     """Typer's commands, made once for each kind of help: to make them takes longer than most of them run."""
     return _built(app, app.rich_markup_mode)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, padding_side: Any, _files: object) -> Any:
+    return _read_tokenizer(folder, padding_side)
+
+
+def tokenizer_of(folder: str | Path, padding_side: str = "left") -> Any:
+    """`Tokenizer.from_folder`, which reads a folder anew where a file of it has changed.
+
+    With the tokenizer, what is made of it stays: tiktoken's table, what a grammar needs, its fingerprint.
+    """
+    try:
+        found = [(path.name, path.stat()) for path in sorted(Path(folder).iterdir())]
+    except OSError:
+        return _read_tokenizer(folder, padding_side)
+    files = tuple(
+        (name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found
+    )
+    return _tokenizer(Path(folder), padding_side, files)
 
 
 class Cli:
@@ -61,6 +84,7 @@ class Cli:
         from dbrx_cli.app import main
 
         self._monkeypatch.setattr(typer.main, "get_command", commands_of)
+        self._monkeypatch.setattr(Tokenizer, "from_folder", tokenizer_of)
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._monkeypatch.setattr(sys, "argv", ["dbrx", *map(str, args)])
         self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
