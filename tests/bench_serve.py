@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx2
 
-from dbrx_cli.server.run import listen
+from dbrx_cli.addresses import listen
 
 WORDS = "river stone cloud light garden winter house letter music summer paper window bridge forest silver".split()
 START_SECONDS = 600

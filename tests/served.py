@@ -14,9 +14,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from dbrx_cli.addresses import listen
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.server.app import create_app
-from dbrx_cli.server.run import HttpServer, listen
+from dbrx_cli.server.run import HttpServer
 from dbrx_cli.server.safety import Guard
 from dbrx_cli.server.service import Limits, Service
 

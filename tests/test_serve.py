@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dbrx_cli.addresses import listen
 from dbrx_cli.vllm_plugin import launch
 from dbrx_cli.vllm_plugin.weights import experts, place
 from model.chat_template import CHATML
@@ -24,7 +25,7 @@ from tests.cli import ROOT, Cli
 from tests.test_imports import loaded_by
 from tests.test_tokenizer_files import check_read_alike
 
-REQUIRE_FREE = launch.require_free
+LISTEN = "dbrx_cli.commands.serve.listen"
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def became(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(launch, "LOOK", "print(True, True)")
-    monkeypatch.setattr(launch, "require_free", lambda host, port: None)
+    monkeypatch.setattr(LISTEN, lambda host, port: socket.socket())
     monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "cache"))
     return seen
 
@@ -143,7 +144,7 @@ def test_wrong_words_are_told_before_vllm_starts(
 
 
 def test_a_taken_port_is_told(cli: Cli, became: list[Any], small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "require_free", REQUIRE_FREE)
+    monkeypatch.setattr(LISTEN, listen)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         run = ["serve", "--engine", "vllm", "-m", small, "--port", port]

@@ -245,7 +245,7 @@ FAULTS: list[tuple[dict[str, Any], int, str | None]] = [
     ({"n": 2.5}, 400, "n"),
     ({"stop": [""]}, 400, "stop[0]"),
     ({"logit_bias": {"one": 1}}, 400, "logit_bias"),
-    ({"logit_bias": {"320": 1}}, 400, "messages"),
+    ({"logit_bias": {"320": 1}}, 400, "logit_bias"),
     ({"top_logprobs": 3}, 400, "top_logprobs"),
     ({"response_format": {"type": "xml"}}, 400, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),

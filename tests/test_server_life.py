@@ -43,15 +43,19 @@ def locked(engine: LocalEngine) -> Iterator[Served]:
         yield running
 
 
-def sent(served: Served, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
-    """A connection on which a request was sent, and nothing is read."""
+def sent(
+    served: Served, body: dict[str, Any], receive_bytes: int | None = None, content_length: int | None = None
+) -> socket.socket:
+    """A connection on which a request was sent, and nothing is read. content_length: another one than it has."""
     host, port = served.url.removeprefix("http://").removesuffix("/v1").split(":")
     connection = socket.socket()
     if receive_bytes is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     connection.connect((host, int(port)))
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {content_length or len(content)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + content)
     return connection
 
@@ -66,9 +70,9 @@ def test_an_address_that_others_reach_needs_a_key(cli: Cli, small_checkpoint: Pa
     told = cli("serve", "-m", small_checkpoint, "--host", "0.0.0.0")
     assert told.code == 2 and "no key protects it; set DBRX_API_KEY" in told.fault
     Guard("0.0.0.0", KEY)
-    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost", "LocalHost.", "dev.localhost", "::ffff:127.0.0.1"):
         Guard(host, None)
-    for host in ("::", "192.168.0.1", "localhost.example"):
+    for host in ("::", "192.168.0.1", "localhost.example", "notlocalhost", "", "::ffff:10.0.0.1", "127.1"):
         with pytest.raises(InputError, match="other machines"):
             Guard(host, None)
 
@@ -90,9 +94,17 @@ def test_pages_are_refused(locked: Served, engine: LocalEngine) -> None:
     assert status(locked, allowed | {"origin": "null"}) == 403
     assert status(locked, allowed | {"host": "my-machine:8000"}) == 200  # a page would not know the key
     with Served(lambda: engine) as unlocked:
-        for host in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        for host in ("localhost:1", "127.0.0.1", "[::1]:8000", "app.localhost:80"):
             assert status(unlocked, {"host": host}) == 200
-        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1"):
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "",
+            "[::1",
+            "[::1]evil.example",
+            "localhost:a@b",
+        ):
             assert status(unlocked, {"host": host}) == 403, host
         assert status(unlocked, {"origin": "http://localhost:3000"}) == 403
 
@@ -135,6 +147,14 @@ def test_time_is_limited(engine: LocalEngine) -> None:
         until(lambda: not served.service.worker.running)
 
 
+def test_who_hangs_up_within_a_body_leaves_nothing(engine: LocalEngine, caplog: pytest.LogCaptureFixture) -> None:
+    with Served(lambda: engine) as served:
+        counted = 'dbrx_http_answers_total{path="/v1/completions",status="499"} 1.0'
+        sent(served, LONG, content_length=10_000).close()
+        until(lambda: counted in served.client.get("metrics").text)
+    assert not [each for each in caplog.records if each.name.startswith("uvicorn")]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_frees_the_place(engine: LocalEngine, stream: bool) -> None:
     with Served(lambda: engine, Limits(rows=1, queue=3)) as served:
@@ -158,7 +178,8 @@ def test_a_full_queue_says_when_to_come_back(engine: LocalEngine) -> None:
             known = served.service.worker.pace.step_s * LONG["max_tokens"]  # no reply was seen yet
         assert answer.status_code == 429 and answer.json()["error"]["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) == math.ceil(known)
-        assert served.post("completions", prompt="Hello", n=2).status_code == 429
+        never = served.post("completions", prompt="Hello", n=2)  # a 429 would be asked again for ever
+        assert never.status_code == 400 and "more than the 1 that" in never.json()["error"]["message"]
         until(lambda: not served.service.open)
         assert served.post("completions", prompt="Hello", max_tokens=1).status_code == 200
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dbrx_cli import running
+from dbrx_cli.addresses import listen
 from dbrx_cli.engine.follower import needs_one_process
 from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, given_key, option, refuse_typed, takes
 from dbrx_cli.report import Report
@@ -91,7 +92,7 @@ def serve(
 def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
     from dbrx_cli.engine.load import find_model
     from dbrx_cli.server import background
-    from dbrx_cli.server.run import Ends, listen, serve, url_of
+    from dbrx_cli.server.run import Ends, serve, url_of
     from dbrx_cli.server.safety import Guard
     from dbrx_cli.server.service import Limits
 
@@ -140,7 +141,7 @@ def _become_vllm(
     sizes = vllm.tensor_parallel_size, vllm.pipeline_parallel_size
     serving = launch.Serving(name, server.host, server.port, model.dtype, model.context, *sizes, tuple(more))
     if not serving.headless:
-        launch.require_free(server.host, server.port)
+        listen(server.host, server.port).close()  # vLLM would say so in a traceback, after minutes
     report = Report(output)
     source = find_model(model, report)
     launch.require_readable(source)

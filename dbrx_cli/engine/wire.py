@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-import ipaddress
 import json
 import os
 import queue
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from dbrx_cli.addresses import is_loopback
 from dbrx_cli.options import KEY, given_key
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
 from model.hub.patience import FEW_TRIES, Patience, Transient
@@ -264,9 +264,10 @@ class Answer:
         if body is not None:
             headers["content-type"] = "application/json"
         timeout = httpx2.Timeout(FIRST_SECONDS + IDLE_SECONDS, connect=CONNECT_SECONDS)
+        proxies = not is_loopback(urlsplit(url).hostname or "")  # this machine is never asked through one
         try:
             with (
-                httpx2.Client(timeout=timeout, trust_env=not _is_loopback(url), verify=_trusted(url)) as client,
+                httpx2.Client(timeout=timeout, trust_env=proxies, verify=_trusted(url)) as client,
                 client.stream(
                     method, url, content=body, headers=headers, extensions={"trace": self._note_step}
                 ) as response,
@@ -427,12 +428,3 @@ def words_of(error: Any) -> str:
             if error.get(key):
                 return words_of(error[key])
     return error if isinstance(error, str) else json.dumps(error)
-
-
-def _is_loopback(url: str) -> bool:
-    """A server on this machine is never asked through a proxy."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -75,7 +75,11 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         engine = service.engine
-        asked = self._read(await _body(Request(scope, receive)), engine.defaults)
+        try:
+            body = await _body(Request(scope, receive))
+        except ClientDisconnect:
+            return  # nobody is there who could be told
+        asked = self._read(body, engine.defaults)
         form = self._form(service.named(asked.model), engine.tokenizer, asked)
         mailbox = Mailbox(asked.stream)
         try:

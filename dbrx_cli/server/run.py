@@ -21,7 +21,6 @@ from dbrx_cli.running import Record, recorded
 from dbrx_cli.server.app import create_app
 from dbrx_cli.server.safety import Guard
 from dbrx_cli.server.service import Limits, Service
-from model.errors import InputError
 
 if TYPE_CHECKING:
     from dbrx_cli.engine.local import LocalEngine
@@ -44,18 +43,6 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; `InputError` where nobody can. Port 0 takes a free one."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0]  # Python repeats the address behind it
-        raise InputError(
-            f"--host {host} --port {port}: {reason}", "give an address of this machine and a free port"
-        ) from None
-
-
 def serve(
     load: Callable[[], LocalEngine], record: Record, aliases: Sequence[str], ends: Ends,
     listening: socket.socket, limits: Limits, guard: Guard, report: Report,
@@ -70,7 +57,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: Callable[[Callable[[Scope], None]], ASGIApp], drain_seconds: float) -> None:
         """app: makes the application, of what cuts the connection of a request."""
         config = uvicorn.Config(
-            app(self.cut), http="h11", ws="none", lifespan="off", log_config=None, access_log=False,
+            app(self.cut), http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
             server_header=False, timeout_graceful_shutdown=int(drain_seconds),
         )  # fmt: skip
         super().__init__(config)

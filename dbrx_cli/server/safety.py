@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,24 +12,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dbrx_cli.addresses import is_loopback
 from dbrx_cli.server.errors import ApiError
 from model.errors import InputError
 
 if TYPE_CHECKING:
     from dbrx_cli.server.metrics import Metrics
 
+HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::[0-9]*)?")  # a name or an address, and a port
 OPEN = ("/health", "/v1/health")  # without a key: whether a server is there is no secret
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, which no other one reaches."""
-    host = host.strip("[]").lower()
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:
@@ -57,7 +48,7 @@ class Guard:
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":  # a WebSocket; no route takes one
                 return
-            told = [500]
+            told = [499]  # nginx's number of who hangs up, unless something is answered
 
             async def note(message: Message) -> None:
                 if message["type"] == "http.response.start":
@@ -84,8 +75,7 @@ class Guard:
             raise ApiError(f"pages of {origin[:200]} may not ask: --allow-origin lets them", 403)
         if self._key is None:
             host = headers.get("host", "")
-            name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-            if not is_loopback(name):
+            if not (named := HOST.fullmatch(host)) or not is_loopback(named[1]):
                 raise ApiError(f"the Host {host[:200]!r} is not this machine", 403)
         elif scope["path"].rstrip("/") not in OPEN and not self._is_preflight(scope, headers):
             given = headers.get("authorization", "").removeprefix("Bearer ").strip()

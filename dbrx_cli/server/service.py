@@ -68,7 +68,7 @@ class Service:
     @asynccontextmanager
     async def tickets(self, requests: Sequence[Request], mailbox: Mailbox, param: str) -> AsyncIterator[list[Ticket]]:
         """Tickets under way. Those that have no result at the end are cancelled."""
-        self._admit(len(requests))
+        self._admit(len(requests), param)
         self.open += len(requests)
         tickets = [Ticket(request, i, mailbox) for i, request in enumerate(requests)]
         loop = asyncio.get_running_loop()
@@ -94,9 +94,9 @@ class Service:
         engine = self.engine
         ids = request.prompt_ids or ()
         size = engine.network.config.vocab_size
-        for token in (*ids, *request.logit_bias):
-            if token >= size:
-                raise ApiError(f"{token} is no id of a token: there are {size}", param=param)
+        for at, given in ((param, ids), ("logit_bias", request.logit_bias)):
+            if wrong := [token for token in given if token >= size]:
+                raise ApiError(f"{wrong[0]} is no id of a token: there are {size}", param=at)
         try:
             return Job(engine, self._with_known_ids(request))
         except DbrxError as fault:
@@ -132,10 +132,13 @@ class Service:
     def _foresee(self, talk: Talk) -> list[int]:
         return [] if self._timelines is None else self._timelines.foresee(talk)
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, param: str) -> None:
+        most = self.limits.rows + self.limits.queue
+        if count > most:  # and would be for ever
+            raise ApiError(f"{count} replies are more than the {most} that may be made and waited for", param=param)
         if self.draining:
             raise ApiError("the server is about to end", 503, code="draining", headers={"connection": "close"})
-        if self.open + count > self.limits.rows + self.limits.queue:
+        if self.open + count > most:
             seconds = max(1, math.ceil(self.worker.seconds_to_place()))
             told = f"{self.open} replies are made or waited for, and no more are taken; try again in {seconds} s"
             raise ApiError(told, 429, code="queue_full", headers={"retry-after": str(seconds)})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -64,17 +63,6 @@ def require_vllm(python: str) -> None:
         raise ModelError(f"{python} has no vLLM", f"name the interpreter of one that has with --python, or {INSTALL}")
     if has_plugin != "True":
         raise ModelError(f"the vLLM of {python} does not know this program's DBRX", INSTALL)
-
-
-def require_free(host: str, port: int) -> None:
-    """`InputError` where nobody can listen; vLLM would say so in a traceback, after minutes."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise InputError(
-            f"--host {host} --port {port}: {error.strerror}", "give an address of this machine and a free port"
-        ) from None
 
 
 def require_fitting(config: DbrxConfig, serving: Serving) -> None:
