@@ -746,24 +746,30 @@ def test_hangup_with_the_terminal_there_leaves_pastes_unmarked(start: Open) -> N
     assert sent.rfind(b"\x1b[?2004l") > sent.rfind(b"\x1b[?2004h")
 
 
-STARTER = """
-import os, signal, subprocess, sys
-chat = subprocess.Popen([sys.executable, "-m", "tests.fake_chat", "--no-log"], process_group=0)
-signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-os.tcsetpgrp(0, chat.pid)
-print("pid", chat.pid, flush=True)
-print("it is", "stopped" if os.WIFSTOPPED(os.waitpid(chat.pid, os.WUNTRACED)[1]) else "ended", flush=True)
-os.waitpid(chat.pid, 0)
-"""
+def starter() -> None:
+    """Starts the chat as a shell does, and restores nothing when it stops or ends."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    sys.stdin.readline()  # the test looks at the terminal before
+    pid = os.fork()
+    os.setpgid(pid, pid)  # in both, as shells do: whichever comes first
+    os.tcsetpgrp(0, pid or os.getpid())
+    if not pid:
+        signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+        fake_chat.main()
+    print("pid", pid, flush=True)
+    print("it is", "stopped" if os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1]) else "ended", flush=True)
+    os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("key, end", [("\x1a", "stopped"), ("\x1c", "ended")])
 def test_keys_that_stop_or_end_the_program_amid_a_reply_restore_the_terminal(
-    tmp_path: Path, key: str, end: str
+    request: pytest.FixtureRequest, tmp_path: Path, key: str, end: str
 ) -> None:
     """No shell, which would restore it by itself."""
-    chat = Terminal([sys.executable, "-c", STARTER], variables={"DBRX_DATA": str(tmp_path)})
+    chat = Terminal(["--no-log"], main=starter, variables={"DBRX_DATA": str(tmp_path)})
+    request.addfinalizer(chat.end)
     before = termios.tcgetattr(chat.process.fileno())
+    chat.type("\n")
     pid = int(re.findall(r"pid (\d+)", chat.until(">>>"))[0])
     enter(chat, "slowly " + "word " * 40)
     chat.until(lambda text: text.count("word ") > 45)
@@ -779,7 +785,6 @@ def test_keys_that_stop_or_end_the_program_amid_a_reply_restore_the_terminal(
         chat.until(lambda text: text.count("word ") > shown + 8)
         assert termios.tcgetattr(chat.process.fileno()) == during
         assert chat.received.rfind(b"\x1b[?2004h") > chat.received.rfind(b"\x1b[?2004l")
-    chat.end()
 
 
 def test_a_killed_chat_keeps_the_question_from_the_first_text_on(start: Open, tmp_path: Path) -> None:
