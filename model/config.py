@@ -245,14 +245,14 @@ class DbrxConfig:
         return cls(**{k: v for k, v in values.items() if k in known} | {"attn_config": attn})
 
     @classmethod
-    def from_json(cls, path: str | Path) -> DbrxConfig:
-        """Read a config.json; `ModelError` names the file when it cannot be used."""
+    def from_json(cls, path: str | Path, values: dict[str, Any] | None = None) -> DbrxConfig:
+        """Read a config.json, or its parsed `values`; `ModelError` names the file when it cannot be used."""
         path = Path(path)
-        if not os.path.lexists(path):
+        if values is None and not os.path.lexists(path):
             raise ModelError(
                 f"no config.json in {path.parent}", "give the folder of a checkpoint, a Hub id (org/name), or `demo`"
             )
-        values = read_json(path)
+        values = read_json(path) if values is None else values
         try:
             config = cls._read(values, str(path))
         except ModelError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .config_keys import listed
 from .errors import ModelError
+from .model_files import ModelFiles
 from .safetensors_file import read_json, shown
 from .sampling import MIN_TEMPERATURE, SamplingParams
 
@@ -45,26 +46,27 @@ class GenerationConfig:
     faults: Mapping[str, ModelError] = field(default_factory=dict)  # values of the file that cannot be used, by key
 
     @classmethod
-    def from_source(cls, source: Path) -> GenerationConfig:
+    def from_source(cls, source: Path | ModelFiles) -> GenerationConfig:
         """Read what belongs to the weights in `source`: a checkpoint's folder, or a GGUF file."""
-        if source.is_dir():
-            return cls.from_folder(source)
+        files = ModelFiles.of(source)
+        if files.path.is_dir():
+            return cls.from_folder(files)
         from .formats.gguf_metadata import GgufTokenizer
 
-        return cls(eos_token_id=tuple(GgufTokenizer.open(source).generation_config()["eos_token_id"]))
+        return cls(eos_token_id=tuple(GgufTokenizer.open(files.path).generation_config()["eos_token_id"]))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> GenerationConfig:
+    def from_folder(cls, folder: Path | ModelFiles) -> GenerationConfig:
         """Read `folder/generation_config.json`; ids that it does not name are those of config.json, if any.
 
         `ModelError` for ids that are none. Another value that cannot be used is a fault when it is needed.
         """
-        path = folder / "generation_config.json"
+        files = ModelFiles.of(folder)
+        path = files.path / "generation_config.json"
         values = read_json(path) if path.is_file() else {}
         ids = {key: _ids(path, key, values.get(key)) for key in ("eos_token_id", "pad_token_id")}
-        config = folder / "config.json"
-        if not all(ids.values()) and config.is_file():
-            named = read_json(config)
+        if not all(ids.values()):
+            config, named = files.path / "config.json", files.settings
             ids = {key: found or _ids(config, key, named.get(key)) for key, found in ids.items()}
         ignored = [key for key, off in NOT_APPLIED.items() if values.get(key) not in (None, off)]
         if ignored:

@@ -26,6 +26,7 @@ from .kernels.native_call import set_threads
 from .kernels.native_gguf import BlockEmbedding
 from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored, plan_load
 from .machine import free_memory
+from .model_files import ModelFiles
 from .offload import stream_experts, strip_experts
 from .packing import pack_into, packing_of, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
@@ -41,7 +42,7 @@ EMBEDDING = "transformer.wte.weight"
 
 def from_pretrained(
     cls: type[Network],
-    name_or_path: str | Path,
+    name_or_path: str | Path | ModelFiles,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -60,7 +61,7 @@ def from_pretrained(
     pack: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
-    """Load a checkpoint from a folder or a Hub id, ready for inference.
+    """Load a checkpoint from a folder (or its `ModelFiles`) or a Hub id, ready for inference.
 
     dtype (or torch_dtype): "auto" keeps the checkpoint's. device_map: a device, "auto", "balanced" or "sequential"
     through accelerate within `max_memory`, or a dict of module names to devices; None is the CPU.
@@ -77,8 +78,10 @@ def from_pretrained(
     another kind, `ResourceError` if it does not fit.
     """
     set_threads()
-    folder = resolve(name_or_path, revision=revision, token=token)
-    with open_weights(folder) as opened:
+    files = name_or_path
+    if not isinstance(files, ModelFiles):
+        files = ModelFiles(resolve(files, revision=revision, token=token))
+    with open_weights(files) as opened:
         changes = read_adapter(adapter, opened.config) if adapter is not None else {}
         if changes and opened.quantization != "none" and ranks is not None:
             raise ModelError("an adapter over quantized weights runs on one device only", "leave out --adapter")
@@ -107,7 +110,7 @@ def from_pretrained(
     if beside:
         attach(network, changes)
     network.adapter = digest(changes)
-    network.generation_config = GenerationConfig.from_source(folder)
+    network.generation_config = GenerationConfig.from_source(files)
     if len(set(network.device_map.values())) > 1:
         dispatch(network, network.device_map)
     network.transformer.set_attention(attn_implementation)

@@ -18,6 +18,7 @@ from .errors import ModelError
 from .generation_config import GenerationConfig
 from .json_text import TOKENIZER
 from .messages import Message
+from .model_files import ModelFiles
 from .safetensors_file import read_json, read_text, shown
 from .tokenizer_files import reads_alike, tokenizer_config, tokenizer_json
 
@@ -280,18 +281,19 @@ class Tokenizer:
         return path if path and path.is_file() else None
 
     @classmethod
-    def from_folder(cls, folder: str | Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
+    def from_folder(cls, folder: str | Path | ModelFiles, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
         """Read a checkpoint's folder; `ModelError` when it holds no tokenizer that can be used."""
-        folder = Path(folder)
+        files = ModelFiles.of(folder)
+        folder = files.path
         config = _read_json(folder / "tokenizer_config.json")
-        vocabulary = _with_configured_tokens(_vocabulary(folder, config), config, folder)
+        vocabulary = _with_configured_tokens(_vocabulary(files, config), config, folder)
         source, name = _template(folder, config)
         return cls(
             vocabulary,
             template_source=source,
             template_name=name,
             named_tokens=_named_tokens(_read_json(folder / "special_tokens_map.json") | config),
-            eos_token_ids=GenerationConfig.from_folder(folder).eos_token_id,
+            eos_token_ids=GenerationConfig.from_folder(files).eos_token_id,
             padding_side=padding_side,
             folder=folder,
             config=config,
@@ -318,9 +320,12 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_source(cls, source: Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
+    def from_source(cls, source: Path | ModelFiles, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
         """Read what belongs to the weights in `source`: a checkpoint's folder, or a GGUF file."""
-        return (cls.from_folder if source.is_dir() else cls.from_gguf)(source, padding_side)
+        files = ModelFiles.of(source)
+        if files.path.is_dir():
+            return cls.from_folder(files, padding_side)
+        return cls.from_gguf(files.path, padding_side)
 
 
 class AutoTokenizer:
@@ -344,16 +349,15 @@ class AutoTokenizer:
         return Tokenizer.from_source(source, padding_side)
 
 
-def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
-    path = folder / "tokenizer.json"
+def _vocabulary(files: ModelFiles, config: dict[str, Any]) -> Vocabulary:
+    path = files.path / "tokenizer.json"
     if path.is_file():
         return vocabulary_from_json(read_json(path, TOKENIZER), str(path))
-    network = _read_json(folder / "config.json")
     wrapped = config.get("tokenizer_class") == "TiktokenTokenizerWrapper"
-    if wrapped or network.get("vocab_size") == DBRX_PADDED_VOCAB:
+    if wrapped or files.settings.get("vocab_size") == DBRX_PADDED_VOCAB:
         return cl100k_vocabulary()
     raise ModelError(
-        f"{folder}: has no tokenizer.json, and its vocabulary is not DBRX's",
+        f"{files.path}: has no tokenizer.json, and its vocabulary is not DBRX's",
         "copy the tokenizer.json of the model that it was made from into the folder",
     )
 

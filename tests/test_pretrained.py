@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import warnings
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import AutoTokenizer, DbrxConfig, DbrxForCausalLM
 from model.absent import ABSENT
@@ -20,6 +22,7 @@ from model.formats import open_weights
 from model.formats.write_checkpoint import write_checkpoint
 from model.tokenizer import Tokenizer
 from tests import fidelity
+from tests.cli import Cli
 from tests.gguf_files import write_gguf
 from tests.weights import make_checkpoint
 
@@ -140,6 +143,45 @@ def test_the_first_logits_after_loading_are_the_references(tmp_path: Path) -> No
         logits = DbrxForCausalLM.from_pretrained(folder, device_map="auto")(case.data["input_ids"][None]).logits
     assert logits is not None
     assert fidelity.distance(logits[0, case.data["positions"]], case.data["logits"]) < 1e-4
+
+
+@pytest.fixture
+def openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of files that a checkpoint's reader opened, in order."""
+    names: list[str] = []
+    real = os.open
+
+    def listen(path: str | Path, *args: int, **options: int) -> int:
+        names.append(Path(path).name)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", listen)
+    return names
+
+
+@pytest.mark.parametrize("form", ["floats", "int8", "split"])
+def test_loading_opens_the_configuration_once(
+    form: str, small_checkpoint: Path, tmp_path: Path, cli: Cli, openings: list[str]
+) -> None:
+    folder = shutil.copytree(small_checkpoint, tmp_path / "m")
+    (folder / "generation_config.json").unlink()  # then the end ids are those of config.json
+    if form == "int8":
+        assert cli("quantize", folder, tmp_path / "int8", "--to", "int8").code == 0
+        folder = tmp_path / "int8"
+        (folder / "generation_config.json").unlink()
+    if form == "split":
+        parts = load_file(folder / "model.safetensors")
+        for name in [name for name in parts if "Wqkv" in name]:
+            for letter, rows in zip("qkv", parts.pop(name).split((96, 16, 16)), strict=True):
+                parts[name.replace("Wqkv", f"{letter}_proj")] = rows.clone()
+        save_file(parts, folder / "model.safetensors")
+    openings.clear()
+    DbrxForCausalLM.from_pretrained(folder)
+    assert openings.count("config.json") == 1
+
+    openings.clear()
+    assert cli("generate", "-m", folder, "-n", "1", "hi").code == 0
+    assert openings.count("config.json") == 1 == openings.count("tokenizer.json")
 
 
 def test_a_model_that_does_not_fit_is_not_begun(tiny_checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from model.errors import ModelError
 if TYPE_CHECKING:
     from model.causal_lm import DbrxForCausalLM
     from model.config import DbrxConfig
+    from model.model_files import ModelFiles
     from model.parallel import Ranks
 
 
@@ -38,7 +39,9 @@ def find_model(options: ModelOptions, report: Report) -> Path:
         ) from error
 
 
-def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ranks | None = None) -> DbrxForCausalLM:
+def load_network(
+    source: Path | ModelFiles, options: ModelOptions, report: Report, ranks: Ranks | None = None
+) -> DbrxForCausalLM:
     """Read the weights with a progress bar; with `ranks`, this rank's slices."""
     settle_waiting()
     if options.compile:
@@ -46,12 +49,14 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
     import torch
 
     from model.causal_lm import DbrxForCausalLM
+    from model.model_files import ModelFiles
 
+    files = ModelFiles.of(source)
     if options.threads:
         torch.set_num_threads(options.threads)
-    with report.bar("Reading the weights") as advance, damage_named(folder):
+    with report.bar("Reading the weights") as advance, damage_named(files.path):
         network = DbrxForCausalLM.from_pretrained(
-            folder,
+            files,
             attn_implementation=options.attn,
             ranks=ranks,
             adapter=options.adapter,
@@ -66,16 +71,15 @@ def load_network(folder: Path, options: ModelOptions, report: Report, ranks: Ran
     return network
 
 
-def check_source(source: Path) -> DbrxConfig:
+def check_source(files: ModelFiles) -> DbrxConfig:
     """`ModelError` if a folder or file is no DBRX model."""
-    if source.is_dir():
+    if files.path.is_dir():
         from model.checkpoint import Checkpoint
-        from model.config import DbrxConfig
 
-        if not (source / "config.json").exists():
-            Checkpoint.open(source).close()  # says what the folder holds instead, such as a GGUF file or an adapter
-        return DbrxConfig.from_json(source / "config.json")
+        if not (files.path / "config.json").exists():
+            Checkpoint.open(files.path).close()  # says what the folder holds instead, such as a GGUF file or an adapter
+        return files.config
     from model.formats import open_weights
 
-    with open_weights(source) as weights:
+    with open_weights(files) as weights:
         return weights.config

@@ -77,14 +77,16 @@ class LocalEngine:
         """Find the model, read it with a progress bar, and make it ready."""
         start = time.perf_counter()
         folder = find_model(options, report)
-        from model.tokenizer import AutoTokenizer
+        from model.model_files import ModelFiles
+        from model.tokenizer import Tokenizer
 
         ranks = lead(options)
-        config = check_source(folder)  # what is no model is told so before all else
+        files = ModelFiles(folder)
+        config = check_source(files)  # what is no model is told so before all else
         require_context(options.context, config.max_seq_len)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_source(files)
         tokenizer.require_rows(config.vocab_size, folder)
-        network = load_network(folder, options, report, ranks)
+        network = load_network(files, options, report, ranks)
         if ranks is not None:
             ranks.lead(network)
         from model.kv_pool import OneRow

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import TORCH_NAMES, Checkpoint
-from ..config import DbrxConfig
+from ..model_files import ModelFiles
 from ..weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
@@ -22,9 +21,9 @@ class DatabricksWeights(CheckpointWeights):
     quantization = "none"
     plain_experts = True
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
-        self.source = folder
-        self.config = DbrxConfig.from_json(folder / "config.json")
+    def __init__(self, files: ModelFiles, checkpoint: Checkpoint) -> None:
+        self.source = files.path
+        self.config = files.config
         self._checkpoint = checkpoint
         self._checkpoint.check(self.config)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..model_files import ModelFiles
 from ..safetensors_file import read_json, shown
 
 READABLE_BITS = (2, 4, 8)  # of GPTQ and MLX
@@ -23,11 +23,12 @@ GPTQ_WAY = "take GPTQ of 2, 4 or 8 bits in its own format (gptq or gptq_v2), or 
 MLX_WAY = "take MLX of 2, 4 or 8 bits (affine), or make floats of it: mlx_lm.convert --dequantize"
 
 
-def quantization_of(folder: Path) -> dict[str, Any]:
+def quantization_of(files: ModelFiles) -> dict[str, Any]:
     """What a checkpoint says about its quantization, under `quant_method` by which program; empty if nothing."""
     for file, key, method in PLACES:
         try:
-            found = read_json(folder / file) if (folder / file).is_file() else {}
+            path = files.path / file
+            found = files.settings if file == "config.json" else read_json(path) if path.is_file() else {}
         except ModelError:
             continue
         settings = found if key is None else found.get(key)
@@ -38,9 +39,9 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def refusal(folder: Path) -> ModelError | None:
+def refusal(files: ModelFiles) -> ModelError | None:
     """The fault that names a quantization which is not read; None if the settings name no such."""
-    settings = quantization_of(folder)
+    settings = quantization_of(files)
     method = str(settings.get("quant_method", "")).lower()
     if not method or method == "dbrx":
         return None
@@ -50,7 +51,7 @@ def refusal(folder: Path) -> ModelError | None:
         return None
     program = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ"}.get(method, shown(method))
     what = f"weights quantized by {program}" + (f" ({shown(detail)})" if detail else "")
-    return ModelError(f"{folder}: holds {what}, which cannot be read", way)
+    return ModelError(f"{files.path}: holds {what}, which cannot be read", way)
 
 
 def _detail(method: str, settings: Mapping[str, Any]) -> str | None:

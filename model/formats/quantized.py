@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
+from ..model_files import ModelFiles
 from ..quantization import DENSE as DENSE_SCHEME
 from ..quantization import SCHEMES, dequantize
 from ..safetensors_file import TensorInfo
@@ -54,11 +54,11 @@ class QuantizedWeights(CheckpointWeights):
     plain_experts = False
     group: int
 
-    def __init__(self, folder: Path) -> None:
-        self.source = folder
-        self.config = DbrxConfig.from_json(folder / "config.json")
-        self.quantization, self.group = _settings(folder)
-        self._checkpoint = Checkpoint.open(folder)
+    def __init__(self, files: ModelFiles) -> None:
+        self.source = files.path
+        self.config = files.config
+        self.quantization, self.group = _settings(files)
+        self._checkpoint = Checkpoint.open(files.path)
         self._check()
         self._experts = self._find_experts()
 
@@ -180,9 +180,9 @@ class QuantizedWeights(CheckpointWeights):
         return FloatExpert(w1, v1, w2.t())
 
 
-def _settings(folder: Path) -> tuple[str, int]:
+def _settings(files: ModelFiles) -> tuple[str, int]:
     """Kind and group of `quantization_config`."""
-    path, found = folder / "config.json", quantization_of(folder)
+    path, found = files.path / "config.json", quantization_of(files)
     kind, group, version = found.get("kind"), found.get("group", GROUP), found.get("version")
     if version != VERSION:
         raise ModelError(f"{path}: quantized in version {version!r} of the format", "update dbrx, or quantize it again")

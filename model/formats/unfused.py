@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tensors, listed, name_other_layout
-from ..config import DbrxConfig
 from ..errors import ModelError
+from ..model_files import ModelFiles
 from ..safetensors_file import TensorInfo
 from ..weights import CheckpointWeights, Extent, FloatExpert
 from .encoding import Encoding, Floats, Shape
@@ -89,14 +88,14 @@ class UnfusedWeights(CheckpointWeights):
     quantization = "none"
     plain_experts = False
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
-        self.source = folder
-        self.config = DbrxConfig.from_json(folder / "config.json")
+    def __init__(self, files: ModelFiles, checkpoint: Checkpoint) -> None:
+        self.source = files.path
+        self.config = files.config
         self._checkpoint = checkpoint
-        self._encodings: tuple[Encoding, ...] = (Gptq(quantization_of(folder)), Mlx())  # both have scales
+        self._encodings: tuple[Encoding, ...] = (Gptq(quantization_of(files)), Mlx())  # both have scales
         found = checkpoint.tensors
         if self.config.n_layers > len(found):  # before a table of that length is made
-            raise ModelError(f"{folder}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
+            raise ModelError(f"{files.path}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
         modules = {name.rpartition(".")[0] for name in found}
         self._experts = next((name for name in EXPERTS if FIRST + name.format(e=0, m="w1") in modules), None)
         self._split = FIRST + QKV[0] in modules
