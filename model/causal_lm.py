@@ -16,11 +16,13 @@ from .config import DbrxConfig
 from .kv_cache import KVCache
 from .moe import load_balancing_loss
 from .outputs import CausalLMOutput
+from .placement import PREFILL_CHUNK
 from .transformer import DbrxBlock, DbrxModel, initialize
 
 if TYPE_CHECKING:
     from .generation_config import GenerationConfig
     from .load_plan import LoadPlan
+    from .model_files import ModelFiles
     from .packing import Packing
     from .streaming import ExpertStore
 
@@ -40,7 +42,7 @@ class DbrxForCausalLM(nn.Module):
         self.expert_store: ExpertStore | None = None  # where streamed experts come from
         self.load_plan: LoadPlan | None = None  # what was decided when it was loaded
         self.packing: Packing | None = None  # kernels that the weights were packed for
-        self.prefill_chunk: int | None = None  # tokens a step of prefill, where the usual number is not the best
+        self.prefill_chunk = PREFILL_CHUNK  # tokens a step of prefill
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +90,7 @@ class DbrxForCausalLM(nn.Module):
         self.transformer.set_attention(name)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path | ModelFiles, **options: Any) -> Self:
         """Load a checkpoint; see `loading.from_pretrained` for the options."""
         from .loading import from_pretrained
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import ContextError
 from .generation_config import GenerationConfig, as_ids
 from .kv_cache import KVCache
+from .kv_pool import KVPool
 from .prefill import prefill
 from .sampling import DISTRIBUTION, SamplingParams
 from .scheduler import Scheduler
@@ -96,11 +97,13 @@ def generate(
     if (known >= given[:, -1]).any():
         lengths = f"rows of {cache.lengths} tokens, the input of {given[:, -1].tolist()}"
         raise ValueError(f"past_key_values has {lengths}: no front of it")
-    unread = keep & (given > known[:, None])
-    first = int(unread.any(0).int().argmax())
-    logits = prefill(network, input_ids[:, first:], cache, unread[:, first:])
+    logits: list[Tensor | None] = [None] * rows
+    if not keep[
+        :, -1
+    ].all():  # as in transformers the first new ids are read off padding at the end, which no row holds
+        logits = list(prefill(network, input_ids, cache, keep & (given > known[:, None])))
     generator = torch.Generator(network.device).manual_seed(seed) if seed is not None else None
-    scheduler = Scheduler(network, rows)
+    scheduler = Scheduler(network, rows, KVPool(network, block_tokens=cache.block_tokens))
     sequences = [
         Sequence(
             ids[kept].tolist(),

@@ -166,6 +166,7 @@ class KVCache:
     def __init__(self, n_layers: int, rows: int = 1, block_tokens: int = BLOCK_TOKENS) -> None:
         self.rows = [KVRow(n_layers, block_tokens) for _ in range(rows)]
         self._ahead = [0] * rows
+        self.block_tokens = block_tokens
 
     @classmethod
     def of(cls, rows: Sequence[KVRow], ahead: Sequence[int] | None = None) -> KVCache:

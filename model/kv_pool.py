@@ -44,8 +44,8 @@ class _Kept(NamedTuple):
 class KVPool:
     """Keys and values of all rows that a scheduler has, and of those that left, the least recently used in front.
 
-    It outlives schedulers. All calls in one thread, `stats` too. A scheduler `admit`s its rows and `release`s them:
-    finished, cancelled or failed; a row that is neither waiting nor released counts.
+    It outlives schedulers, of which it serves one at a time. All calls in one thread, `stats` too. A scheduler
+    `admit`s its rows and `release`s them: finished, cancelled or failed; a row that is not released counts.
     """
 
     def __init__(
@@ -114,6 +114,11 @@ class KVPool:
         if self._live.pop(row, None) is not None and not isinstance(row.fault, NotFiniteError):
             assert row.kv is not None
             self.keep(row.kv, row.known)
+
+    def release_all(self) -> None:
+        """`release` every row: of a scheduler that is no more."""
+        for row in list(self._live):
+            self.release(row)
 
     def keep(self, kv: KVRow, ids: list[int]) -> None:
         """Keep keys and values of the first ids, as far as `kv` holds them; it is written to no more."""

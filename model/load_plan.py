@@ -19,6 +19,7 @@ from .machine import limited
 from .placement import (
     FLOAT_BYTES,
     KV_BLOCK,
+    PREFILL_CHUNK,
     Device,
     Format,
     KernelFacts,
@@ -114,7 +115,7 @@ class LoadPlan:
     as_stored: bool  # the experts are computed with in the form that the files hold
     mapped: bool  # the experts are pages of the files, which give way where memory is short
     context: int
-    chunk: int | None = None  # tokens a step of prefill, where the usual number is not the best
+    chunk: int = PREFILL_CHUNK  # tokens a step of prefill
     layers: tuple[Layer, ...] = ()
     device_map: Mapping[str, str | int] = field(default_factory=dict)  # module -> device, all modules
     weights: Mapping[str, int] = field(default_factory=dict)  # bytes by device; streamed experts not counted

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from .config import DbrxConfig
 from .quantization import DENSE, SCHEMES
 
-CHUNK = 512  # tokens that prefill reads at once
+PREFILL_CHUNK = 512  # tokens a step of prefill: enough for full matrix speed, few enough for Ctrl-C and memory
 KV_BLOCK = 256  # tokens of a block of keys and values; 40 MiB of DBRX in bfloat16, and what flash-attn's kernels want
 FLOAT_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float16": 2, "float32": 4})
 
@@ -100,7 +100,7 @@ def sizes(
         top_k=ffn.moe_top_k,
         kv=2 * kv_size * (kv or round(format.rest)),
         # The residual stream and its copies, the widest intermediate result in float32, one row of logits.
-        buffers=CHUNK * (6 * d * activation + 4 * widest) + 4 * config.vocab_size,
+        buffers=PREFILL_CHUNK * (6 * d * activation + 4 * widest) + 4 * config.vocab_size,
     )
 
 

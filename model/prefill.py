@@ -12,8 +12,6 @@ from .kv_cache import KVCache
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
 
-PREFILL_CHUNK = 512  # tokens a step: large enough for full matrix speed, small enough for Ctrl-C and memory
-
 
 @torch.inference_mode()
 def prefill(
@@ -21,7 +19,6 @@ def prefill(
     input_ids: Tensor,
     cache: KVCache,
     attention_mask: Tensor | None = None,
-    chunk: int | None = None,
     whole: bool = False,
 ) -> Tensor:
     """Read input_ids [rows, seq] (padded on the left) into the cache; logits [rows, vocab] after the last column.
@@ -32,9 +29,8 @@ def prefill(
     columns = input_ids.shape[1]
     if columns == 0:
         raise ValueError("there is nothing to read: the prompt has no token")
-    chunk = chunk or network.prefill_chunk or PREFILL_CHUNK
-    for start in range(0, columns, chunk):
-        part = slice(start, min(start + chunk, columns))
+    for start in range(0, columns, network.prefill_chunk):
+        part = slice(start, min(start + network.prefill_chunk, columns))
         mask = None if attention_mask is None else attention_mask[:, part]
         out = network.transformer(input_ids[:, part], mask, past_key_values=cache, last_only=not whole)
     # Only the last position's logits are read: [seq, 100352] floats would fill the memory.

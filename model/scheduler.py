@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .kv_cache import KVCache, KVRow
 from .kv_pool import KVPool
-from .prefill import PREFILL_CHUNK
 from .sampling import MAX_LOOKUP
 from .sequence import Sequence, common_prefix
 
@@ -43,6 +42,7 @@ class Scheduler:
         self._network = network
         self._rows = rows
         self._pool = pool or KVPool(network)
+        self._pool.release_all()  # of a scheduler before this one, where an interrupt struck while it cancelled them
         self._waiting: list[Sequence] = []
         self._reading: list[Sequence] = []  # their prompts; the one that came first in front
         self._active: list[Sequence] = []
@@ -192,7 +192,7 @@ class Scheduler:
         return group
 
     def _chunk(self, rows: int) -> int:
-        return max(1, (self._network.prefill_chunk or PREFILL_CHUNK) // rows)
+        return max(1, self._network.prefill_chunk // rows)
 
 
 def _kv(row: Sequence) -> KVRow:

@@ -48,6 +48,7 @@ def load(name: str, attention: str = "eager", dtype: torch.dtype = torch.float32
     network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
     if attention == "flash":
         network.transformer._attend = FlashAttention(flash_stand_in)  # type: ignore[arg-type]
+    network.prefill_chunk = 50  # the long prompt is read in several
     data = load_file(DATA / f"network_{name}.safetensors")
     return Case(name, network.to(dtype), facts, {k: t if t.is_floating_point() else t.long() for k, t in data.items()})
 
@@ -70,7 +71,7 @@ def logits(case: Case) -> dict[str, float]:
         "padded left": distance(padded, data["batch_logits"]),
         "padded right": distance(network(data["batch_right_ids"], right).logits[right], data["batch_logits"]),
         "in chunks": distance(_chunked(network, ids)[positions], data["logits"]),
-        "prefill": distance(prefill(network, ids, KVCache(network.config.n_layers), chunk=50)[0], data["logits"][-1]),
+        "prefill": distance(prefill(network, ids, KVCache(network.config.n_layers))[0], data["logits"][-1]),
         "cached decode": distance(_decoded(case), data["greedy_last_logits"]),
     }
 

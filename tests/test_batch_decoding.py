@@ -91,7 +91,7 @@ def test_what_prompts_have_in_common_is_read_once(network: DbrxForCausalLM) -> N
 
 
 def test_a_long_prompt_is_read_while_others_go_on(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(network, "prefill_chunk", 4)
     first, second = Row([3, 4], GREEDY), Row(list(range(30, 60)), GREEDY)
     batch = Scheduler(network, 2)
     batch.add(first)
@@ -111,7 +111,7 @@ def test_a_long_prompt_is_read_while_others_go_on(network: DbrxForCausalLM, monk
 
 def test_long_and_short_prompts_get_on_by_turns(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short ones do not wait for a long one that came before, nor the long one for short ones that come and come."""
-    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(network, "prefill_chunk", 4)
     rng, vocab = random.Random(4), network.config.vocab_size
     texts = [[rng.randrange(vocab) for _ in range(60)], *([rng.randrange(vocab), i] for i in range(40))]
     long, *short = (Row(text, replace(GREEDY, max_tokens=2)) for text in texts)
@@ -134,7 +134,7 @@ def test_long_and_short_prompts_get_on_by_turns(network: DbrxForCausalLM, monkey
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding", "done"])
 def test_a_row_is_cancelled(network: DbrxForCausalLM, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Wherever it is; it keeps what it has, the others go on, and the place is free."""
-    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(network, "prefill_chunk", 4)
     texts = [[3, 4], list(range(30, 60)), [9, 8, 7]]
     rows = [Row(text, GREEDY) for text in texts]
     scheduler = Scheduler(network, 1 if when == "waiting" else 2)

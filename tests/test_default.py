@@ -39,7 +39,7 @@ def test_floats_become_int8_and_that_is_said(cli: Cli, tiny_checkpoint: Path) ->
 
 def test_a_prompt_of_several_chunks(cli: Cli, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = answer(cli, tiny_checkpoint)
-    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 1)
+    monkeypatch.setattr("model.scheduler.Scheduler._chunk", lambda *_: 1)
     assert whole["usage"]["prompt_tokens"] > 1
     assert answer(cli, tiny_checkpoint)[0]["token_ids"] == whole["token_ids"]
 

@@ -6,7 +6,7 @@ import gc
 import random
 import sys
 import weakref
-from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from types import FrameType
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model import DbrxForCausalLM, SamplingParams, kv_pool
+from model import scheduler as scheduling
 from model.errors import ResourceError
 from model.kv_cache import KVBlock, KVRow
 from model.kv_pool import KVPool, OneRow, kv_bytes
@@ -90,33 +91,67 @@ def test_the_longest_front_of_any_text_is_found(network: DbrxForCausalLM) -> Non
     assert sum(len(kept.ids) == B for kept in pool._kept.values()) == len(held)  # a block for each front, once
 
 
+class Interrupt:
+    """Ctrl-C before the line of that number, of those in some files that run inside `with`."""
+
+    def __init__(self, line: int, *files: str) -> None:
+        self.left = line
+        self._files = files
+
+    def __enter__(self) -> None:
+        if self.left > 0:
+            sys.settrace(self._trace)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        sys.settrace(None)
+        return kind is KeyboardInterrupt
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> object:
+        self.left -= event == "line" and frame.f_code.co_filename in self._files
+        if self.left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self._trace
+
+
 def test_an_interrupt_between_any_two_lines_leaves_a_sound_pool(network: DbrxForCausalLM) -> None:
     """Texts that part inside a block, and a budget in which blocks give way."""
     texts, layers = [[1] * 10, [1] * 6 + [2] * 7, [1] * 5, [3] * 14], network.config.n_layers
     for line in count(1):
-        pool, left = KVPool(network, budget(network, 6), B), line
-
-        def trace(frame: FrameType, event: str, _: object) -> object:
-            nonlocal left
-            left -= event == "line" and frame.f_code.co_filename == kv_pool.__file__
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-            return trace
-
+        pool, interrupt = KVPool(network, budget(network, 6), B), Interrupt(line, kv_pool.__file__)
         for text in texts:
             row = KVRow(layers, B)
             written(row, text)
-            if left:
-                sys.settrace(trace)
-            with suppress(KeyboardInterrupt):
+            with interrupt:
                 pool.keep(row, text)
-            sys.settrace(None)
         for text in texts:
             length, found = pool.find(text)
             assert length == 0 or found.read(1, 0, length)[0].flatten().tolist() == text[:length]
-        if left > 0:
+        if interrupt.left > 0:
             break
+
+
+def test_an_interrupt_of_a_cancel_leaves_no_row_behind(network: DbrxForCausalLM) -> None:
+    """Whichever line of it Ctrl-C strikes; the next scheduler has all of the room."""
+    for line in count(1):
+        pool, interrupt = KVPool(network, budget(network, 5), B), Interrupt(line, kv_pool.__file__, scheduling.__file__)
+        gone = Row(list(range(30, 40)), GREEDY)
+        first = Scheduler(network, 1, pool)
+        first.add(gone)
+        for _ in range(3):
+            first.step()
+        with interrupt:
+            first.cancel(gone)
+        after = Row([*gone.known, 7], replace(GREEDY, max_tokens=3))
+        second = Scheduler(network, 1, pool)
+        assert pool.stats().used_bytes == 0
+        second.add(after)
+        second.step()
+        assert after.ids  # all of the budget is its own
+        if interrupt.left > 0:
+            assert after.cached_tokens == 12
+            break
+    assert line > 10
 
 
 def test_a_conversation_that_comes_back_reads_only_what_is_new(network: DbrxForCausalLM) -> None:
@@ -176,7 +211,7 @@ def test_no_block_is_lost_whoever_comes_and_goes(
     network: DbrxForCausalLM, blocks: weakref.WeakSet[KVBlock], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Rows that are added, cancelled in each phase, or end; some steps fail. What exists is what the pool counts."""
-    monkeypatch.setattr("model.scheduler.PREFILL_CHUNK", 5)
+    monkeypatch.setattr(network, "prefill_chunk", 5)
     rng, most = random.Random(seed), 24
     pool = KVPool(network, budget(network, most), B)
     scheduler, rows = Scheduler(network, 3, pool), list[Row]()

@@ -398,7 +398,8 @@ def test_quantize_then_generate(cli: Cli, tiny_checkpoint: Path, tmp_path: Path,
 def test_prefill_and_decode_of_a_batch(tiny_checkpoint: Path) -> None:
     network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize="int8")
     ids = torch.randint(0, 100_000, (3, 9))
-    logits = prefill(network, ids, KVCache(network.config.n_layers, rows=3), chunk=4)
+    network.prefill_chunk = 4
+    logits = prefill(network, ids, KVCache(network.config.n_layers, rows=3))
     for row in range(3):
         alone = prefill(network, ids[row : row + 1], KVCache(network.config.n_layers))
         assert share(logits[row], alone[0]) < 0.05

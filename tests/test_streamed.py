@@ -61,7 +61,8 @@ def streamed(folder: Path, places: int = 8, **options: Any) -> DbrxForCausalLM:
 def answer(network: DbrxForCausalLM, chunk: int | None = None) -> tuple[Tensor, list[int]]:
     """Logits behind the prompt, and greedy tokens."""
     cache = KVCache(network.config.n_layers)
-    logits = prefill(network, torch.tensor([PROMPT]), cache, chunk=chunk)
+    network.prefill_chunk = chunk or network.prefill_chunk
+    logits = prefill(network, torch.tensor([PROMPT]), cache)
     return logits, reply(network, PROMPT, GREEDY, kv=cache.rows[0], logits=logits[0])
 
 
