@@ -229,7 +229,8 @@ def load_plan(model: WhichModel) -> Iterator[Check]:
 
     from model.formats import open_weights
     from model.hub.plan import readable
-    from model.load_plan import LoadOptions, Stored, plan_load
+    from model.load_plan import LoadOptions, Stored
+    from model.load_planner import plan_load
     from model.machine import free_memory
 
     try:

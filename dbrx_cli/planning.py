@@ -15,7 +15,8 @@ from dbrx_cli.options import DEMOS, ModelOptions, require_context
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
 from model.hub import resolve
-from model.load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored, plan_load
+from model.load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
+from model.load_planner import plan_load
 from model.machine import parse_devices, this_machine
 from model.placement import Machine
 from model.quantization import SCHEMES

@@ -1,6 +1,6 @@
 """From a checkpoint's name to a network that is ready to run.
 
-Decide everything (`load_plan`), build on the meta device, read each tensor straight to its place, attach the hooks.
+Decide everything (`load_planner`), build on the meta device, read each tensor straight to its place, attach the hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from .hub import resolve
 from .kernels.native_block import decode_natively
 from .kernels.native_call import set_threads
 from .kernels.native_gguf import BlockEmbedding
-from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored, plan_load
+from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
+from .load_planner import plan_load
 from .machine import free_memory
 from .model_files import ModelFiles
 from .offload import stream_experts, strip_experts

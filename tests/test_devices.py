@@ -15,7 +15,8 @@ from model.causal_lm import DbrxForCausalLM
 from model.config import official
 from model.devices import dispatch
 from model.errors import DbrxError, InputError, ResourceError
-from model.load_plan import LoadOptions, Stored, plan_load
+from model.load_plan import LoadOptions, Stored
+from model.load_planner import plan_load
 from model.placement import Device, Machine
 from tests.cli import Cli
 

@@ -250,7 +250,7 @@ BREAKABLE = {
     "dbrx_cli.demo.demo_folder": "demo cache",
     "model.machine.available_memory": "memory",
     "dbrx_cli.commands.models.find_folder": "model",
-    "model.load_plan.plan_load": "plan",
+    "model.load_planner.plan_load": "plan",
     "model.native.status": "native kernels",
     "torch.get_num_threads": "torch",
     "dbrx_cli.doctor._devices": "devices",

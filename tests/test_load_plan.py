@@ -19,7 +19,8 @@ from model.experts.streamed import StreamedExperts
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels import PackedLinear, kernel_facts
-from model.load_plan import LoadOptions, LoadPlan, Stored, plan_load
+from model.load_plan import LoadOptions, LoadPlan, Stored
+from model.load_planner import plan_load
 from model.placement import Device, Machine, capacity
 from tests.weights import make_checkpoint
 

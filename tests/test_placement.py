@@ -17,7 +17,8 @@ from model.errors import InputError, ModelError
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kv_cache import KVCache
-from model.load_plan import LoadOptions, LoadPlan, Stored, plan_load
+from model.load_plan import LoadOptions, LoadPlan, Stored
+from model.load_planner import plan_load
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
 from model.placement import FORMATS, Device, Format, KernelFacts, Layer, Machine, capacity, parameters, sizes
 from model.rates import measure

@@ -26,7 +26,8 @@ from model.experts.streamed import open_store
 from model.formats import open_weights
 from model.kernels import FloatGlu, kernel_facts
 from model.kv_cache import KVCache
-from model.load_plan import LoadOptions, Stored, plan_load
+from model.load_plan import LoadOptions, Stored
+from model.load_planner import plan_load
 from model.placement import FORMATS, Device, Machine, capacity, sizes
 from model.prefill import prefill
 from model.sampling import SamplingParams

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import FloatGlu, GluExpertKernel, Packed
 from ..kernels.dispatch import moe_forward
-from ..load_plan import READING_AHEAD
+from ..load_layout import READING_AHEAD
 from ..streaming import DiskSource, ExpertStore, HostSource, Pack, Source, make_slots, slot_size
 from ..weights import FloatExpert
 from .packed import packed_expert

@@ -1,0 +1,199 @@
+"""Where everything lies: the layers on devices, the experts beside them or elsewhere. Arithmetic, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .errors import ResourceError
+from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
+from .placement import Device, Layer, capacity
+
+CACHE_SHARE = 0.75  # of the memory that is left: what streamed experts get, unless the user says how much
+READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
+STREAMED_CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are
+ON_THE_CPU = "give --device-map cpu, or see `dbrx plan` for what fits"
+
+
+def lay_out(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPlan:
+    """A plan whose form is decided, with everything in its place; with a `fault` where there is no room."""
+    if not isinstance(options.device_map, str):
+        return _given(plan, options.device_map)
+    if not plan.machine.gpus:
+        return _on_the_cpu(plan, stored, options)
+    if options.offload in ("auto", "none"):
+        return _spread(plan, options.device_map)
+    if options.offload == "cpu" and plan.machine.cpu.memory < plan.sizes.n_layers * plan.sizes.experts:
+        return replace(plan, fault=_too_large(plan))
+    return _stream(plan, stored, options, plan.machine.gpus[0], options.offload)
+
+
+def _on_the_cpu(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPlan:
+    """All in memory; the experts on the disk where that is asked for, or is allowed and needed."""
+    parts, cpu = plan.sizes, plan.machine.cpu
+    experts, left = parts.n_layers * parts.experts, _left(plan, cpu)
+    fits = left >= experts
+    if options.offload == "disk" or (options.offload == "auto" and not fits):
+        return _stream(plan, stored, options, cpu, "disk")
+    # Pages of a file give way, unless the user says how much there may be.
+    gives_way = plan.mapped and left > 0 and "cpu" not in (options.max_memory or {})
+    if not fits and not gives_way:
+        return replace(plan, fault=_too_large(plan))
+    note = () if fits else ("not all weights find room in memory: what gave way is read from the disk again",)
+    return replace(
+        _placed(plan, (Layer("cpu", "cpu"),) * parts.n_layers),
+        weights={"cpu": parts.total - experts + min(experts, left)},
+        kv={"cpu": _kv(plan)},
+        notices=note,
+    )
+
+
+def _kv(plan: LoadPlan) -> int:
+    """Bytes of keys and values of all layers."""
+    return plan.sizes.n_layers * plan.sizes.kv * capacity(plan.context)
+
+
+def _left(plan: LoadPlan, home: Device) -> int:
+    """Bytes that a device has for experts, beside all else of the network, its keys and values and its buffers."""
+    parts = plan.sizes
+    return home.memory - parts.buffers - (parts.total - parts.n_layers * parts.experts) - _kv(plan)
+
+
+def _stream(plan: LoadPlan, stored: Stored, options: LoadOptions, home: Device, away: str) -> LoadPlan:
+    """All layers on one device, their experts elsewhere, as many as find room beside it."""
+    parts, n, wanted, left = plan.sizes, plan.sizes.n_layers, options.expert_cache, _left(plan, home)
+    assert stored.slot is not None
+    streams = plan.kernel.streams if plan.kernel else "cast"
+    if streams == "packed" or not stored.holds(plan.scheme):
+        overhead, each = READING_AHEAD * stored.slot, parts.expert
+    else:
+        is_cast = streams == "cast" and stored.float_type != plan.format
+        overhead, each = parts.expert * is_cast, stored.slot
+    budget = int(CACHE_SHARE * left) if wanted is None else wanted
+    count = min(n * parts.n_experts, (budget - overhead) // each)
+    if wanted is not None and wanted > left:
+        return replace(plan, fault=_not_free(wanted, max(0, left)))
+    if count < 2:
+        return replace(plan, fault=_too_little(plan, wanted, overhead + 2 * each, options.max_memory is not None))
+    waiting = {"cpu": n * parts.experts} if away == "cpu" else {}
+    return replace(
+        _placed(plan, (Layer(home.name, away),) * n),
+        mapped=False,
+        chunk=STREAMED_CHUNK,
+        weights={home.name: parts.total - n * parts.experts} | waiting,
+        kv={home.name: _kv(plan)},
+        kept=count,
+        cache=min(budget, overhead + count * each),
+    )
+
+
+def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
+    """Whole layers over the GPUs, in order, even by what is left free; those that do not fit in the CPU's memory.
+
+    A layer that comes from there needs room for itself on the first GPU, which computes it and keeps its keys and
+    values. With "sequential" a GPU is filled before the next one gets a layer.
+    """
+    parts, machine = plan.sizes, plan.machine
+    kv, block = parts.kv * capacity(plan.context), parts.dense + parts.experts
+    refused = _too_large(plan)
+    packed = plan.kernel is not None  # on one GPU, of which no layer can be elsewhere
+    fault = replace(plan, fault=ResourceError(refused.message, ON_THE_CPU) if packed else refused)
+    # A GPU that holds not even one layer beside its ends is left alone.
+    least = parts.buffers + parts.embedding + parts.head + block + parts.n_layers * kv
+    gpus = [gpu for gpu in machine.gpus if gpu.memory >= least]
+    if not gpus:
+        return fault
+    evenly = device_map != "sequential"
+    first, last = gpus[0].name, gpus[-1].name
+    rooms = {gpu.name: gpu.memory - parts.buffers for gpu in gpus}
+    rooms[first] -= parts.embedding
+    whole = dict(rooms)
+    whole[last] -= parts.head
+    counts = _fill(whole, block + kv, parts.n_layers, evenly)
+    waiting = parts.n_layers - sum(counts.values())
+    if waiting:
+        if packed or device_map not in AUTOMATIC:
+            return fault
+        rooms[first] -= block + parts.n_layers * kv
+        counts = _fill(rooms, block + kv, parts.n_layers, evenly)
+        waiting = parts.n_layers - sum(counts.values())
+        last = "cpu"
+        if waiting * block + parts.head > machine.cpu.memory:
+            return fault
+    layers = [Layer(gpu.name, gpu.name) for gpu in gpus for _ in range(counts[gpu.name])]
+    plan = _placed(plan, (*layers, *[Layer("cpu", "cpu")] * waiting))
+    weights = {name: count * block for name, count in counts.items()}
+    weights |= {"cpu": waiting * block} if waiting else {}
+    weights[first] += parts.embedding
+    last = plan.layers[-1].device
+    weights[last] = weights.get(last, 0) + parts.head
+    used = {name: count * kv for name, count in counts.items()}
+    used[first] += waiting * kv
+    return replace(plan, weights=weights, kv=used)
+
+
+def _given(plan: LoadPlan, device_map: Mapping[str, Any]) -> LoadPlan:
+    """Modules where the user wants them, whether they fit or not."""
+    where = [_place_of(f"transformer.blocks.{i}.norm_attn_norm", device_map) for i in range(plan.sizes.n_layers)]
+    return replace(plan, layers=tuple(Layer(device, device) for device in where), device_map=dict(device_map))
+
+
+def _placed(plan: LoadPlan, layers: tuple[Layer, ...]) -> LoadPlan:
+    """With the layers in their places, and a map of the modules."""
+    first, last = layers[0].device, layers[-1].device
+    blocks = {f"transformer.blocks.{i}": layer.device for i, layer in enumerate(layers)}
+    places = {"transformer.wte": first, **blocks, "transformer.norm_f": last, "lm_head": last}
+    return replace(plan, layers=layers, device_map=places)
+
+
+def device_name(place: Any) -> str:
+    """Of a device map's value: numbers are those of GPUs."""
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def _place_of(module: str, device_map: Mapping[str, Any]) -> str:
+    """The device of the longest name in the map that the module's begins with."""
+    names = [name for name in device_map if not name or module == name or module.startswith(name + ".")]
+    return device_name(device_map[max(names, key=len)]) if names else "cpu"
+
+
+def _fill(rooms: Mapping[str, int], each: int, most: int, evenly: bool) -> dict[str, int]:
+    """How many things of one size go to each place, up to so many in all: to the emptiest, or the first with room."""
+    counts = dict.fromkeys(rooms, 0)
+    for _ in range(most):
+        open_ = [name for name in rooms if rooms[name] >= (counts[name] + 1) * each]
+        if not open_:
+            break
+        counts[max(open_, key=lambda name: rooms[name] - counts[name] * each) if evenly else open_[0]] += 1
+    return counts
+
+
+def _too_large(plan: LoadPlan) -> ResourceError:
+    """The weights find no room."""
+    return ResourceError(
+        f"the weights take {plan.sizes.total / 1e9:.1f} GB in {plan.format}, "
+        "more than the memory that is free (or that --max-memory allows)",
+        "read the experts from the disk as they are needed (--offload disk), or see `dbrx plan` for what fits",
+    )
+
+
+def _not_free(wanted: int, free: int) -> ResourceError:
+    return ResourceError(
+        f"--expert-cache asks for {wanted / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free beside the rest",
+        "give less, or leave it out",
+    )
+
+
+def _too_little(plan: LoadPlan, wanted: int | None, needed: int, limited: bool) -> ResourceError:
+    """The cache holds fewer than two experts: one that computes, and the next one on its way."""
+    if wanted is not None:
+        return ResourceError(
+            f"--expert-cache {wanted / 1e9:.1f} GB is too small for two experts of this model",
+            f"give at least {-(-needed // 2**20)}MiB",
+        )
+    return ResourceError(
+        f"the weights take {plan.sizes.total / 1e9:.1f} GB in {plan.format}, and {needed / 1e9:.1f} GB for two experts "
+        "of this model are not free beside the rest",
+        f"{'raise --max-memory' if limited else 'free memory'}, or see `dbrx plan` for what fits",
+    )

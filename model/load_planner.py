@@ -1,0 +1,150 @@
+"""The plan of a load: in which form the weights are computed with, then where everything lies (`load_layout`).
+
+Arithmetic alone: what is stored, a machine and options in; a `LoadPlan` out. Imports without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from .config import DbrxConfig
+from .errors import ModelError
+from .load_layout import ON_THE_CPU, device_name, lay_out
+from .load_plan import AUTOMATIC, CONTEXT, LoadOptions, LoadPlan, Stored
+from .machine import limited
+from .placement import FLOAT_BYTES, Device, Format, KernelFacts, Machine, format_of, sizes
+from .quantization import DENSE, GGUF, SCHEMES
+
+
+def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions) -> LoadPlan:
+    """Decide all that loading does. `ModelError` for what cannot be combined; what finds no room has a `fault`.
+
+    Beside GPUs, `offload` "auto" and "none" spread whole layers over them, and leave the rest in the CPU's memory.
+    Else one device computes, the first GPU or the CPU: "disk" leaves the experts on the disk, "cpu" in the CPU's
+    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie on one GPU or on none.
+    quantize "auto" makes int8 of floats that then stay in the CPU's memory, where no dtype is asked for, and keeps all
+    else.
+    """
+    options = _on_one_device(options)
+    stored = replace(stored, slot=stored.slot or _stored_bytes(config, stored))
+    machine = _computing(limited(machine, options.max_memory or {}), options.device_map)
+    quantize = options.quantize
+    if stored.blocks is not None and _keeps_blocks(stored, machine, options):
+        stored = replace(stored, scheme=GGUF)
+        quantize = "none"
+    if quantize == "auto":
+        quantize = "none"
+        floats = stored.float_type is not None and options.dtype == "auto" and _packs(machine, options)
+        if floats and options.ranks == 1 and (plan := _plan(config, stored, machine, options, DENSE)).resident:
+            form = f"the weights become {DENSE} as they are read; --quantize none computes with them as stored"
+            return replace(plan, notices=(form, *plan.notices))
+    return _plan(config, stored, machine, options, quantize)
+
+
+def _on_one_device(options: LoadOptions) -> LoadOptions:
+    """For experts that are streamed, a map of modules is that of the one device that it names."""
+    if isinstance(options.device_map, str) or options.offload not in ("cpu", "disk"):
+        return options
+    devices = sorted({device_name(place) for place in options.device_map.values()})
+    if len(devices) > 1:
+        fault = f"streamed experts compute on one device, not on {', '.join(devices)}"
+        raise ModelError(fault, "give --device-map one device")
+    return replace(options, device_map=devices[0])
+
+
+def _computing(machine: Machine, device_map: str | Mapping[str, Any]) -> Machine:
+    """The machine without the GPUs that a device map leaves out. Of a device that is not known, the room is not."""
+    if device_map in AUTOMATIC or not isinstance(device_map, str):
+        return machine
+    name = "cuda:0" if device_map == "cuda" else device_map
+    unknown = Device(name, 2**62, inf, inf)
+    named = next((gpu for gpu in machine.gpus if gpu.name == name), unknown)
+    return replace(machine, gpus=() if device_map == "cpu" else (named,))
+
+
+def _packs(machine: Machine, options: LoadOptions) -> bool:
+    """Whether the CPU computes all, so that its kernels can hold the weights."""
+    return not machine.gpus and isinstance(options.device_map, str)
+
+
+def _plan(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions, quantize: str) -> LoadPlan:
+    """The plan for one form of the weights, with what the user should know."""
+    plan = lay_out(_in_form(config, stored, machine, options, quantize), stored, options)
+    told = list(plan.notices)
+    if stored.scheme == plan.scheme == "none" and stored.float_type is None and options.dtype == "auto":
+        told.append(f"the files hold {stored.dtype} weights, which become {plan.format}; --dtype chooses another")
+    if plan.streamed and options.offload == "auto":
+        told.append(f"the experts do not fit into memory and are read when they are needed; {_kept(plan)}")
+    return replace(plan, notices=tuple(told))
+
+
+def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions, quantize: str) -> LoadPlan:
+    """A plan in which nothing has its place yet: dtypes, scheme, kernel, and the sizes that follow from them."""
+    scheme = quantize if quantize != "none" else stored.scheme
+    packs = _packs(machine, options)
+    has_groups = scheme in SCHEMES and SCHEMES[scheme].groups
+    group = stored.group if scheme == stored.scheme and has_groups else None
+    dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
+    form = dtype if scheme == "none" else scheme
+    wanted = packs and options.ranks == 1 and (options.pack or scheme != "none")
+    kernel = machine.kernel(form, group, stored.scheme) if wanted else None
+    if scheme != "none" and not packs:
+        machine, kernel = _on_one_card(machine, options, scheme, group)
+    activations = kernel.dtype if kernel else dtype
+    kv_dtype = dtype if scheme == "none" else activations
+    kept_dtype = stored.float_type if kernel and packs else None  # the embedding's, of which rows are read
+    embedding: float = FLOAT_BYTES[kept_dtype or dtype]
+    if scheme == GGUF and stored.blocks is not None:
+        layout, embedding = stored.blocks, stored.blocks.rest
+    else:
+        layout = format_of(scheme, group) if scheme != "none" else Format.floats(dtype)
+    parts = sizes(config, layout, FLOAT_BYTES[activations], FLOAT_BYTES[kv_dtype], embedding)
+    ranks = options.ranks
+    as_stored = stored.holds(scheme) and stored.keeps(dtype)
+    return LoadPlan(
+        machine,
+        replace(parts, dense=parts.dense // ranks, expert=parts.expert // ranks, kv=parts.kv // ranks),
+        layout.name,
+        activations,
+        kv_dtype,
+        scheme,
+        kernel,
+        converts=scheme not in ("none", stored.scheme),
+        as_stored=as_stored,
+        mapped=as_stored and not machine.gpus and (not kernel or kernel.streams == "stored"),
+        context=min(options.context or CONTEXT, config.max_seq_len),
+    )
+
+
+def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
+    """The machine with the GPU that holds and computes weights in few bits, and its kernels."""
+    apart = not isinstance(options.device_map, str) or options.offload in ("cpu", "disk") or options.ranks > 1
+    if apart or scheme not in SCHEMES:
+        raise ModelError(f"{scheme} weights compute on one GPU that holds all of them, or on the CPU", ON_THE_CPU)
+    card = max(machine.gpus, key=lambda gpu: gpu.memory)
+    kernel = machine.card(scheme, group, card.name)
+    if kernel is None:
+        wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
+        raise ModelError(f"{card.name} has no kernels for {scheme} weights: they need {wanted}", ON_THE_CPU)
+    return replace(machine, gpus=(card,)), kernel
+
+
+def _keeps_blocks(stored: Stored, machine: Machine, options: LoadOptions) -> bool:
+    """Whether a GGUF file's blocks are computed in: who names a type, or another form, asks for its numbers."""
+    free = options.quantize in ("auto", "none") and options.dtype == "auto" and options.pack and options.ranks == 1
+    return free and _packs(machine, options) and machine.kernel(GGUF, None, GGUF) is not None
+
+
+def _stored_bytes(config: DbrxConfig, stored: Stored) -> int:
+    """Bytes of an expert in its files, where they are not here to be asked."""
+    form = format_of(stored.scheme, stored.group) if stored.scheme != "none" else Format.floats("bfloat16")
+    return sizes(config, form).expert
+
+
+def _kept(plan: LoadPlan) -> str:
+    """How many of the streamed experts are held, in words."""
+    n, experts = plan.sizes.n_layers, plan.sizes.n_experts
+    return f"{plan.kept} of {n * experts} are kept at a time, {plan.kept / n:.3g} of {experts} a layer"
