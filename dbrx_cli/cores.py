@@ -19,7 +19,7 @@ LOADAVG, STATM = Path("/proc/loadavg"), Path("/proc/self/statm")
 TORCH, WORK, THREAD = 650_000_000, 300_000_000, 16_000_000
 
 
-def settle_waiting() -> None:
+def configure_openmp() -> None:
     """Let OpenMP's threads spin shortly before they sleep, on a machine that has nothing else to do.
 
     To wake a sleeping thread takes 50 to 100 microseconds, and a token of a small model has a hundred kernels: two

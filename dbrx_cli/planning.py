@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
-from dbrx_cli.cores import settle_waiting
+from dbrx_cli.cores import configure_openmp
 from dbrx_cli.options import DEMOS, ModelOptions, require_context
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
@@ -46,7 +46,7 @@ class Question:
         `ModelError` and `InputError` for what loading would refuse with the same options.
         """
         if not devices:
-            settle_waiting()  # torch measures, and must wait as it would when it runs the model
+            configure_openmp()  # torch measures, and must wait as it would when it runs the model
         if options.device_map not in (*AUTOMATIC, "cpu"):
             raise InputError(
                 f"--device-map {options.device_map} is a map that is given, and `plan` finds one",

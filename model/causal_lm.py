@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .generation_config import GenerationConfig
     from .load_plan import LoadPlan
     from .model_files import ModelFiles
-    from .packing import Packing
+    from .packing import KernelChoice
     from .streaming import ExpertStore
 
 
@@ -41,7 +41,7 @@ class DbrxForCausalLM(nn.Module):
         self.adapter = "none"  # else the checksum of the LoRA adapter in the weights
         self.expert_store: ExpertStore | None = None  # where streamed experts come from
         self.load_plan: LoadPlan | None = None  # what was decided when it was loaded
-        self.packing: Packing | None = None  # kernels that the weights were packed for
+        self.packing: KernelChoice | None = None  # kernels that the weights were packed for
         self.prefill_chunk = PREFILL_CHUNK  # tokens a step of prefill
 
     @property

@@ -23,15 +23,15 @@ class DbrxRouter(nn.Module):
         self.layer = nn.Linear(d_model, config.moe_num_experts, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n, d_model] -> probabilities [n, experts], weights [n, top_k], expert_ids [n, top_k].
+        """x [n, d_model] -> probabilities [n, experts], router_weights [n, top_k], expert_ids [n, top_k].
 
-        Softmax and norm are in float32, as Databricks defines them; probabilities and weights in the dtype of x.
+        Softmax and norm are in float32, as Databricks defines them; what is returned is in the dtype of x.
         """
         probabilities = self.layer(x).softmax(dim=-1, dtype=torch.float32)
-        weights, expert_ids = probabilities.topk(self.top_k, dim=-1)
+        router_weights, expert_ids = probabilities.topk(self.top_k, dim=-1)
         if self.norm is not None:
-            weights = weights / weights.norm(p=self.norm, dim=-1, keepdim=True)
-        return probabilities.to(x.dtype), weights.to(x.dtype), expert_ids
+            router_weights = router_weights / router_weights.norm(p=self.norm, dim=-1, keepdim=True)
+        return probabilities.to(x.dtype), router_weights.to(x.dtype), expert_ids
 
 
 class DbrxFFN(nn.Module):

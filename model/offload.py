@@ -12,7 +12,7 @@ from .kernels import streamed_experts_of
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
     from .load_plan import LoadPlan
-    from .packing import Packing
+    from .packing import KernelChoice
     from .weights import Weights
 
 
@@ -22,7 +22,7 @@ def strip_experts(network: DbrxForCausalLM) -> None:
         block.get_submodule("ffn").experts = torch.nn.Identity()
 
 
-def stream_experts(network: DbrxForCausalLM, weights: Weights, plan: LoadPlan, packing: Packing | None) -> None:
+def stream_experts(network: DbrxForCausalLM, weights: Weights, plan: LoadPlan, packing: KernelChoice | None) -> None:
     """Give a network whose other weights are read the experts of `weights`, as many in memory as the plan says.
 
     They are packed if they are quantized on their way. Else they compute as they were read, where a kernel can.

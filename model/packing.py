@@ -38,7 +38,7 @@ SMALL, LARGE = 2**16, 2**25  # bytes that are mapped by themselves; the larger i
 KEPT = 2**27  # bytes that may stay free at the end of the heap
 
 
-class Packing(NamedTuple):
+class KernelChoice(NamedTuple):
     """The kernels of a network: one for the experts, one for attention and head."""
 
     quantize: str  # none, `GGUF`, or a key of `SCHEMES`
@@ -59,7 +59,7 @@ class Packing(NamedTuple):
         return " + ".join(names)
 
 
-def packing_of(plan: LoadPlan, weights: Weights) -> Packing | None:
+def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
     """The kernels that a plan packs weights for; None where they are computed with as tensors."""
     if plan.kernel is None:
         return None
@@ -77,7 +77,7 @@ def packing_of(plan: LoadPlan, weights: Weights) -> Packing | None:
         experts = choose(plan.scheme, weights.group if kept else None, device)
     assert experts is not None and dense is not None  # the plan asked the same
     kv_dtype = getattr(torch, plan.kv_dtype)
-    return Packing(
+    return KernelChoice(
         plan.scheme,
         experts_of(experts, activation),
         dense,
@@ -93,7 +93,11 @@ def strip_dense(network: DbrxForCausalLM) -> None:
 
 
 def pack_into(
-    network: DbrxForCausalLM, weights: Weights, packing: Packing, advance: Callable[[int], None], experts: bool = True
+    network: DbrxForCausalLM,
+    weights: Weights,
+    packing: KernelChoice,
+    advance: Callable[[int], None],
+    experts: bool = True,
 ) -> None:
     """Give a network the packed matrices of attention and head, and of the experts if they are to lie in memory.
 

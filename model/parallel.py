@@ -48,13 +48,13 @@ class Ranks:
     size: int
     local_rank: int
 
-    def tell(self, message: Any = None) -> Any:
+    def broadcast(self, message: Any = None) -> Any:
         """Rank 0's message, on every rank."""
         box = [message]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def add_up(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over all ranks, the same to the bit on each."""
         total = x.float()  # the sum of halves would be rounded once a rank
         distributed.all_reduce(total)
@@ -69,7 +69,7 @@ class Ranks:
             if count % self.size:
                 raise InputError(f"{what} of the model ({count}) do not divide by {self.size} ranks", FEWER)
 
-    def part(self, whole: int) -> slice:
+    def shard(self, whole: int) -> slice:
         """This rank's share of so many things."""
         share = whole // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
@@ -89,21 +89,21 @@ class Ranks:
                 raise ValueError("a network that is split over ranks needs a KVCache")
             last_only = given.get("last_only", False)
             rows = [id(row) for row in cache.rows]
-            self.tell(Step(given["input_ids"], given.get("attention_mask"), rows, cache.lengths, last_only))
+            self.broadcast(Step(given["input_ids"], given.get("attention_mask"), rows, cache.lengths, last_only))
 
         network.transformer.register_forward_pre_hook(announce, with_kwargs=True)
 
     def part_ways(self) -> None:
         """The end: rank 0 has no more to tell."""
         if self.rank == 0:
-            self.tell(None)
+            self.broadcast(None)
         distributed.barrier()  # who leaves early takes the connections from those who still listen
         distributed.destroy_process_group()
 
     def follow(self, network: DbrxForCausalLM) -> None:
         """Compute what the leader computes, until it says None."""
         held: dict[int, KVRow] = {}
-        while (step := self.tell()) is not None:
+        while (step := self.broadcast()) is not None:
             held = {number: held.get(number) or KVRow(network.config.n_layers) for number in step.rows}
             rows = [held[number] for number in step.rows]
             for row, length in zip(rows, step.lengths, strict=True):
@@ -141,12 +141,14 @@ class ShardedWeights(WrappedWeights):
         if name.endswith("attn.Wqkv.weight"):
             counts = [self.config.n_heads, *2 * [self.config.attn_config.kv_n_heads]]
             heads = tensor.view(-1, self.config.head_dim, tensor.shape[1])
-            tensor = torch.cat([part[self._ranks.part(len(part))].flatten(0, 1) for part in torch.split(heads, counts)])
+            tensor = torch.cat(
+                [part[self._ranks.shard(len(part))].flatten(0, 1) for part in torch.split(heads, counts)]
+            )
         elif name.endswith("attn.out_proj.weight"):
-            tensor = tensor[:, self._ranks.part(tensor.shape[1])].contiguous()
+            tensor = tensor[:, self._ranks.shard(tensor.shape[1])].contiguous()
         elif ".ffn.experts.mlp." in name:
             stacked = tensor.view(self.config.ffn_config.moe_num_experts, -1, tensor.shape[1])
-            tensor = stacked[:, self._ranks.part(stacked.shape[1])].flatten(0, 1)
+            tensor = stacked[:, self._ranks.shard(stacked.shape[1])].flatten(0, 1)
         elif owned:
             tensor = tensor.clone()
         return tensor.to(device=device, dtype=dtype or tensor.dtype)
@@ -157,12 +159,12 @@ class ShardedWeights(WrappedWeights):
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         whole = self._whole.expert(layer, expert, data)
-        return FloatExpert(*(matrix[self._ranks.part(len(matrix))] for matrix in whole))
+        return FloatExpert(*(matrix[self._ranks.shard(len(matrix))] for matrix in whole))
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
         stored = self._whole.quantized_expert(layer, expert, data)
         w1, v1, w2 = cast("QuantizedExpert", stored)  # blocks are not split over ranks
-        hidden = self._ranks.part(len(w1.values))
+        hidden = self._ranks.shard(len(w1.values))
         return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self._ranks))
 
 
@@ -179,7 +181,7 @@ def _inputs(matrix: QuantizedMatrix, ranks: Ranks) -> QuantizedMatrix:
             return part
         if part.shape[1] % ranks.size:
             raise InputError(f"the groups of w2 ({part.shape[1]}) do not divide by {ranks.size} ranks", FEWER)
-        return part[:, ranks.part(part.shape[1])].contiguous()
+        return part[:, ranks.shard(part.shape[1])].contiguous()
 
     zero = None if matrix.zero is None else columns(matrix.zero)
     return QuantizedMatrix(columns(matrix.values), columns(matrix.scale), zero)
@@ -191,7 +193,7 @@ def localize(network: DbrxForCausalLM, ranks: Ranks) -> None:
     ranks.check(config)
 
     def summed(_: nn.Module, __: Any, out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        return ranks.add_up(out[0]), out[1]
+        return ranks.all_reduce(out[0]), out[1]
 
     for block in network.transformer.blocks:
         assert isinstance(block, DbrxBlock)

@@ -1,6 +1,6 @@
 """Continuous batching: each step gives every row of a batch its next ids; rows join and leave while the others go on.
 
-A lone conversation is a batch of one.
+A single conversation is a batch of one.
 """
 
 from __future__ import annotations

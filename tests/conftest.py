@@ -140,14 +140,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server for --url, and a client that has little patience with it."""
-    from dbrx_cli.engine import wire
+    from dbrx_cli.engine import http_client
     from model.hub import patience
 
     for module, name, seconds in (
-        (wire, "FIRST_SECONDS", 1.0),
-        (wire, "IDLE_SECONDS", 0.4),
-        (wire, "CONNECT_SECONDS", 1.0),
-        (wire, "LIST_SECONDS", 1.0),
+        (http_client, "FIRST_SECONDS", 1.0),
+        (http_client, "IDLE_SECONDS", 0.4),
+        (http_client, "CONNECT_SECONDS", 1.0),
+        (http_client, "LIST_SECONDS", 1.0),
         (patience, "STALL_SECONDS", 0.5),
         (patience, "FIRST_PAUSE", 0.02),
     ):

@@ -91,10 +91,10 @@ def test_threads_spin_only_on_an_idle_machine(
     monkeypatch.setenv("DBRX_NATIVE", "none")
     (tmp_path / "loadavg").write_text(f"9.00 9.00 9.00 {running}/900 12345\n")
     monkeypatch.setattr(cores, "LOADAVG", tmp_path / "loadavg")
-    cores.settle_waiting()
+    cores.configure_openmp()
     assert os.environ["GOMP_SPINCOUNT"] == spins
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    cores.settle_waiting()
+    cores.configure_openmp()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
@@ -104,7 +104,7 @@ def test_threads_spin_though_another_program_is_just_ending(monkeypatch: pytest.
     monkeypatch.setenv("DBRX_NATIVE", "none")
     seen = [float(os.cpu_count() or 1), 0.0]
     monkeypatch.setattr(cores, "others_running", lambda: seen.pop(0))
-    cores.settle_waiting()
+    cores.configure_openmp()
     assert os.environ["GOMP_SPINCOUNT"] == str(cores.SPINS) and not seen
 
 
@@ -113,7 +113,7 @@ def test_threads_of_openmp_leave_the_cores_to_native_ones(monkeypatch: pytest.Mo
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cores, "others_running", lambda: 0.0)
-    cores.settle_waiting()
+    cores.configure_openmp()
     assert os.environ["GOMP_SPINCOUNT"] == "0"
 
 

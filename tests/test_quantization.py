@@ -498,7 +498,7 @@ def test_gradients_reach_upcast_experts(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("build", KERNELS)
 def test_each_is_a_row_and_a_matrix_at_a_time(build: Callable[[], LinearKernel]) -> None:
-    """A lone row times three matrices, and three rows times one each; none depends on those beside it."""
+    """A single row times three matrices, and three rows times one each; none depends on those beside it."""
     if not works(build):
         pytest.skip("not on this CPU")
     torch.manual_seed(7)

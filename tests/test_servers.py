@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from dbrx_cli.engine import Constraint, Delta, Done, Request, wire
+from dbrx_cli.engine import Constraint, Delta, Done, Request, http_client
 from dbrx_cli.engine.at_once import at_once as answers
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
@@ -102,9 +102,9 @@ def test_a_pause_that_is_too_long_is_told_at_once(server: Server, cli: Cli) -> N
 
 def test_a_head_that_drips_ends_soon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though silence before it may last: a long prompt takes minutes to be read."""
-    monkeypatch.setattr(wire, "FIRST_SECONDS", 60.0)
-    monkeypatch.setattr(wire, "HEAD_SECONDS", 0.3)
-    assert wire.HEAD_SECONDS + wire.POLL_SECONDS < 30
+    monkeypatch.setattr(http_client, "FIRST_SECONDS", 60.0)
+    monkeypatch.setattr(http_client, "HEAD_SECONDS", 0.3)
+    assert http_client.HEAD_SECONDS + http_client.POLL_SECONDS < 30
 
     def drip(handler: Handler) -> None:
         handler.wfile.write(b"HTTP/1.1 200 OK\r\nx-long: ")
@@ -399,7 +399,7 @@ def test_patience_lasts_until_the_first_text(server: Server) -> None:
     def slow(handler: Handler) -> None:
         handler.begin()
         handler.event(choice("", role="assistant"))
-        time.sleep(1.6 * wire.IDLE_SECONDS)  # it reads the prompt
+        time.sleep(1.6 * http_client.IDLE_SECONDS)  # it reads the prompt
         handler.piece("x", "stop")
         handler.end()
 
@@ -411,8 +411,8 @@ def test_patience_lasts_until_the_first_text(server: Server) -> None:
 def test_signs_of_life_without_text_do_not_last_for_ever(
     server: Server, monkeypatch: pytest.MonkeyPatch, line: bytes
 ) -> None:
-    monkeypatch.setattr(wire, "FIRST_SECONDS", 0.2)
-    monkeypatch.setattr(wire, "SIGNS", 2)
+    monkeypatch.setattr(http_client, "FIRST_SECONDS", 0.2)
+    monkeypatch.setattr(http_client, "SIGNS", 2)
 
     def reply(handler: Handler) -> None:
         handler.begin()

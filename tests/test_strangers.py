@@ -152,7 +152,7 @@ def odd(chance: random.Random) -> Send:
 @soak(10, 200)
 def test_odd_answers_of_a_server(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     chance = random.Random(SEED)
-    monkeypatch.setattr("dbrx_cli.engine.wire.HEAD_SECONDS", 0.5)
+    monkeypatch.setattr("dbrx_cli.engine.http_client.HEAD_SECONDS", 0.5)
     for number in range(count):
         server.models = altered(chance, MODELS) if chance.random() < 0.5 else MODELS
         server.reply = odd(chance)

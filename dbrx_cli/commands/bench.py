@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbrx_cli.cores import settle_waiting
+from dbrx_cli.cores import configure_openmp
 from dbrx_cli.files import read_file
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
@@ -55,7 +55,7 @@ def bench(
     options = replace(options, model=name or options.model)
     lengths = sorted(set(prompt_tokens or [PROMPT_TOKENS]))
     report = Report(output)
-    settle_waiting()
+    configure_openmp()
     from dbrx_cli import bench as measuring
     from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model, load_network

@@ -70,13 +70,13 @@ def chat(
     dbrx chat -m demo < script.txt
     """
     from dbrx_cli.conversation import Conversation
-    from dbrx_cli.repl.keeping import take_up
+    from dbrx_cli.repl.conversation_commands import put
     from dbrx_cli.repl.loop import Repl
     from dbrx_cli.repl.notices import ChatReport
+    from dbrx_cli.repl.phrases import quote
+    from dbrx_cli.repl.session_commands import take_up
     from dbrx_cli.repl.signals import Signals
-    from dbrx_cli.repl.talking import put
     from dbrx_cli.repl.typeahead import Typeahead
-    from dbrx_cli.repl.words import quote
     from dbrx_cli.store import Recorder
 
     texts = {name: _attached(name) for name in files or ()}
@@ -124,7 +124,7 @@ def chat(
 
 
 def _attached(name: str) -> str:
-    from dbrx_cli.repl.talking import attach
+    from dbrx_cli.repl.conversation_commands import attach
 
     try:
         return attach(name)

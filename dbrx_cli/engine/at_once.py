@@ -8,8 +8,8 @@ from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 
 from dbrx_cli.engine import Done, Request
+from dbrx_cli.engine.http_client import Forbidden, OneReply
 from dbrx_cli.engine.remote import RemoteEngine
-from dbrx_cli.engine.wire import Forbidden, OneReply
 from model.errors import AccessError, ConnectionFault, DbrxError, ModelError, ResourceError
 
 PATIENCE = 90.0  # s: a bound of requests a minute is waited for

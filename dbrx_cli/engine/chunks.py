@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dbrx_cli.engine import UNLIKELY, FinishReason, Likelihood, TokenLogprob
-from dbrx_cli.engine.wire import TRY_AGAIN, OneReply, Server, words_of
+from dbrx_cli.engine.http_client import TRY_AGAIN, OneReply, Server, words_of
 from model.json_text import parse
 
 REASONS: dict[str, FinishReason] = {

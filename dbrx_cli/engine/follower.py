@@ -44,7 +44,7 @@ def follow() -> None:
     ranks = parallel.join()
     assert ranks is not None
     report = Report(OutputOptions(quiet=True))
-    options = ranks.tell()
+    options = ranks.broadcast()
     ranks.follow(load_network(find_model(options, report), options, report, ranks))
     ranks.part_ways()
 
@@ -66,7 +66,7 @@ def lead(options: ModelOptions) -> Ranks | None:
 
     ranks = parallel.join()
     assert ranks is not None
-    ranks.tell(options)
+    ranks.broadcast(options)
     _led.append(ranks)
     return ranks
 

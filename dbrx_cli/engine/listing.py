@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 from dbrx_cli.engine.chunks import whole
-from dbrx_cli.engine.wire import LARGEST_COUNT, Forbidden, NoPath, OneReply, Passing, Refused, Server, persist
+from dbrx_cli.engine.http_client import LARGEST_COUNT, Forbidden, NoPath, OneReply, Passing, Refused, Server, persist
 from model.errors import DbrxError
 from model.hub.patience import FEW_TRIES
 

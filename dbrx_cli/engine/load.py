@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbrx_cli.cores import require_addresses, settle_waiting
+from dbrx_cli.cores import configure_openmp, require_addresses
 from dbrx_cli.engine.damage import damage_named
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
 from dbrx_cli.report import Report
@@ -43,7 +43,7 @@ def load_network(
     source: Path | ModelFiles, options: ModelOptions, report: Report, ranks: Ranks | None = None
 ) -> DbrxForCausalLM:
     """Read the weights with a progress bar; with `ranks`, this rank's slices."""
-    settle_waiting()
+    configure_openmp()
     if options.compile:
         report.notice("--compile has no effect any more: decoding goes through kernels that are built in")
     import torch

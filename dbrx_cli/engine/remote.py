@@ -13,8 +13,8 @@ from typing import Any
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
+from dbrx_cli.engine.http_client import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server, persist
 from dbrx_cli.engine.listing import Listing, context_of
-from dbrx_cli.engine.wire import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server, persist
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
 from model.errors import ContextError, DbrxError, InputError, ModelError

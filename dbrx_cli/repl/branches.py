@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl.words import count, quote_message
+from dbrx_cli.repl.phrases import count, quote_message
 from model.errors import InputError
 from model.messages import Message
 

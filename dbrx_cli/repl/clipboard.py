@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from dbrx_cli.output import moves_cursor
-from dbrx_cli.repl.words import count
+from dbrx_cli.repl.phrases import count
 from model.errors import InputError
 
 # What must be set for a program to reach a clipboard, and how it is called.

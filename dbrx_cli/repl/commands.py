@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl import branches, figures, keeping, settings, talking
-from dbrx_cli.repl.words import quote
+from dbrx_cli.repl import branches, settings
+from dbrx_cli.repl import conversation_commands as conversation
+from dbrx_cli.repl import session_commands as session
+from dbrx_cli.repl import stats_commands as stats
+from dbrx_cli.repl.phrases import quote
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,31 +84,35 @@ def _leave(repl: Repl, argument: str) -> None:
 
 COMMANDS = {
     "/help": Command(_help, "/help, /?", "this list"),
-    "/regen": Command(talking.regenerate, "/regen", "another reply to your last message"),
-    "/continue": Command(talking.go_on, "/continue", "go on with the last reply"),
+    "/regen": Command(conversation.regenerate, "/regen", "another reply to your last message"),
+    "/continue": Command(conversation.go_on, "/continue", "go on with the last reply"),
     "/edit": Command(
-        talking.edit,
+        conversation.edit,
         "/edit [N]",
         "change your last message, or your Nth, in $EDITOR; the old one stays a branch",
     ),
     "/branches": Command(branches.branches, "/branches [N]", "list the branches, or go to one"),
-    "/undo": Command(talking.undo, "/undo", "take back your last message and its reply, or the last /read"),
-    "/clear": Command(talking.clear, "/clear", "start a new conversation"),
-    "/system": Command(talking.system, "/system [TEXT]", "show or set the system message; `default`: the checkpoint's"),
+    "/undo": Command(conversation.undo, "/undo", "take back your last message and its reply, or the last /read"),
+    "/clear": Command(conversation.clear, "/clear", "start a new conversation"),
+    "/system": Command(
+        conversation.system, "/system [TEXT]", "show or set the system message; `default`: the checkpoint's"
+    ),
     "/read": Command(
-        talking.read, "/read [FILE]", "put a text file before your next message; `-`: drop those that wait"
+        conversation.read,
+        "/read [FILE]",
+        "put a text file before your next message; `-`: drop those that wait",
     ),
     "/set": Command(settings.assign, "/set NAME VALUE", "change a setting; /set lists them"),
     "/show": Command(settings.show, "/show", "the model and the settings"),
     "/multiline": Command(settings.multiline, "/multiline", "Enter makes a new line, Alt-Enter sends; again: back"),
-    "/copy": Command(keeping.copy, "/copy [code]", "copy the last reply, or its last block of code"),
-    "/save": Command(keeping.save, "/save [NAME]", "save the session, under a name"),
-    "/load": Command(keeping.load, "/load NAME", "take up a session by its name or number"),
-    "/sessions": Command(keeping.sessions, "/sessions", "list the sessions"),
-    "/export": Command(keeping.export, "/export FILE", "write the conversation as Markdown (.md) or JSON (.json)"),
-    "/tokens": Command(figures.tokens, "/tokens", "how much of the context is used"),
-    "/stats": Command(figures.stats, "/stats", "speed and tokens of the replies"),
-    "/trace": Command(figures.trace, "/trace", "which experts the last reply was made by"),
+    "/copy": Command(session.copy, "/copy [code]", "copy the last reply, or its last block of code"),
+    "/save": Command(session.save, "/save [NAME]", "save the session, under a name"),
+    "/load": Command(session.load, "/load NAME", "take up a session by its name or number"),
+    "/sessions": Command(session.sessions, "/sessions", "list the sessions"),
+    "/export": Command(session.export, "/export FILE", "write the conversation as Markdown (.md) or JSON (.json)"),
+    "/tokens": Command(stats.tokens, "/tokens", "how much of the context is used"),
+    "/stats": Command(stats.stats, "/stats", "speed and tokens of the replies"),
+    "/trace": Command(stats.trace, "/trace", "which experts the last reply was made by"),
     "/exit": Command(_leave, "/exit, /quit, /bye", "leave"),
 }
 COMMANDS |= {"/?": COMMANDS["/help"], "/quit": COMMANDS["/exit"], "/bye": COMMANDS["/exit"]}

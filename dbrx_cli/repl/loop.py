@@ -21,9 +21,9 @@ from dbrx_cli.render.plain import PlainRenderer
 from dbrx_cli.repl.coming import Coming
 from dbrx_cli.repl.commands import run_command
 from dbrx_cli.repl.lines import Line
+from dbrx_cli.repl.phrases import count, duration, quote_message
 from dbrx_cli.repl.signals import Signals
 from dbrx_cli.repl.typeahead import Typeahead, edits_lines
-from dbrx_cli.repl.words import count, duration, quote_message
 from dbrx_cli.report import Report
 from dbrx_cli.session_cache import keep_cache
 from dbrx_cli.store import Recorder

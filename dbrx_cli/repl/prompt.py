@@ -32,8 +32,8 @@ from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.completion import ReplCompleter
 from dbrx_cli.repl.history import PrivateHistory
 from dbrx_cli.repl.lines import BLOCK, Block, Line, typed
+from dbrx_cli.repl.phrases import count, words
 from dbrx_cli.repl.typeahead import PASTE, PASTED
-from dbrx_cli.repl.words import count, words
 from model.errors import DbrxError
 from model.foreign_text import on_one_line
 from model.messages import Message

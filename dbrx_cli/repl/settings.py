@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from dbrx_cli.options import lookup_length
-from dbrx_cli.repl.words import quote, words
+from dbrx_cli.repl.phrases import quote, words
 from model.errors import InputError
 from model.foreign_text import on_one_line
 from model.sampling import SamplingParams

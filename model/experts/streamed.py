@@ -65,7 +65,7 @@ def open_store(
     elif in_place:
         pack = InPlace(weights, dtype, device)
     else:
-        pack = Packing(weights, kernel, dtype, device)
+        pack = PackOnArrival(weights, kernel, dtype, device)
     slots = make_slots(capacity, slot, device) if in_place else make_slots(READING_AHEAD, slot, torch.device("cpu"))
     folder = weights.source if weights.source.is_dir() else weights.source.parent
     source: Source = HostSource(folder, every, device) if host else DiskSource(folder)
@@ -92,7 +92,7 @@ class InPlace:
         return tuple(self._cast)
 
 
-class Packing:
+class PackOnArrival:
     """Makes of the stored bytes what the kernel wants, in memory of its own."""
 
     def __init__(self, weights: Weights, kernel: GluExpertKernel, dtype: torch.dtype, device: torch.device) -> None:

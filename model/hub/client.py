@@ -14,7 +14,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
 from ..json_text import CONFIG, parse
 from .listing import COMMIT, HubFile, ListingFault, check_together
-from .patience import AGAIN, FEW_TRIES, Patience, Transient
+from .patience import AGAIN, FEW_TRIES, RetryPolicy, Transient
 
 ANSWER = CONFIG  # the listing of a real repository has some KB, a page of 1000 files 0.4 MB and 15,000 entries
 MOST_PAGES = 100
@@ -60,7 +60,7 @@ class Hub:
             raise InputError("HF_ENDPOINT is not the address of a server", "it looks like https://huggingface.co")
         return cls(name, endpoint, found)
 
-    def commit(self, revision: str, patience: Patience) -> str:
+    def commit(self, revision: str, patience: RetryPolicy) -> str:
         """The commit that a branch or tag points to."""
         if COMMIT.fullmatch(revision):
             return revision
@@ -73,7 +73,7 @@ class Hub:
             raise self._not_a_hub()
         return commit
 
-    def tree(self, commit: str, patience: Patience) -> list[HubFile]:
+    def tree(self, commit: str, patience: RetryPolicy) -> list[HubFile]:
         """All files of a commit; `ModelError` if the listing makes no sense."""
         try:
             return self._tree(commit, patience)
@@ -82,7 +82,7 @@ class Hub:
                 f"{self.name}: {fault.message}", fault.hint or "run the same command again later"
             ) from None
 
-    def _tree(self, commit: str, patience: Patience) -> list[HubFile]:
+    def _tree(self, commit: str, patience: RetryPolicy) -> list[HubFile]:
         files: list[HubFile] = []
         url: str | None = f"{self._api}/tree/{commit}?recursive=true&expand=false"
         for _ in range(MOST_PAGES):
@@ -104,7 +104,7 @@ class Hub:
         return hf_hub_url(self.name, path, revision=commit, endpoint=self.endpoint)
 
     @contextmanager
-    def get(self, url: str, patience: Patience, start: int = 0) -> Iterator[Any]:
+    def get(self, url: str, patience: RetryPolicy, start: int = 0) -> Iterator[Any]:
         """A streamed answer, from byte `start`; raises `Transient` for what another attempt may cure.
 
         The session's client drops the authorization header when a redirect leaves the origin.
@@ -136,7 +136,7 @@ class Hub:
         """The endpoint as messages name it: without a user and a password."""
         return re.sub(r"(?<=//)[^/]*@", "", self.endpoint)
 
-    def _json(self, url: str, patience: Patience) -> tuple[Any, str | None]:
+    def _json(self, url: str, patience: RetryPolicy) -> tuple[Any, str | None]:
         """A parsed answer and the address of the next page."""
 
         def attempt() -> tuple[Any, str | None]:
@@ -155,7 +155,7 @@ class Hub:
 
         return patience.persist(attempt)
 
-    def _revisions(self, patience: Patience) -> str | None:
+    def _revisions(self, patience: RetryPolicy) -> str | None:
         """A hint that lists the branches and tags, if the Hub tells them."""
         try:
             refs, _ = self._json(f"{self._api}/refs", patience)

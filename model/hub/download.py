@@ -25,7 +25,7 @@ from .layout import (
 )
 from .listing import HubFile
 from .partial import sweep
-from .patience import Patience, run
+from .patience import RetryPolicy, run
 from .plain_folder import CHANGED, DAMAGED, PlainFolder
 from .plan import DEFAULT_REVISION, DownloadPlan, check_disk, check_name, is_offline, place_of, plan_download
 from .progress import Progress, Silent
@@ -121,7 +121,7 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
     begun: list[HubFile] = []
     notices: list[str] = []
 
-    def job(file: HubFile, patience: Patience) -> None:
+    def job(file: HubFile, patience: RetryPolicy) -> None:
         begun.append(file)
         fetch(hub, file, place, patience, on_disk.__setitem__, notices.append)
 
@@ -148,7 +148,7 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
             progress.notice(f"another program removed {missing[0].path} meanwhile: it is fetched again")
         _note_commit(plan, place, first=True)
         # Small files first: a wrong repository or a refused access shows before the shards begin.
-        jobs: list[Callable[[Patience], None]] = [
+        jobs: list[Callable[[RetryPolicy], None]] = [
             partial(job, file) for file in sorted(missing, key=lambda file: file.sha256 is not None)
         ]
         try:

@@ -16,7 +16,7 @@ from .client import Hub, NoSuchFile
 from .layout import Place, make_folder
 from .listing import HubFile
 from .partial import Partial, resumable
-from .patience import AGAIN, Patience, Transient
+from .patience import AGAIN, RetryPolicy, Transient
 
 WHOLE_TRIES = 3  # how often a file whose checksum is wrong is fetched from the start
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -25,7 +25,7 @@ Report = Callable[[str, int], None]  # path, bytes on disk
 
 
 def fetch(
-    hub: Hub, file: HubFile, place: Place, patience: Patience, report: Report, notice: Callable[[str], None]
+    hub: Hub, file: HubFile, place: Place, patience: RetryPolicy, report: Report, notice: Callable[[str], None]
 ) -> None:
     """Bring one file into its place, whole and checked, or raise.
 
@@ -65,7 +65,7 @@ def disk_fault(error: OSError, file: HubFile, place: Place) -> DbrxError:
     return DbrxError(f"{place.root}: {file.path} cannot be written: {error.strerror or type(error).__name__}")
 
 
-def _fill(partial: Partial, hub: Hub, url: str, patience: Patience, report: Report) -> None:
+def _fill(partial: Partial, hub: Hub, url: str, patience: RetryPolicy, report: Report) -> None:
     """Complete a partial file; a wrong checksum starts it again, a few times."""
     for _ in range(WHOLE_TRIES):
         while partial.size < partial.file.size:
@@ -84,7 +84,7 @@ def _fill(partial: Partial, hub: Hub, url: str, patience: Patience, report: Repo
     )
 
 
-def _receive(partial: Partial, hub: Hub, url: str, patience: Patience, report: Report) -> None:
+def _receive(partial: Partial, hub: Hub, url: str, patience: RetryPolicy, report: Report) -> None:
     """One request for what is missing."""
     file = partial.file
     with hub.get(url, patience, partial.size) as response:
@@ -118,7 +118,7 @@ def _odd_answer(file: HubFile, what: str) -> Transient:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, patience: Patience, waiting: Callable[[], None]) -> Iterator[None]:
+def _locked(path: Path, patience: RetryPolicy, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold a lock as all Hub clients do; while another process has it, wait for as long as it takes."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 

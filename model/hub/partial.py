@@ -14,7 +14,7 @@ from typing import Any
 
 from .layout import PIECE, Place, hasher, make_folder
 from .listing import HubFile
-from .patience import STALL_SECONDS, Patience
+from .patience import STALL_SECONDS, RetryPolicy
 
 NAME = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.[^.]+-[^.]+\.incomplete")
 ABANDONED_SECONDS = 14 * 24 * 3600.0  # a partial file that nothing was written to for so long is waste
@@ -30,7 +30,7 @@ class Partial:
     """
 
     def __init__(
-        self, place: Place, file: HubFile, patience: Patience, notice: Callable[[str], None], *, alone: bool
+        self, place: Place, file: HubFile, patience: RetryPolicy, notice: Callable[[str], None], *, alone: bool
     ) -> None:
         self.file = file
         self.size = 0

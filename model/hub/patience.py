@@ -45,7 +45,7 @@ class Stopped(Exception):
     """Another worker failed, or the user pressed Ctrl-C."""
 
 
-class Patience:
+class RetryPolicy:
     """The clock of one piece of work; it starts again whenever enough bytes beyond the furthest point arrived."""
 
     def __init__(
@@ -110,23 +110,25 @@ class Patience:
                 self.pause(transient)
 
 
-def run(jobs: Sequence[Callable[[Patience], None]], workers: int = 1, tick: Callable[[], None] = lambda: None) -> None:
+def run(
+    jobs: Sequence[Callable[[RetryPolicy], None]], workers: int = 1, tick: Callable[[], None] = lambda: None
+) -> None:
     """Do all jobs in `workers` threads; `tick` is called from the calling thread meanwhile.
 
     The first fault stops the others and is raised. The threads are daemons that the caller watches: Ctrl-C ends the
     wait at once even if a worker hangs in a system call, and so does a worker that is long out of patience.
     """
     stop, finished = threading.Event(), threading.Semaphore(0)
-    waiting: queue.SimpleQueue[Callable[[Patience], None]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Callable[[RetryPolicy], None]] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    busy: dict[int, Patience] = {}
+    busy: dict[int, RetryPolicy] = {}
     faults: list[BaseException] = []
 
     def work() -> None:
         try:
             while not stop.is_set():
-                patience = busy[threading.get_ident()] = Patience(stop)
+                patience = busy[threading.get_ident()] = RetryPolicy(stop)
                 waiting.get_nowait()(patience)
         except (queue.Empty, Stopped):
             pass

@@ -14,7 +14,7 @@ from .client import Hub
 from .layout import CacheSnapshot, Place, matching, missing_files
 from .listing import HubFile, is_safe
 from .partial import resumable
-from .patience import Patience, run
+from .patience import RetryPolicy, run
 from .plain_folder import PlainFolder
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def readable(n_bytes: int) -> str:
     return f"{size:.1f} GB"
 
 
-def _ask(question: Callable[[Patience], T]) -> T:
+def _ask(question: Callable[[RetryPolicy], T]) -> T:
     """The answer to one question to the Hub, found in a worker thread."""
     answers: list[T] = []
     run([lambda patience: answers.append(question(patience))])

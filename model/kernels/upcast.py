@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FEW = 8  # rows that PyTorch's own product of bfloat16 weights row by row takes as long for as to upcast them
+UPCAST_ROWS = 8  # rows that PyTorch's own product of bfloat16 weights row by row takes as long for as to upcast them
 PIECE = 2**20  # weights that are upcast at once: they stay in the processor's cache
 
 
@@ -30,7 +30,7 @@ def multiplies_bfloat16() -> bool:
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
     """x [n, inputs], weights [outputs, inputs] of any type, one below the other -> [n, outputs] in the dtype of x."""
     wide = torch.float32 if upcasts(x.dtype, x.device) else x.dtype
-    if weights[0].dtype == x.dtype and (wide == x.dtype or len(x) < FEW):
+    if weights[0].dtype == x.dtype and (wide == x.dtype or len(x) < UPCAST_ROWS):
         products = [functional.linear(x, weight) for weight in weights]
         return torch.cat(products, dim=1) if len(products) > 1 else products[0]
     columns, outputs = x.to(wide).t(), max(1, PIECE // x.shape[1])

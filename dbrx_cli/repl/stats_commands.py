@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl.words import count
+from dbrx_cli.repl.phrases import count
 from model.errors import InputError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import httpx2
 from dbrx_cli.addresses import is_loopback
 from dbrx_cli.options import KEY, given_key
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
-from model.hub.patience import FEW_TRIES, Patience, Transient
+from model.hub.patience import FEW_TRIES, RetryPolicy, Transient
 from model.json_text import LISTING, parse
 
 T = TypeVar("T")
@@ -413,7 +413,7 @@ def persist(
         except Passing as fault:
             raise Transient(fault, pause=fault.seconds, tries=tries or fault.tries) from None
 
-    return Patience(stop, seconds, lambda fault: notice(f"{fault.message}: it is asked again")).persist(once)
+    return RetryPolicy(stop, seconds, lambda fault: notice(f"{fault.message}: it is asked again")).persist(once)
 
 
 def words_of(error: Any) -> str:

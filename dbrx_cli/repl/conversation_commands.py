@@ -10,7 +10,7 @@ from dbrx_cli.conversation import Conversation
 from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
 from dbrx_cli.repl.branches import answer_as_branch
-from dbrx_cli.repl.words import count, quote, quote_message, unquoted
+from dbrx_cli.repl.phrases import count, quote, quote_message, unquoted
 from dbrx_cli.stdin import CONVERT
 from model.errors import ContextError, InputError
 from model.messages import Message

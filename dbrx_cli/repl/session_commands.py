@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.private import write_private
-from dbrx_cli.repl.words import count, quote, unquoted
+from dbrx_cli.repl.phrases import count, quote, unquoted
 from dbrx_cli.session_cache import take_cache
 from model.errors import InputError
 
