@@ -37,7 +37,7 @@ ABSENT = (
     ("DbrxForCausalLM", "can_generate", "nothing: it always can"),
     ("DbrxForCausalLM", "get_memory_footprint estimate_tokens floating_point_ops", "`dbrx plan`"),
     ("DbrxForCausalLM", "compute_transition_scores", "`network(ids).logits.log_softmax(-1)`, or `--logprobs`"),
-    ("DbrxForCausalLM", "get_compiled_call", "`from_pretrained(..., compiler=Compiler(folder))`"),
+    ("DbrxForCausalLM", "get_compiled_call", "nothing: its kernels are compiled"),
     ("DbrxForCausalLM", "dequantize", "`dbrx convert FOLDER OUT --to bfloat16`"),
     (
         "DbrxForCausalLM",
