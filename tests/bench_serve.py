@@ -1,14 +1,14 @@
 """Time servers in turn with the same clients: total tokens a second, and how long the first token takes.
 
 python -m tests.bench_serve SPEC.json [ROUNDS] [CLIENTS] [REPLY_TOKENS]
-python -m tests.bench_serve --turns URL [TURNS]
+python -m tests.bench_serve --turns URL [TURNS] [SECONDS]
 
 SPEC.json: {"name": ["command", ...], ...}: each command serves OpenAI's protocol at 127.0.0.1:PORT, which stands for
 `{port}` in its words (`{python}` for this Python). CLIENTS (8) ask for REPLY_TOKENS (128) behind prompts of 32 words
 that no two have in common, greedily, streamed. A name that ends with `:1` is measured with one client.
 
 --turns: a conversation of so many turns (30) at a running server; each turn's first token against that of a fresh
-prompt which has only the new text.
+prompt which has only the new text. SECONDS (0): how long the user thinks before each.
 """
 
 from __future__ import annotations
@@ -113,15 +113,17 @@ def compare(spec: dict[str, list[str]], rounds: int, clients: int, tokens: int) 
         )
 
 
-def turns(url: str, count: int) -> None:
+def turns(url: str, count: int, seconds: float) -> None:
     """Each turn of one conversation, and beside it a fresh prompt of its new text only."""
     talk: list[dict[str, str]] = []
     ratios = []
     with httpx2.Client(base_url=url, timeout=600, trust_env=False) as client:
         for number in range(count):
             talk.append({"role": "user", "content": prompt(number)})
+            time.sleep(seconds)
             first, _, text = ask(client, "chat/completions", {"messages": talk, "max_tokens": 32})
             fresh = [{"role": "user", "content": prompt(10_000 + number)}]
+            time.sleep(seconds)
             alone, _, _ = ask(client, "chat/completions", {"messages": fresh, "max_tokens": 8})
             talk.append({"role": "assistant", "content": text})
             ratios.append(first / alone)
@@ -132,7 +134,7 @@ def turns(url: str, count: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--turns":
-        turns(sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 30)
+        turns(sys.argv[2], int((sys.argv[3:4] or [30])[0]), float((sys.argv[4:5] or [0])[0]))
     else:
         numbers = [int(word) for word in sys.argv[2:]]
         compare(json.loads(Path(sys.argv[1]).read_text()), *(numbers + [3, 8, 128][len(numbers) :]))
