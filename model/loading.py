@@ -108,6 +108,10 @@ def from_pretrained(
         _read(network, plan, weights if ranks is None else ShardedWeights(weights, ranks), progress)
         if not (changes and beside):  # what lies beside a layer, a native step would not see
             decode_natively(network)
+            if plan.layers[0].device.startswith("cuda") and network.packing is not None:
+                from .kernels.cuda_block import decode_on_card
+
+                decode_on_card(network)
     if beside:
         attach(network, changes)
     network.adapter = digest(changes)

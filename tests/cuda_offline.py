@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.backends.nvidia
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from model.kernels.cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
 from model.kernels.cuda_glu import DOWN, down_kernel, gate_up_kernel
 from model.kernels.cuda_linear import gemv_kernel, tile
+from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
 D_MODEL, HIDDEN, TOP_K = 6144, 10752, 4
@@ -117,15 +120,11 @@ def kernels() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
 
 
 def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Compiled]:
-    """Every kernel for one kind of card, or `only` one. Pointers are multiples of 16, as PyTorch's are."""
+    """Every product for one kind of card, or `only` one."""
     for name, form, function, types, constants, warps, programs in kernels():
         if only not in (None, (name, form)):
             continue
-        names = function.arg_names
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"}
-        signature = {n: types.get(n, "constexpr") for n in names}
-        source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        made = _compile(arch, function, types, constants, warps)
         usage, code = _read(made.asm["cubin"])
         weights = constants["N"] * constants["C"] * 128 // constants["BITS"] // (32 * warps)
         loop = _loop(code)
@@ -137,13 +136,55 @@ def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Comp
             programs,
             usage["REG"],
             usage["STACK"] + usage["LOCAL"],
-            usage["SHARED"],
+            usage["SHARED"] + made.metadata.shared,
             wide=sum(op == "LDG.E.128" or op.startswith("LDG.E.128.") for op in loop),
             narrow=sum(op.startswith("LDG") and ".128" not in op for op in loop),
             barriers=sum(op.startswith("BAR") for op in loop),
             instructions=len(loop) / weights,
             clocks=_clocks([op.split(".")[0] for op in loop]) / weights,
         )
+
+
+def others() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
+    """The same, without format and programs, of what lies between the products: attention and head are int8."""
+    f32, outer, inner = "*fp32", D_MODEL // 16, D_MODEL // 32
+    places = {"W": triton.next_power_of_2(D_MODEL), "CHUNKS": outer, "BITS": 8}
+    types = {"x": f32, "weight": "*bf16", "out": f32, "width": "i32", "eps": "fp32"}
+    yield "norm", norm_kernel, types, places, 8
+    types = dict.fromkeys(("x", "y", "residual", "normed", "probabilities", "router_weights"), f32)
+    types |= {"weight": "*bf16", "router": "*bf16", "expert_ids": "*i32", "width": "i32", "n_experts": "i32"}
+    types |= {"eps": "fp32", "order": "fp32"}
+    constants = {"TOP_K": TOP_K, "NORMALIZE": True, "E": 16, "K": TOP_K, "AT_ONCE": AT_ONCE}
+    yield "router", router_kernel, types, {**places, **constants, "CHUNKS": inner, "BITS": 4}, 8
+    row = {**dict.fromkeys(("qkv", "cos", "sin"), f32), "positions": "*i32", "table": "*i64", "clip": "fp32"}
+    row["head_dim"] = "i32"
+    lies = {"HEADS": 48, "KV_HEADS": 8, "D": 128, "BLOCKS": 128, "TOKENS": 256, "KV": tl.bfloat16}
+    yield "append", append_kernel, row, lies, 1
+    types = {**row, **dict.fromkeys(("sums", "tops", "totals"), f32), "scale": "fp32"}
+    yield "attend", attend_kernel, types, {**lies, "GROUP": 16, "SPLITS": SPLITS, "TILE": TILE}, 4
+    types = {**dict.fromkeys(("sums", "tops", "totals", "out"), f32), "head_dim": "i32"}
+    constants = {"HEADS": 48, "D": 128, "SPLITS": SPLITS, "CHUNKS": outer, "BITS": 8}
+    yield "merge", merge_kernel, types, constants, 2
+
+
+def compile_others(arch: int, only: str | None = None) -> Iterator[tuple[str, dict[str, int], int]]:
+    """Name, what it uses, and loads of 128 bits."""
+    for name, function, types, constants, warps in others():
+        if only in (None, name):
+            made = _compile(arch, function, types, constants, warps)
+            usage, code = _read(made.asm["cubin"])
+            usage["SHARED"] += made.metadata.shared
+            yield name, usage, len(re.findall(r"LDG\.E\.128|LDG\.E\.\w+\.128", code))
+
+
+def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Any:
+    names = function.arg_names
+    # Pointers are multiples of 16, as PyTorch's are; numbers that are 128 or 6144 here, too.
+    whole = [n for n, t in types.items() if t[0] == "*" or n in ("head_dim", "width")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
+    signature = {n: types.get(n, "constexpr") for n in names}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], str]:
@@ -188,6 +229,11 @@ def main() -> None:
             cells = f"{card.name} (sm_{arch})", made.kernel, made.form, made.registers, made.wide
             loop = f"{made.in_flight / 1024:.0f}", f"{made.instructions:.1f}", f"{made.fraction:.0%}"
             print("| " + " | ".join(map(str, (*cells, *loop))) + " |", flush=True)
+    print("\n| card | kernel | registers | spilled | shared memory | 128-bit loads |\n|---|---|---|---|---|---|")
+    for arch, card in CARDS.items():
+        for name, usage, wide in compile_others(arch):
+            spilled = usage["STACK"] + usage["LOCAL"]
+            print(f"| {card.name} (sm_{arch}) | {name} | {usage['REG']} | {spilled} | {usage['SHARED']} | {wide} |")
 
 
 if __name__ == "__main__":

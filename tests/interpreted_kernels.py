@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ from model import DbrxForCausalLM, packing
 from model.checkpoint import expected_tensors
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
-from model.kernels import cuda_glu, cuda_linear
+from model.kernels import cuda_block, cuda_glu, cuda_linear
+from model.kernels.cuda_block import CudaBlocks, decode_on_card
 from model.kernels.cuda_glu import CudaGlu
 from model.kernels.cuda_linear import CudaLinear, Tile
+from model.kernels.cuda_norm import router_kernel
+from model.kv_cache import KVCache
 from model.quantization import int4, int8
+from model.transformer import EPS
 from model.weights import FloatExpert, QuantizedMatrix
 from tests.weights import make_checkpoint
 
@@ -40,8 +45,16 @@ if INTERPRETED:
     # One program for all of a small expert: they cost a tenth of a second each.
     cuda_glu.DOWN = Tile(128, 8, 4)
     cuda_glu.tile = cuda_linear.tile = lambda tokens: cuda_glu.DOWN
+    cuda_block.SPLITS = 2
     # Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
     interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
+
+    def patch_tensor(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+        """Triton 3.6 makes an int of an array of one number, which numpy 2.4 refuses."""
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def quantized(kernel: CudaLinear, floats: Tensor) -> tuple[QuantizedMatrix | None, Tensor]:
@@ -190,6 +203,42 @@ def test_random_shapes() -> None:
         experts.check(torch.randn(tokens, d_model), choices(tokens, count, top_k), torch.rand(tokens, top_k))
 
 
+@pytest.mark.parametrize("order", [None, 1.0, 2.5])
+def test_the_router(order: float | None) -> None:
+    """With x + y, its norm, and experts that are as good as each other: the first of them is taken."""
+    torch.manual_seed(5)
+    x, y, weight, router = (torch.randn(shape) for shape in ((2, 70), (2, 70), (70,), (6, 70)))
+    router[4] = router[1]
+    residual, normed = torch.empty(2, 70, device=DEVICE), torch.empty(2, 16, 5, device=DEVICE)
+    probabilities, weights = torch.empty(2, 6, device=DEVICE), torch.empty(2, 3, device=DEVICE)
+    ids = torch.empty(2, 3, dtype=torch.int32, device=DEVICE)
+    router_kernel[(2,)](
+        *(each.to(DEVICE) for each in (x, y, weight, router)),
+        *(residual, normed, probabilities, ids, weights),
+        70,
+        6,
+        EPS,
+        order or 1.0,
+        TOP_K=3,
+        NORMALIZE=order is not None,
+        E=8,
+        K=4,
+        W=128,
+        AT_ONCE=32,
+        CHUNKS=5,
+        BITS=8,
+    )
+    exact = functional.layer_norm(x.double() + y.double(), (70,), weight.double(), eps=EPS)
+    agree(residual, x.double() + y.double())
+    agree(normed.transpose(1, 2).reshape(2, 80), functional.pad(exact, (0, 10)))
+    shares = (exact[:, None] * router.double()).sum(-1).softmax(-1)  # equal ones come out equal
+    agree(probabilities, shares)
+    best = shares.sort(descending=True, stable=True)
+    assert torch.equal(ids.cpu().long(), best.indices[:, :3])
+    chosen = best.values[:, :3]
+    agree(weights, chosen if order is None else chosen / chosen.norm(p=order, dim=-1, keepdim=True))
+
+
 CONFIG = {
     "d_model": 96,
     "n_heads": 6,
@@ -201,20 +250,48 @@ CONFIG = {
 }
 
 
+def networks(
+    form: str, group: int, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
+) -> tuple[DbrxForCausalLM, DbrxForCausalLM]:
+    """A network whose steps are computed at once, and one of the floats that are meant."""
+    with open_weights(make_checkpoint(folder / "floats", {**CONFIG, **changes}, 7)) as floats:
+        Writer(floats, folder / form, form, group or 32).write(lambda _: None)
+    with open_weights(folder / form) as weights:
+        plain = DbrxForCausalLM(weights.config).eval()
+        plain.load_state_dict({name: weights.read(name).float() for name in expected_tensors(weights.config)})
+    monkeypatch.setattr(packing, "choose", lambda name, group, device: linear(name, group or 0))
+    monkeypatch.setattr(packing, "experts_of", CudaGlu)
+    network = DbrxForCausalLM.from_pretrained(folder / form, dtype="float32")
+    assert network.packing is not None and "triton" in network.packing.name and network.dtype == torch.float32
+    decode_on_card(network)
+    assert isinstance(network.transformer.at_once, CudaBlocks)
+    return network, plain
+
+
+def test_a_step_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 1, 37 and 64 tokens in blocks of 32: the first of a block, within one, and behind the last."""
+    network, plain = networks("int8", 0, tmp_path, monkeypatch, n_layers=1)
+    lengths = torch.tensor([1, 37, 64])
+    ids = torch.arange(3 * 64).view(3, 64) % 120
+    logits, routers = [], []
+    with torch.inference_mode():
+        for each in (network, plain):
+            cache = KVCache(1, 3, block_tokens=32)
+            plain(ids, attention_mask=torch.arange(64) < lengths[:, None], past_key_values=cache)
+            found = each(torch.tensor([[7], [8], [9]]), past_key_values=cache, output_router_logits=True)
+            logits.append(found.logits)
+            routers.append(found.router_logits[0])
+            assert cache.lengths == [2, 38, 65]
+    agree(logits[0], logits[1].double())
+    agree(routers[0], routers[1].double())
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("form", "group"), FORMATS[:3])
 def test_a_network(form: str, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt and 40 tokens: the same as those of a network of the floats that are meant, in float32."""
-    with open_weights(make_checkpoint(tmp_path / "floats", CONFIG, 7)) as floats:
-        Writer(floats, tmp_path / form, form, group or 32).write(lambda _: None)
-    with open_weights(tmp_path / form) as weights:
-        plain = DbrxForCausalLM(weights.config).eval()
-        plain.load_state_dict({name: weights.read(name).float() for name in expected_tensors(weights.config)})
-    monkeypatch.setattr(packing, "choose", lambda name, group, device: linear(name, group or 0))
-    monkeypatch.setattr(packing, "experts_of", CudaGlu)
-    network = DbrxForCausalLM.from_pretrained(tmp_path / form, dtype="float32")
-    assert network.packing is not None and "triton" in network.packing.name and network.dtype == torch.float32
+    network, plain = networks(form, group, tmp_path, monkeypatch)
     prompt = torch.arange(40, 60)[None]
     assert torch.equal(
         network.generate(prompt, max_new_tokens=40, do_sample=False),

@@ -55,13 +55,16 @@ def test_kernels_compile_for_cards_that_are_not_here(
     """Weights are loaded 128 bits at a time, threads exchange nothing in the loop, and no register is spilled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from tests.cuda_offline import CARDS, compile_all
+    from tests.cuda_offline import CARDS, compile_all, compile_others
 
-    made = list(compile_all(arch, only))
+    made, others = list(compile_all(arch, only)), list(compile_others(arch, "attend" if only else None))
     assert bool(made)
     for each in made:
         assert each.spilled == each.barriers == 0, each
         assert each.wide >= 4 and each.shared < 48 * 1024 < CARDS[arch].shared, each
+    assert bool(others)
+    for name, usage, wide in others:
+        assert usage["STACK"] == usage["LOCAL"] == 0 < wide and usage["SHARED"] < 48 * 1024, (name, usage)
 
 
 @pytest.mark.gpu
@@ -113,3 +116,50 @@ def test_the_experts_of_a_step_wait_for_nothing(tokens: int, monkeypatch: pytest
     assert glu.forward(x, ids, weights, held).shape == (tokens, 32)
     assert linear.run(linear.prepare(x), matrix).shape == (tokens, 100)
     assert launches == [("gate_up", (2 * tokens, 8)), ("down", (tokens, 2)), ("gemv", (7 if tokens == 1 else 2,))]
+
+
+def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine launches a layer: ids, weights, scores and how far each row has come stay where they are."""
+    from model import DbrxForCausalLM, packing
+    from model.formats import open_weights
+    from model.formats.write_quantized import Writer
+    from model.kernels import cuda_block, cuda_glu, cuda_linear
+    from model.kv_cache import KVCache
+    from tests.weights import make_checkpoint
+
+    launches: list[tuple[str, tuple[int, ...]]] = []
+    names = {cuda_glu: ("gate_up", "down"), cuda_linear: ("gemv",)}
+    names[cuda_block] = ("norm", "append", "attend", "merge", "router")
+    for module, kernels in names.items():
+        for name in kernels:
+            monkeypatch.setattr(module, f"{name}_kernel", Recorded(name, launches))
+    config: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 40, "max_seq_len": 64}
+    config["attn_config"] = {"kv_n_heads": 2, "rope_theta": 500000}
+    config["ffn_config"] = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    with open_weights(make_checkpoint(tmp_path / "floats", config, 7)) as floats:
+        Writer(floats, tmp_path / "int4", "int4", 32).write(lambda _: None)
+    monkeypatch.setattr(packing, "choose", lambda name, group, device: cuda_linear.CudaLinear(name, group or 0, "cpu"))
+    monkeypatch.setattr(packing, "experts_of", cuda_glu.CudaGlu)
+    network = DbrxForCausalLM.from_pretrained(tmp_path / "int4", dtype="float32")
+    cuda_block.decode_on_card(network)
+    step = network.transformer.at_once
+    assert isinstance(step, cuda_block.CudaBlocks)
+    compute = step._compute
+
+    def watched(inputs: Any) -> Any:
+        for name in ("x", "cos", "sin", "positions", "table"):
+            setattr(inputs, name, getattr(inputs, name).as_subclass(OnCard))
+        return compute(inputs)
+
+    monkeypatch.setattr(step, "_compute", watched)
+    with torch.inference_mode():
+        network.transformer(torch.tensor([[1], [2]]), past_key_values=KVCache(2, 2))
+    layer = [
+        ("norm", (2,)),
+        ("gemv", (1,)),
+        ("append", (2, 2)),
+        ("attend", (2, 2, cuda_block.SPLITS)),
+        ("merge", (2, 4)),
+    ]
+    assert [name for name, _ in launches] == 2 * [*(name for name, _ in layer), "gemv", "router", "gate_up", "down"]
+    assert launches[:5] == layer
