@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 
+from model.model_files import ModelFiles
 from model.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ class Result:
 
 _build = typer.main.get_command
 _read_tokenizer: Any = Tokenizer.from_folder
+_tokenizers: dict[object, Any] = {}
 
 
 @cache
@@ -52,24 +54,25 @@ def commands_of(app: typer.Typer) -> Any:
     return _built(app, app.rich_markup_mode)
 
 
-@lru_cache(maxsize=4)
-def _tokenizer(folder: Path, padding_side: Any, _files: object) -> Any:
-    return _read_tokenizer(folder, padding_side)
-
-
-def tokenizer_of(folder: str | Path, padding_side: str = "left") -> Any:
+def tokenizer_of(source: str | Path | ModelFiles, padding_side: str = "left") -> Any:
     """`Tokenizer.from_folder`, which reads a folder anew where a file of it has changed.
 
     With the tokenizer, what is made of it stays: tiktoken's table, what a grammar needs, its fingerprint.
     """
+    folder = ModelFiles.of(source).path
     try:
-        found = [(path.name, path.stat()) for path in sorted(Path(folder).iterdir())]
+        found = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     except OSError:
-        return _read_tokenizer(folder, padding_side)
+        return _read_tokenizer(source, padding_side)
     files = tuple(
         (name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found
     )
-    return _tokenizer(Path(folder), padding_side, files)
+    key = folder, padding_side, files
+    made = _tokenizers.pop(key, None) or _read_tokenizer(source, padding_side)
+    _tokenizers[key] = made  # the last used at the end
+    if len(_tokenizers) > 4:
+        del _tokenizers[next(iter(_tokenizers))]
+    return made
 
 
 class Cli:
