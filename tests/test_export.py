@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from safetensors.torch import load_file, save_file
 
 from model import AutoTokenizer, DbrxForCausalLM
 from model.bpe import cl100k_vocabulary, merges_of
@@ -78,6 +79,30 @@ def test_what_was_exported_loads_again(request: pytest.FixtureRequest, size: str
     assert ours.pad_token_id == pad == theirs.pad_token_id
     header = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
     assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", turn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "value"),
+    [
+        ("f32", "norm_f.weight", "nan"),
+        ("bf16", "wte.weight", "-inf"),
+        ("q8_0", "experts.mlp.w1", "inf"),
+        ("q4_1", "experts.mlp.w2", "nan"),
+        ("q4_0", "router.layer.weight", "inf"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named(
+    small: Path, tmp_path: Path, cli: Cli, kind: str, part: str, value: str
+) -> None:
+    folder = shutil.copytree(small, tmp_path / "m")
+    held = {name: shard for shard in folder.glob("*.safetensors") for name in load_file(shard) if name.endswith(part)}
+    name, shard = held.popitem()
+    weights = load_file(shard)
+    weights[name].view(-1)[7] = float(value)
+    save_file(weights, shard)
+    ran = cli("export", tmp_path / "out.gguf", "--type", kind, "-m", folder)
+    assert ran.code == 3 and not (tmp_path / "out.gguf").exists()
+    assert ran.fault.startswith(f"dbrx: {shard}: {name} holds numbers that are not finite; ")
 
 
 def test_no_token_is_there_twice(tmp_path: Path, cli: Cli) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,13 +63,13 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         done = 0
-        for name, size in sizes.items():
-            rows: Any = _Rows(size, _pieces(weights, name, kinds[name]))
-            writer.write_tensor_data(rows)
-            done += size
-            if progress:
-                progress(done, total)
-        writer.close()
+        with closing(writer):
+            for name, size in sizes.items():
+                rows: Any = _Rows(size, _pieces(weights, name, kinds[name]))
+                writer.write_tensor_data(rows)
+                done += size
+                if progress:
+                    progress(done, total)
         files = {path.name: out.with_name(path.name) for path in sorted(scratch.iterdir())}
         for path in files.values():
             if os.path.lexists(path):
