@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dbrx_cli.cores import configure_openmp
-from dbrx_cli.files import read_file
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
 from dbrx_cli.private import write_private
+from dbrx_cli.quality import against_floats, in_words, read_ids
 from dbrx_cli.report import Report
-from dbrx_cli.stdin import decode
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ def bench(
     folder = find_model(options, report)
     machine = measuring.measure_machine(options.threads)  # before the model's memory counts
     with damage_named(folder):
-        compared = _quality(folder, options, report, quality, quality_tokens) if quality is not None else None
+        ids = read_ids(quality, folder)[:quality_tokens] if quality is not None else None
+        compared = against_floats(folder, folder, options, report, ids) if ids is not None else None
     start = time.perf_counter()
     network = load_network(folder, options, report)
     load_s = time.perf_counter() - start
@@ -79,21 +79,6 @@ def bench(
         say_json(found | ({"quality": asdict(compared)} if compared else {}))
         return
     _show(machine, results, compared)
-
-
-def _quality(folder: Path, options: ModelOptions, report: Report, text: Path, most: int) -> Quality:
-    """Both networks on the text, one after the other: they may not fit into memory together."""
-    from dbrx_cli.engine.load import load_network
-    from model.quality import compare, log_probabilities
-    from model.tokenizer import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder).encode(decode(read_file(str(text)), str(text), "strict"))[:most]
-    if len(ids) < 2:
-        raise InputError(f"{text} has less than two tokens", "give a longer text")
-    whole = load_network(folder, replace(options, quantize="none", dtype="float32"), report)
-    reference = log_probabilities(whole, ids)
-    del whole
-    return compare(load_network(folder, options, report), reference, ids)
 
 
 def _show(machine: Machine, results: list[Result], quality: Quality | None) -> None:
@@ -118,7 +103,4 @@ def _show(machine: Machine, results: list[Result], quality: Quality | None) -> N
         table.add_row(str(r.prompt_tokens), *speeds, *times, *memory)
     console.print(table)
     if quality is not None:
-        console.print(
-            f"on {quality.tokens} tokens, against float32: KL {quality.kl_nats:.4f} nats, same likeliest token "
-            f"{quality.top1:.1%}, perplexity {quality.perplexity:.3f} (float32 {quality.reference_perplexity:.3f})"
-        )
+        console.print(in_words(quality))

@@ -33,7 +33,7 @@ STRING, ARRAY = 8, 9
 MAX_TYPE = 1_000  # numbers of ggml's types are below; relatives of llama.cpp begin theirs in the hundreds
 IMPORTANCE_MATRIX = (
     "is an importance matrix, not a model",
-    "it serves to quantize: give the quantized model with -m",
+    "it serves to quantize: `dbrx quantize MODEL OUT --calibrate FILE`, or give the quantized model with -m",
 )
 OTHER_TYPE = "take the model in another quantization, such as Q4_K_M or Q8_0"
 
@@ -133,10 +133,14 @@ def _open(path: Path) -> GgufFile:
 
 
 def _importance_matrix(path: Path, head: bytes) -> ModelError | None:
-    """llama.cpp's older form: a number of entries, and of each the length of its name and the name."""
-    if len(head) == 24 and head[8:].startswith((b"blk.", b"output", b"token_embd")) and head[5:8] == bytes(3):
+    if is_older_importance_matrix(head):
         return ModelError(f"{path}: {IMPORTANCE_MATRIX[0]}", IMPORTANCE_MATRIX[1])
     return None
+
+
+def is_older_importance_matrix(head: bytes) -> bool:
+    """Whether a file begins so: a number of entries, and of the first the length of its name and the name."""
+    return len(head) == 24 and head[8:].startswith((b"blk.", b"output", b"token_embd")) and head[5:8] == bytes(3)
 
 
 class _Header:

@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ from ..kernels import choose, experts_of
 from ..machine import available_memory
 from ..packing import at_once, in_order, read_expert, threads
 from ..quantization import DENSE as DENSE_SCHEME
-from ..quantization import SCHEMES, is_finite, not_finite
+from ..quantization import SCHEMES, is_finite, not_finite, quantize
 from ..safetensors_file import BITS, opened, read_header
-from ..weights import QuantizedMatrix, Weights
+from ..weights import QuantizedExpert, QuantizedMatrix, Weights
 from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 Tensors = Iterator[tuple[str, Tensor]]
 ROOM = 2**26  # bytes for headers, tokenizer and the like
@@ -33,7 +37,9 @@ ROOM = 2**26  # bytes for headers, tokenizer and the like
 class Writer:
     """Writes one checkpoint: a file a layer, and one for embedding, last norm and head."""
 
-    def __init__(self, weights: Weights, out: Path, kind: str, group: int) -> None:
+    def __init__(
+        self, weights: Weights, out: Path, kind: str, group: int, calibration: Calibration | None = None
+    ) -> None:
         """`InputError` if `out` exists or the weights are in few bits already."""
         if os.path.lexists(out):
             raise InputError(f"{out} exists already", "name one that does not, or remove it")
@@ -42,6 +48,9 @@ class Writer:
         self.weights, self.out, self.kind, self.group = weights, out, kind, group
         self.work = out.absolute().parent / f".{out.name}.quantizing"
         self.metadata = {"format": "pt", "quantization": kind, "group": str(group)}
+        self.calibration = calibration
+        if calibration is not None:  # parts of a run with another text are not taken up
+            self.metadata["calibration"] = calibration.digest
         self.layers = weights.config.n_layers
         self._entries = self._shapes()
         # The numbers of quantizing on load: by the kernels that it would take.
@@ -172,7 +181,9 @@ class Writer:
         dense: dict[str, Tensor] = {}
         for name in names:
             if ".ffn.experts." in name:
-                yield next(experts)
+                found, tensor = next(experts)
+                assert found == name
+                yield name, tensor
                 continue
             whole = name.rpartition(".")[0] + ".weight"
             if not whole.endswith(DENSE):
@@ -184,22 +195,28 @@ class Writer:
                     f"{whole.removesuffix('weight')}{part}": tensor for part, tensor in _parts(DENSE_SCHEME, matrix)
                 }
             yield name, dense[name]
+        assert next(experts, None) is None  # and a text has passed the whole layer
 
     def _experts(self, layer: int) -> Tensors:
-        def make(expert: int) -> list[tuple[str, Tensor]]:
+        """The parts of a layer's experts, in order."""
+        quantized = self._calibrated(layer) if self.calibration else self._plain(layer)
+        for expert, stored in enumerate(quantized):
+            for matrix, parts in zip(MATRICES, stored, strict=True):
+                for part, tensor in _parts(self.kind, parts):
+                    yield f"{EXPERT.format(layer, expert)}{matrix}.{part}", tensor
+
+    def _plain(self, layer: int) -> Iterator[QuantizedExpert]:
+        def make(expert: int) -> QuantizedExpert:
             floats = self.weights.expert(layer, expert, read_expert(self.weights, layer, expert))
-            stored = self._experts_kernel.quantize(floats)
-            prefix = EXPERT.format(layer, expert)
-            return [
-                (f"{prefix}{matrix}.{part}", tensor)
-                for matrix, parts in zip(MATRICES, stored, strict=True)
-                for part, tensor in _parts(self.kind, parts)
-            ]
+            return self._experts_kernel.quantize(floats)
 
         count = at_once(self.weights, available_memory() // 4)
         with threads(count) as pool:
-            for tensors in in_order(pool, count + 1, make, range(self.weights.config.ffn_config.moe_num_experts)):
-                yield from tensors
+            yield from in_order(pool, count + 1, make, range(self.weights.config.ffn_config.moe_num_experts))
+
+    def _calibrated(self, layer: int) -> Iterator[QuantizedExpert]:
+        assert self.calibration is not None
+        return self.calibration.experts(layer, partial(quantize, self.kind, self.group))
 
     def _write_json(self, source: dict[str, str]) -> None:
         settings: dict[str, Any] = {"quant_method": METHOD, "version": VERSION, "kind": self.kind}

@@ -93,6 +93,13 @@ def dequantize(scheme: str, matrix: QuantizedMatrix, group: int) -> Tensor:
     return floats
 
 
+def quantize(scheme: str, group: int, weight: Tensor, moments: Tensor) -> QuantizedMatrix:
+    """A matrix in a scheme with groups, fitted to what is known of its inputs (`affine.fit`)."""
+    numbers = import_module(f".{scheme}", __name__)
+    stored: QuantizedMatrix = numbers.quantize(weight, group, moments)
+    return stored
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are: by their bounds, which are NaN where one is: isfinite() takes twenty times as long."""
     return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())

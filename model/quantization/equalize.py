@@ -9,15 +9,31 @@ from torch import Tensor
 
 from ..weights import FloatExpert, QuantizedExpert, QuantizedMatrix
 
+Moments = tuple[Tensor, Tensor]  # of the inputs of w1 and v1, and of w2, as `affine.fit` takes them
 
-def quantize_expert(expert: FloatExpert, quantize: Callable[[Tensor], QuantizedMatrix]) -> QuantizedExpert:
-    """Equalized, then each matrix in few bits, as it is stored: w2 by its outputs."""
+
+def quantize_expert(
+    expert: FloatExpert, quantize: Callable[..., QuantizedMatrix], moments: Moments | None = None
+) -> QuantizedExpert:
+    """Equalized, then each matrix in few bits, as it is stored: w2 by its outputs.
+
+    `quantize` is given a matrix, and the moments of its inputs where they are known.
+    """
     w1, v1, w2 = expert
     number = equalizer(w1, v1)
+    outer: tuple[Tensor, ...] = ()
+    inner: tuple[Tensor, ...] = ()
+    if moments is not None:
+        outer, inner = (moments[0],), (_divided(moments[1], number[:, 0]),)
     # One after the other: a matrix's floats go before those of the next come.
-    first, second = quantize(w1), quantize(v1 * (1 / number))
+    first, second = quantize(w1, *outer), quantize(v1 * (1 / number), *outer)
     down = torch.empty(w2.t().shape, device=w2.device)
-    return QuantizedExpert(first, second, quantize(torch.mul(w2.t(), number.t(), out=down)))
+    return QuantizedExpert(first, second, quantize(torch.mul(w2.t(), number.t(), out=down), *inner))
+
+
+def _divided(moments: Tensor, number: Tensor) -> Tensor:
+    """Moments of inputs that are divided by a number each."""
+    return moments / (number.square() if moments.dim() == 1 else torch.outer(number, number))
 
 
 def equalizer(w1: Tensor, v1: Tensor) -> Tensor:
