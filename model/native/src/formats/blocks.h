@@ -40,7 +40,7 @@ struct Span {
 
     // Of a row that begins at `row`. One that ends inside a span goes through memory of its own, with blocks of zeros behind
     // its last: nothing may be read behind a matrix.
-    void open(const uint8_t *row, int64_t inputs, int64_t index) {
+    DBRX_INLINE void open(const uint8_t *row, int64_t inputs, int64_t index) {
         at = row + index * BYTES;
         if (const int64_t left = inputs - index * SPAN; left < SPAN) {
             std::memset(padded, 0, sizeof padded);
@@ -50,12 +50,12 @@ struct Span {
         Type::scales(at, scales, min);
         for (int g = 0; g < GROUPS; g += LANES) scales[g / LANES].store(scale + g);
     }
-    Bytes levels(int chunk) const { return Type::levels(at, chunk); }
-    Floats scales(int chunk) const {  // lane by lane of what `multiply_32` gives
+    DBRX_INLINE Bytes levels(int chunk) const { return Type::levels(at, chunk); }
+    DBRX_INLINE Floats scales(int chunk) const {  // lane by lane of what `multiply_32` gives
         return Type::GROUP == CHUNK ? Floats::all(scale[chunk]) : halves(scale[2 * chunk], scale[2 * chunk + 1]);
     }
     // The weights themselves, as the gguf package and llama.cpp dequantize them, to the bit.
-    void unpack(float *out) const {
+    DBRX_INLINE void unpack(float *out) const {
         alignas(32) uint8_t bytes[SPAN];
         float minima[GROUPS];
         for (int chunk = 0; chunk < CHUNKS; ++chunk) levels(chunk).store(bytes + chunk * CHUNK);

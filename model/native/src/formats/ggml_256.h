@@ -17,14 +17,14 @@ constexpr uint32_t TWO_BITS = 0x03030303, FOUR_BITS = 0x0f0f0f0f, SIX_BITS = 0x3
 struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of levels, two scales of 16 bits
     static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
-    static void scales(const uint8_t *block, Floats *scale, Floats *min) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) {
         const Floats d = Floats::all(half(block + 80)), d_min = Floats::all(half(block + 82));
         for (int i = 0; i < 2; ++i) {
             const uint64_t both = words(word(block + 8 * i), word(block + 8 * i + 4)), low = words(FOUR_BITS, FOUR_BITS);
             scale[i] = d * eight_bytes(both & low), min[i] = d_min * eight_bytes(both >> 4 & low);
         }
     }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         return Bytes::load(block + 16 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
     }
 };
@@ -32,14 +32,14 @@ struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of levels, tw
 struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits, a scale of 16 bits
     static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *block, Floats *scale, Floats *) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
         const Floats d = Floats::all(half(block + 108)), middle = Floats::all(32);
         const uint32_t a = word(block + 96), b = word(block + 100), c = word(block + 104);
         const auto six_bits = [](uint32_t low, uint32_t high) { return (low & FOUR_BITS) | (high & TWO_BITS) << 4; };
         scale[0] = d * (eight_bytes(words(six_bits(a, c), six_bits(b, c >> 2))) - middle);
         scale[1] = d * (eight_bytes(words(six_bits(a >> 4, c >> 4), six_bits(b >> 4, c >> 6))) - middle);
     }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         const Bytes low = Bytes::load(block + 32 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
         return (low | (Bytes::load(block) >> chunk & Bytes::all(1)) << 2) - Bytes::all(4);
     }
@@ -50,13 +50,13 @@ struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of n
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
     // Of 6 bits each: those of the first four groups are the lower six bits of bytes 0 to 3 and 4 to 7; of the others bytes 8
     // to 11 have four bits each, the upper two lie above the former.
-    static void scales(const uint8_t *block, Floats *scale, Floats *min) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) {
         const uint32_t a = word(block + 4), b = word(block + 8), c = word(block + 12);
         const auto upper = [](uint32_t low, uint32_t high) { return (low & FOUR_BITS) | (high >> 6 & TWO_BITS) << 4; };
         *scale = Floats::all(half(block)) * eight_bytes(words(a & SIX_BITS, upper(c, a)));
         *min = Floats::all(half(block + 2)) * eight_bytes(words(b & SIX_BITS, upper(c >> 4, b)));
     }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         return Bytes::load(block + 16 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
     }
 };
@@ -64,8 +64,8 @@ struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of n
 struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
     static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
-    static void scales(const uint8_t *block, Floats *scale, Floats *min) { Q4_K::scales(block, scale, min); }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) { Q4_K::scales(block, scale, min); }
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         const Bytes low = Bytes::load(block + 48 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
         return low | (Bytes::load(block + 16) >> chunk & Bytes::all(1)) << 4;
     }
@@ -74,11 +74,11 @@ struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
 struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bits, a scale of 16 bits
     static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *block, Floats *scale, Floats *) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
         const Floats d = Floats::all(half(block + 208));
         for (int i = 0; i < 2; ++i) scale[i] = d * eight_signed(block + 192 + 8 * i);
     }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         const int part = chunk / 4, at = chunk % 4;
         const Bytes low = Bytes::load(block + part * 64 + at % 2 * 32) >> at / 2 * 4 & Bytes::all(15);
         const Bytes high = Bytes::load(block + 128 + part * 32) >> at * 2 & Bytes::all(3);
@@ -89,13 +89,13 @@ struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bit
 struct IQ4_XS {  // a scale of 16 bits, 6 bytes of scales in 6 bits: of eight the upper two bits, then the lower four
     static constexpr int FORMAT = DBRX_IQ4_XS, INPUTS = 256, BYTES = 136, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *block, Floats *scale, Floats *) {
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
         const uint32_t upper = block[2] | block[3] << 8, lower = word(block + 4);
         uint64_t each = 0;
         for (int i = 0; i < 8; ++i) each |= uint64_t((lower >> 4 * i & 15) | (upper >> 2 * i & 3) << 4) << 8 * i;
         *scale = Floats::all(half(block)) * (eight_bytes(each) - Floats::all(32));
     }
-    static Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
         return look_up(IQ4_LEVELS, Bytes::nibbles(block + 8 + chunk * 16));
     }
 };

@@ -12,24 +12,24 @@ namespace dbrx {
 struct Q4_0 {
     static constexpr int FORMAT = DBRX_Q4_0, INPUTS = 32, BYTES = 18, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 2) - Bytes::all(8); }
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 2) - Bytes::all(8); }
 };
 
 struct Q4_1 {
     static constexpr int FORMAT = DBRX_Q4_1, INPUTS = 32, BYTES = 20, GROUP = 32;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
-    static void scales(const uint8_t *span, Floats *scale, Floats *min) {
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *min) {
         *scale = eight_halves(span, BYTES), *min = eight_halves(span + 2, BYTES) * Floats::all(-1);
     }
-    static Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 4); }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 4); }
 };
 
 struct Q5_0 {  // the fifth bits lie apart, before the nibbles
     static constexpr int FORMAT = DBRX_Q5_0, INPUTS = 32, BYTES = 22, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static Bytes levels(const uint8_t *span, int chunk) {
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) {
         return (Bytes::nibbles(span + chunk * BYTES + 6) | Bytes::bits(span + chunk * BYTES + 2) << 4) - Bytes::all(16);
     }
 };
@@ -37,17 +37,17 @@ struct Q5_0 {  // the fifth bits lie apart, before the nibbles
 struct Q5_1 {
     static constexpr int FORMAT = DBRX_Q5_1, INPUTS = 32, BYTES = 24, GROUP = 32;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
-    static void scales(const uint8_t *span, Floats *scale, Floats *min) {
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *min) {
         *scale = eight_halves(span, BYTES), *min = eight_halves(span + 2, BYTES) * Floats::all(-1);
     }
-    static Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 8) | Bytes::bits(span + chunk * BYTES + 4) << 4; }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 8) | Bytes::bits(span + chunk * BYTES + 4) << 4; }
 };
 
 struct Q8_0 {
     static constexpr int FORMAT = DBRX_Q8_0, INPUTS = 32, BYTES = 34, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static Bytes levels(const uint8_t *span, int chunk) { return Bytes::load(span + chunk * BYTES + 2); }
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::load(span + chunk * BYTES + 2); }
 };
 
 // 4 bits that choose one of 16 levels, closer together near zero.
@@ -56,8 +56,8 @@ constexpr int8_t IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 
 struct IQ4_NL {
     static constexpr int FORMAT = DBRX_IQ4_NL, INPUTS = 32, BYTES = 18, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static Bytes levels(const uint8_t *span, int chunk) { return look_up(IQ4_LEVELS, Bytes::nibbles(span + chunk * BYTES + 2)); }
+    static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
+    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return look_up(IQ4_LEVELS, Bytes::nibbles(span + chunk * BYTES + 2)); }
 };
 
 }  // namespace dbrx
