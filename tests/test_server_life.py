@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from dbrx_cli.addresses import listen
 from dbrx_cli.engine.local import LocalEngine
 from dbrx_cli.server import app, streaming
 from dbrx_cli.server.safety import Guard
@@ -86,6 +87,14 @@ def test_a_key_opens(locked: Served) -> None:
         assert status(locked, headers, "../health") == 200
     told = locked.client.send(httpx2.Request("GET", f"{locked.url}/models")).json()["error"]
     assert (told["type"], told["code"]) == ("authentication_error", "invalid_api_key")
+
+
+def test_a_second_write_does_not_wait_for_the_first() -> None:
+    """Connections send at once what is written: else a request took 44 ms instead of 2."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_pages_are_refused(locked: Served, engine: LocalEngine) -> None:
@@ -203,6 +212,7 @@ def test_a_client_that_does_not_read(engine: LocalEngine, monkeypatch: pytest.Mo
         until(lambda: served.service.open == 2)
         assert served.chat("Hello")["usage"]["completion_tokens"] == 12
         until(lambda: not served.service.open)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # the rest in seconds less
         taken = b""
         while more := slow.recv(1 << 16):
             taken += more
