@@ -201,8 +201,9 @@ class DbrxModel(nn.Module):
                 attentions.append(plan.spread(weights))
         if cache is not None:
             cache.advance(plan)
-        # A norm of several rows wakes PyTorch's threads, which then take the cores from the native library's.
-        x = self.norm_f(x) if at_once is None else torch.cat([self.norm_f(row) for row in x.split(1)])
+        # On a CPU a norm of several rows wakes PyTorch's threads, which then take the cores from the native library's.
+        rows = x.split(1) if at_once is not None and x.device.type == "cpu" else (x,)
+        x = torch.cat([self.norm_f(row) for row in rows]) if len(rows) > 1 else self.norm_f(x)
         want_routers = self.config.output_router_logits if output_router_logits is None else output_router_logits
         return BaseOutput(
             last_hidden_state=x,

@@ -20,14 +20,17 @@ TILE = 64  # tokens at once; a block has a whole number of them
 
 
 @triton.jit
+def clipped(x, clip):
+    """Not tl.clamp, which would make a number of NaN."""
+    return tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+
+
+@triton.jit
 def turned(qkv, cos, sin, head, i, mask, clip, head_dim):
     """Numbers i of heads of qkv, clipped, then turned by their position's angles; see `rope.rotate`."""
     swapped = (i + head_dim // 2) % head_dim
-    value = tl.load(qkv + head * head_dim + i, mask=mask, other=0)
-    other = tl.load(qkv + head * head_dim + swapped, mask=mask, other=0)
-    # Not tl.clamp, which would make a number of NaN.
-    value = tl.where(value > clip, clip, tl.where(value < -clip, -clip, value))
-    other = tl.where(other > clip, clip, tl.where(other < -clip, -clip, other))
+    value = clipped(tl.load(qkv + head * head_dim + i, mask=mask, other=0), clip)
+    other = clipped(tl.load(qkv + head * head_dim + swapped, mask=mask, other=0), clip)
     return value * tl.load(cos + i, mask=mask, other=0) + other * tl.load(sin + i, mask=mask, other=0)
 
 
@@ -58,8 +61,7 @@ def append_kernel(
     address = table + row * (2 * BLOCKS) + position // TOKENS
     key = turned(qkv, cos + angles, sin + angles, HEADS + head, i, is_number, clip, head_dim)
     tl.store(tl.load(address).to(tl.pointer_type(KV)) + at, key.to(KV), mask=is_number)
-    value = tl.load(qkv + (HEADS + KV_HEADS + head) * head_dim + i, mask=is_number, other=0)
-    value = tl.where(value > clip, clip, tl.where(value < -clip, -clip, value))
+    value = clipped(tl.load(qkv + (HEADS + KV_HEADS + head) * head_dim + i, mask=is_number, other=0), clip)
     tl.store(tl.load(address + BLOCKS).to(tl.pointer_type(KV)) + at, value.to(KV), mask=is_number)
 
 

@@ -11,16 +11,24 @@ AT_ONCE = 512  # numbers of a token that the router meets at once, for each of i
 
 
 @triton.jit
+def normalize(value, token, i, is_input, weight, out, width, eps, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """Write the LayerNorm of a token's numbers `value`, prepared for a matrix; gives their mean and deviation."""
+    mean = tl.sum(value) / width
+    centred = tl.where(is_input, value - mean, 0)
+    deviation = tl.sqrt(tl.sum(centred * centred) / width + eps)
+    normed = centred / deviation * tl.load(weight + i, mask=is_input, other=0)
+    to = out + token * (128 // BITS * CHUNKS) + place_of(i, CHUNKS, BITS)
+    tl.store(to, normed, mask=i < 128 // BITS * CHUNKS)
+    return mean, deviation
+
+
+@triton.jit
 def norm_kernel(x, weight, out, width, eps, W: tl.constexpr, CHUNKS: tl.constexpr, BITS: tl.constexpr):
     """out: LayerNorm of x [tokens, width], prepared for a matrix, whose places are at most W, a power of two."""
     token, i = tl.program_id(0).to(tl.int64), tl.arange(0, W)
     is_input = i < width
     value = tl.load(x + token * width + i, mask=is_input, other=0)
-    centred = tl.where(is_input, value - tl.sum(value) / width, 0)
-    deviation = tl.sqrt(tl.sum(centred * centred) / width + eps)
-    normed = centred / deviation * tl.load(weight + i, mask=is_input, other=0)
-    to = out + token * (128 // BITS * CHUNKS) + place_of(i, CHUNKS, BITS)
-    tl.store(to, normed, mask=i < 128 // BITS * CHUNKS)
+    normalize(value, token, i, is_input, weight, out, width, eps, CHUNKS, BITS)
 
 
 @triton.jit
@@ -58,12 +66,7 @@ def router_kernel(
     at = token * width + i
     value = tl.load(x + at, mask=is_input, other=0) + tl.load(y + at, mask=is_input, other=0)
     tl.store(residual + at, value, mask=is_input)
-    mean = tl.sum(value) / width
-    centred = tl.where(is_input, value - mean, 0)
-    deviation = tl.sqrt(tl.sum(centred * centred) / width + eps)
-    to = normed + token * (128 // BITS * CHUNKS) + place_of(i, CHUNKS, BITS)
-    scaled = centred / deviation * tl.load(weight + i, mask=is_input, other=0)
-    tl.store(to, scaled, mask=i < 128 // BITS * CHUNKS)
+    mean, deviation = normalize(value, token, i, is_input, weight, normed, width, eps, CHUNKS, BITS)
 
     expert = tl.arange(0, E)
     is_expert = expert < n_experts
