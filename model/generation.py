@@ -98,9 +98,8 @@ def generate(
         lengths = f"rows of {cache.lengths} tokens, the input of {given[:, -1].tolist()}"
         raise ValueError(f"past_key_values has {lengths}: no front of it")
     logits: list[Tensor | None] = [None] * rows
-    if not keep[
-        :, -1
-    ].all():  # as in transformers the first new ids are read off padding at the end, which no row holds
+    if not keep[:, -1].all():
+        # As in transformers the first new ids are read off padding at the end, which no row holds.
         logits = list(prefill(network, input_ids, cache, keep & (given > known[:, None])))
     generator = torch.Generator(network.device).manual_seed(seed) if seed is not None else None
     scheduler = Scheduler(network, rows, KVPool(network, block_tokens=cache.block_tokens))
