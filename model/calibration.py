@@ -105,7 +105,7 @@ class ImatrixCalibration:
         """`ModelError` if it is not of this model."""
         self._weights = weights
         self._matrix = ImportanceMatrix(path, weights.config)
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = self._matrix.digest
 
     @torch.inference_mode()
     def experts(self, layer: int, quantize: Quantize) -> Iterator[QuantizedExpert]:

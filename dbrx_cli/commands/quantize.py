@@ -67,9 +67,6 @@ def quantize(
     if not SCHEMES[to].groups and (group is not None or calibrate is not None):
         with_groups = ", ".join(name for name, scheme in SCHEMES.items() if scheme.groups)
         raise InputError(f"--{'group' if group else 'calibrate'} is for --to {with_groups}", "leave it out")
-    size = int(group) if group else (*SCHEMES[to].groups, 32)[0]
-    if SCHEMES[to].groups and size not in SCHEMES[to].groups:
-        raise InputError(f"--to {to} has groups of {SCHEMES[to].groups[0]}", "leave --group out")
     from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
 
@@ -86,7 +83,7 @@ def quantize(
         if calibrate is not None:
             calibration, held_out = _calibration(weights, folder, calibrate)
             ids = ids or held_out
-        Writer(weights, out, to, size, calibration).write(finish, advance)
+        Writer(weights, out, to, int(group or 32), calibration).write(finish, advance)
     compared = against_floats(folder, out, ModelOptions(), report, ids) if ids else None
     if json_output:
         told: dict[str, Any] = {"folder": str(out)}

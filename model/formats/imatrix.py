@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ class ImportanceMatrix:
             if size > MOST_BYTES:
                 raise ModelError(f"{path}: has {size} bytes, more than any importance matrix")
             content = pread(fd, size, 0)
+        self.digest = hashlib.sha256(content).hexdigest()
         experts, sizes = config.ffn_config.moe_num_experts, (config.d_model, config.ffn_config.ffn_hidden_size)
         found = _of_gguf(path, experts) if content.startswith(b"GGUF") else _of_dat(path, content, experts)
         self._squares: dict[tuple[int, str], Tensor] = {}

@@ -195,7 +195,8 @@ class Writer:
                     f"{whole.removesuffix('weight')}{part}": tensor for part, tensor in _parts(DENSE_SCHEME, matrix)
                 }
             yield name, dense[name]
-        assert next(experts, None) is None  # and a text has passed the whole layer
+        left = next(experts, None)  # behind the last one a calibration's text goes on to the next layer
+        assert left is None
 
     def _experts(self, layer: int) -> Tensors:
         """The parts of a layer's experts, in order."""
