@@ -19,7 +19,7 @@ from .config import DbrxConfig
 from .errors import ModelError
 from .quantization import is_finite
 from .safetensors_file import (
-    MAX_JSON,
+    HEADER,
     TensorInfo,
     damaged,
     give_back,
@@ -27,7 +27,7 @@ from .safetensors_file import (
     map_file,
     opened,
     parse_json,
-    pread,
+    read_bytes,
     read_header,
     shown,
 )
@@ -258,7 +258,7 @@ def _find(folder: Path) -> tuple[Path, dict[str, str] | None]:
         raise ModelError(f"{folder}: no such folder", "give the folder of a checkpoint, a Hub id (org/name), or `demo`")
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if os.path.lexists(index):
-        return index, _read_index(index, folder)
+        return index, _read_index(index)
     if os.path.lexists(single):
         return single, None
     raise _nothing_to_load(folder)
@@ -298,13 +298,8 @@ def _nothing_to_load(folder: Path) -> ModelError:
     return ModelError(f"{folder}: holds no weights ({INDEX_NAME} or {SINGLE_NAME})", how_to_get(folder))
 
 
-def _read_index(index: Path, folder: Path) -> dict[str, str]:
-    with opened(index, folder) as (fd, size):
-        if size > MAX_JSON:
-            raise ModelError(f"{index}: has {size} bytes, more than the {MAX_JSON} that any DBRX index needs")
-        content = pread(fd, size, 0)
-        parsed = parse_json(content, index, "")
-    weight_map = parsed.get("weight_map")
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = parse_json(read_bytes(index, HEADER.nbytes), index, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "has no weight_map")
     for file in weight_map.values():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .kv_cache import KVRow
-from .safetensors_file import MAX_JSON
+from .safetensors_file import HEADER
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -83,7 +83,7 @@ def read_block(file: BinaryIO, left: int) -> Block | None:
     if not start:
         return None
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(MAX_JSON, left - 8):
+    if len(start) < 8 or length > min(HEADER.nbytes, left - 8):
         raise UnusableState("is damaged, or was not written by this program")
     text = file.read(length)
     metadata, shapes = _header(text, left - 8 - length)
