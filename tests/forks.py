@@ -15,7 +15,9 @@ from typing import BinaryIO
 from tests.cli import ROOT, environment
 
 SERVER = """
-import gc, json, os, socket, sys
+import gc, json, os, signal, socket, sys
+signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # Python forgets those that come between a fork and its first step
 import torch, model.causal_lm, model.scheduler, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
 import dbrx_cli.batch, dbrx_cli.repl.loop, dbrx_cli.repl.prompt
 import model.adapters, model.hub.resolve, model.loading, model.lookup, model.session, model.tokenizer
@@ -48,6 +50,7 @@ while True:
         sys.argv = ["dbrx", *job["args"]]
         sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             main()
         except SystemExit as left:
             os._exit(left.code)

@@ -125,13 +125,12 @@ FLAGS = st.sampled_from(
 LINES = {"flags": st.lists(st.tuples(FLAGS, NUMBERS), max_size=3), "prompt": st.text(max_size=5)}
 
 
-@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**LINES)
 def test_any_flags_end_in_the_contract(
-    cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
+    cli: Cli, small_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
 ) -> None:
-    _ends_in_the_contract(cli, tiny_checkpoint, flags, prompt)
+    _ends_in_the_contract(cli, small_checkpoint, flags, prompt)
 
 
 @pytest.mark.soak
@@ -139,17 +138,18 @@ def test_any_flags_end_in_the_contract(
 @settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**LINES)
 def test_any_flags_end_in_the_contract_at_length(
-    cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
+    cli: Cli, small_checkpoint: Path, flags: list[tuple[str, str]], prompt: str
 ) -> None:
-    _ends_in_the_contract(cli, tiny_checkpoint, flags, prompt)
+    _ends_in_the_contract(cli, small_checkpoint, flags, prompt)
 
 
-def _ends_in_the_contract(cli: Cli, tiny_checkpoint: Path, flags: list[tuple[str, str]], prompt: str) -> None:
+def _ends_in_the_contract(cli: Cli, small_checkpoint: Path, flags: list[tuple[str, str]], prompt: str) -> None:
     words = [word for pair in flags for word in pair]
-    result = cli("generate", "-m", tiny_checkpoint, "-n", "2", *words, "--", prompt)
+    result = cli("generate", "-m", small_checkpoint, "-n", "2", *words, "--", prompt)
     assert result.code in (0, 2, 3, 6), result.err
     assert "Traceback" not in result.err and "internal error" not in result.err
-    assert len(result.err.splitlines()) == (result.code != 0)
+    told = [line for line in result.err.splitlines() if "reply is empty" not in line]  # two bytes may be no text
+    assert len(told) == (result.code != 0), told
 
 
 def linked(folder: Path, to: Path) -> Path:

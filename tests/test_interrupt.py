@@ -31,19 +31,21 @@ def flags_of(mode: str, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_reply_stops_soon(forks: Forks, tiny_checkpoint: Path, tmp_path: Path, mode: str) -> None:
-    """Once; with time to spare for other tests that run beside it."""
-    _interrupt(forks, tiny_checkpoint, tmp_path, mode, count=1, limit=SOON)
+    """Once, early; with time to spare for other tests that run beside it."""
+    _interrupt(forks, tiny_checkpoint, tmp_path, mode, count=1, latest=0.3, limit=SOON)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_reply_stops_within_a_second(forks: Forks, checkpoint: Path, tmp_path: Path, mode: str) -> None:
-    _interrupt(forks, checkpoint, tmp_path, mode, count=8, limit=1.0)
+    _interrupt(forks, checkpoint, tmp_path, mode, count=8, latest=1.5, limit=1.0)
 
 
-def _interrupt(forks: Forks, checkpoint: Path, tmp_path: Path, mode: str, count: int, limit: float) -> None:
-    """At a random moment since the model is loaded: in the long prompt or in the endless reply."""
+def _interrupt(
+    forks: Forks, checkpoint: Path, tmp_path: Path, mode: str, count: int, latest: float, limit: float
+) -> None:
+    """At a random moment since the model is loaded, at the `latest` in so many seconds: in the long prompt or reply."""
     rng = random.Random(MODES.index(mode))
     command = (
         "generate",
@@ -62,7 +64,7 @@ def _interrupt(forks: Forks, checkpoint: Path, tmp_path: Path, mode: str, count:
         run = forks.start(*command)
         while b"start" not in run.out:
             time.sleep(0.01)
-        run.signal_after(rng.uniform(0, 1.5), signal.SIGINT)
+        run.signal_after(rng.uniform(0, latest), signal.SIGINT)
         asked = time.monotonic()
         code = run.wait()
         seconds = time.monotonic() - asked
