@@ -431,13 +431,13 @@ def test_bombs_stay_below_200_mb(tmp_path: Path, share: float) -> None:
     """In full, and a tenth of it below a tenth of that, and 10 MB for what Python takes."""
     limit = int(share * 4 * 2**20) - 64  # just below what is parsed at all
     tensors = int(share * 45_000)
-    names = b",".join(b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(tensors))
+    entries = b",".join(b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(tensors))
     headers = {
         "objects": b'{"a":[' + b'{"":0},' * (limit // 7) + b"0]}",
         "lists": b'{"a":[' + b"[0]," * (limit // 4) + b"0]}",
         "dimensions": b'{"a":{"dtype":"U8","data_offsets":[0,1],"shape":[' + b"1," * (limit // 2 - 50) + b"1]}}",
         "keys": b"{" + b",".join(b'"%x":{}' % i for i in range(limit // 12)) + b"}",
-        "tensors": b"{" + names + b"}",
+        "tensors": b"{" + entries + b"}",
         "one_name": b'{"' + b"experts." * (limit // 8) + b'":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
     }
     for name, header in headers.items():
@@ -450,7 +450,8 @@ def test_bombs_stay_below_200_mb(tmp_path: Path, share: float) -> None:
     weight_map = {}
     for shard in range(20):  # more tensors than a checkpoint may have, a few in each file
         file = f"model-{shard:05d}-of-00020.safetensors"
-        fields = [b'"%x.%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % (shard, i) for i in range(4 * tensors // 45)]
+        names = [b"%x.%x" % (shard, i) for i in range(4 * tensors // 45)]
+        fields = [b'"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % name for name in names]
         write_raw(tmp_path / "many" / file, b"{" + b",".join(fields) + b"}")
         weight_map[str(shard)] = file
     (tmp_path / "many" / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
