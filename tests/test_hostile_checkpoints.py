@@ -227,7 +227,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], str], str]] = {
     "zip": (edit_bytes(lambda c: b"PK\x03\x04" + c), "pickle"),
     "gguf": (edit_bytes(lambda c: b"GGUF" + c), "is a GGUF file"),
     "web_page": (edit_bytes(lambda c: b"<!DOCTYPE html><html></html>"), "web page"),
-    "header_deep": (edit_bytes(lambda c: (100_005).to_bytes(8, "little") + b'{"a":' + DEEP[:10**5].encode()), "deeply"),
+    "header_deep": (
+        edit_bytes(lambda c: (100_005).to_bytes(8, "little") + b'{"a":' + DEEP[: 10**5].encode()),
+        "deeply",
+    ),
     "header_not_utf8": (edit_text("BF16", "BF\udcff"), "not UTF-8"),
     "header_a_list": (edit_text("{", "[{"), "does not begin with"),
     "header_key_twice": (edit_text(f'"{FIRST}"', f'"{NORM}"'), "occurs twice"),
