@@ -241,7 +241,11 @@ class ModelOptions(WhichModel):
     ] = None
     offload: Annotated[
         OffloadName,
-        option("--offload", panel=MODEL, help="Where experts wait that do not fit; auto: on disk, on a CPU."),
+        option(
+            "--offload",
+            panel=MODEL,
+            help="Where experts go that do not fit; auto: to disk; beside a GPU in few bits to the CPU.",
+        ),
     ] = "auto"
     expert_cache: Annotated[
         str | None,

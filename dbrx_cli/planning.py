@@ -110,15 +110,17 @@ def advice(question: Question) -> Iterator[str]:
 
 def alternatives(question: Question) -> Iterator[tuple[str, Question]]:
     """Other options that this program can run on the same machine, the nearest to the question first."""
-    plan, options, prefix = question.plan, question.options, ""
+    plan, options, prefix, schemes = question.plan, question.options, "", list(SCHEMES)
+    finer = schemes[schemes.index(plan.scheme) + 1 if plan.scheme in schemes else 0 :]
     if plan.machine.gpus:
         for offload in ("cpu", "disk"):
             if options.offload != offload and plan.scheme == "none":
                 yield f"--offload {offload}", replace(question, options=replace(options, offload=offload))
+        for scheme in finer if options.offload != "disk" else ():
+            yield f"--quantize {scheme}", replace(question, options=replace(options, quantize=scheme))
         prefix, options = "--device-map cpu", replace(options, device_map="cpu", offload="auto", quantize="none")
         yield prefix, replace(question, options=options)
-    schemes = list(SCHEMES)
-    for scheme in schemes[schemes.index(plan.scheme) + 1 if plan.scheme in schemes else 0 :]:
+    for scheme in finer:
         other = replace(question, options=replace(options, quantize=scheme))
         yield f"{prefix} --quantize {scheme}".lstrip(), other
 
@@ -143,6 +145,8 @@ def _place(plan: LoadPlan) -> str:
     used = {layer.device for layer in plan.layers}
     if used == {"cpu"}:
         return "the CPU's memory"
+    if plan.on_cpu:
+        return "one GPU and the CPU's memory"
     return "on one GPU" if len(used) == 1 else f"on {len(used)} GPUs"
 
 

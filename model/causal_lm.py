@@ -20,6 +20,7 @@ from .placement import PREFILL_CHUNK
 from .transformer import DbrxBlock, DbrxModel, initialize
 
 if TYPE_CHECKING:
+    from .experts import Bus
     from .generation_config import GenerationConfig
     from .load_plan import LoadPlan
     from .model_files import ModelFiles
@@ -40,6 +41,7 @@ class DbrxForCausalLM(nn.Module):
         self.device_map: dict[str, Any] = {}
         self.adapter = "none"  # else the checksum of the LoRA adapter in the weights
         self.expert_store: ExpertStore | None = None  # where streamed experts come from
+        self.bus: Bus | None = None  # to a card, beside which the CPU computes experts
         self.load_plan: LoadPlan | None = None  # what was decided when it was loaded
         self.packing: KernelChoice | None = None  # kernels that the weights were packed for
         self.prefill_chunk = PREFILL_CHUNK  # tokens a step of prefill

@@ -10,6 +10,7 @@ from .errors import ResourceError
 from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
 from .placement import Device, Layer, capacity
 
+ARRIVING = 2  # experts on their way to a full GPU; as floats they take what is free until there are keys and values
 CACHE_SHARE = 0.75  # of the memory that is left: what streamed experts get, unless the user says how much
 READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
 STREAMED_CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are
@@ -22,6 +23,8 @@ def lay_out(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPlan:
         return _given(plan, options.device_map)
     if not plan.machine.gpus:
         return _on_the_cpu(plan, stored, options)
+    if plan.kernel is not None:
+        return _beside(plan, options)
     if options.offload in ("auto", "none"):
         return _spread(plan, options.device_map)
     if options.offload == "cpu" and plan.machine.cpu.memory < plan.sizes.n_layers * plan.sizes.experts:
@@ -88,6 +91,24 @@ def _stream(plan: LoadPlan, stored: Stored, options: LoadOptions, home: Device, 
     )
 
 
+def _beside(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
+    """All on one GPU but the experts that find no room: the CPU has these, as many of each layer."""
+    parts, (card,) = plan.sizes, plan.machine.gpus
+    n, every, left = parts.n_layers, parts.n_layers * parts.n_experts, _left(plan, card) // parts.expert
+    here = every if left >= every else max(0, left - ARRIVING)
+    away = (every - here) * parts.expert
+    if left < 0 or away > plan.machine.cpu.memory or (away and options.offload == "none"):
+        hint = f"leave out --offload none, or {ON_THE_CPU}" if options.offload == "none" else ON_THE_CPU
+        return replace(plan, fault=ResourceError(_too_large(plan).message, hint))
+    # 10 experts in 4 layers: 2, 2, 3, 3.
+    layers = (Layer(card.name, card.name, parts.n_experts - (here + i) // n) for i in range(n))
+    return replace(
+        _placed(plan, tuple(layers)),
+        weights={card.name: parts.total - away} | ({"cpu": away} if away else {}),
+        kv={card.name: _kv(plan)},
+    )
+
+
 def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
     """Whole layers over the GPUs, in order, even by what is left free; those that do not fit in the CPU's memory.
 
@@ -96,9 +117,7 @@ def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
     """
     parts, machine = plan.sizes, plan.machine
     kv, block = parts.kv * capacity(plan.context), parts.dense + parts.experts
-    refused = _too_large(plan)
-    packed = plan.kernel is not None  # on one GPU, of which no layer can be elsewhere
-    fault = replace(plan, fault=ResourceError(refused.message, ON_THE_CPU) if packed else refused)
+    fault = replace(plan, fault=_too_large(plan))
     # A GPU that holds not even one layer beside its ends is left alone.
     least = parts.buffers + parts.embedding + parts.head + block + parts.n_layers * kv
     gpus = [gpu for gpu in machine.gpus if gpu.memory >= least]
@@ -113,7 +132,7 @@ def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
     counts = _fill(whole, block + kv, parts.n_layers, evenly)
     waiting = parts.n_layers - sum(counts.values())
     if waiting:
-        if packed or device_map not in AUTOMATIC:
+        if device_map not in AUTOMATIC:
             return fault
         rooms[first] -= block + parts.n_layers * kv
         counts = _fill(rooms, block + kv, parts.n_layers, evenly)

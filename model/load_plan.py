@@ -142,6 +142,11 @@ class LoadPlan:
         return next((layer.experts for layer in self.layers if layer.experts != layer.device), "none")
 
     @property
+    def on_cpu(self) -> int:
+        """Experts that the CPU computes beside a GPU."""
+        return sum(layer.on_cpu for layer in self.layers)
+
+    @property
     def on_disk(self) -> int:
         """Layers whose experts are read from the disk as they are needed."""
         return sum(layer.experts == "disk" for layer in self.layers)

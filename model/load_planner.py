@@ -24,7 +24,8 @@ def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: Loa
 
     Beside GPUs, `offload` "auto" and "none" spread whole layers over them, and leave the rest in the CPU's memory.
     Else one device computes, the first GPU or the CPU: "disk" leaves the experts on the disk, "cpu" in the CPU's
-    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie on one GPU or on none.
+    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie on one GPU or on none; with
+    "auto" and "cpu" the CPU holds the experts that find no room there, and computes them.
     quantize "auto" makes int8 of floats that then stay in the CPU's memory, where no dtype is asked for, and keeps all
     else.
     """
@@ -121,9 +122,9 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
 
 def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
     """The machine with the GPU that holds and computes weights in few bits, and its kernels."""
-    apart = not isinstance(options.device_map, str) or options.offload in ("cpu", "disk") or options.ranks > 1
+    apart = not isinstance(options.device_map, str) or options.offload == "disk" or options.ranks > 1
     if apart or scheme not in SCHEMES:
-        raise ModelError(f"{scheme} weights compute on one GPU that holds all of them, or on the CPU", ON_THE_CPU)
+        raise ModelError(f"{scheme} weights compute on one GPU and on the CPU, from their memory", ON_THE_CPU)
     card = max(machine.gpus, key=lambda gpu: gpu.memory)
     kernel = machine.card(scheme, group, card.name)
     if kernel is None:

@@ -68,12 +68,13 @@ def from_pretrained(
     through accelerate within `max_memory`, or a dict of module names to devices; None is the CPU.
     attn_implementation: auto, eager, sdpa, flash (or flash_attention_2). `trust_remote_code` is accepted and has no
     effect: code that a checkpoint ships is never run. offload: "disk" reads experts as they are needed, from the
-    checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit;
-    expert_cache: bytes of memory for streamed experts (default: most of what is free). context: tokens that room is
-    left for. adapter: the folder of a LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer
-    (`parallel`). quantize: "int8" or "int4", on the CPU; "none" keeps what is stored; "auto" makes int8 of floats that
-    stay in the CPU's memory, where no dtype is asked for, and keeps all else. `pack` has weights held by the CPU's
-    kernels: faster, but they are no parameters any more. `progress` hears bytes read and bytes in all.
+    checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit; in
+    few bits, both have the CPU compute the experts that find no room on the GPU; expert_cache: bytes of memory for
+    streamed experts (default: most of what is free). context: tokens that room is left for. adapter: the folder of a
+    LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: "int8" or
+    "int4"; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype is
+    asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
+    any more. `progress` hears bytes read and bytes in all.
 
     What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of
     another kind, `ResourceError` if it does not fit.
@@ -178,7 +179,7 @@ def _read(
         reading.advance(weights.nbytes_of(EMBEDDING))
     _read_tensors(network, plan, reading)
     if packing is not None:
-        pack_into(network, weights, packing, reading.advance, experts=resident)
+        pack_into(network, weights, packing, reading.advance, plan)
         network.packing = packing
         network.transformer.set_kv_dtype(packing.kv_dtype)
     if not resident:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .experts import PackedExperts, packed_expert
+from .experts import Bus, HybridExperts, PackedExperts, packed_expert
 from .formats.dbrx_gguf import BlockWeights
 from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
@@ -45,6 +45,7 @@ class KernelChoice(NamedTuple):
     experts: GluExpertKernel
     dense: LinearKernel
     kv_dtype: torch.dtype | None = None  # of the cached keys and values, where not the activations'
+    on_cpu: GluExpertKernel | None = None  # of experts that the CPU computes beside a card
     converts: bool = False  # floats become what `quantize` says as they are read
 
     @property
@@ -55,8 +56,8 @@ class KernelChoice(NamedTuple):
     @property
     def name(self) -> str:
         """In words: what `bench` and `doctor` show."""
-        names = dict.fromkeys((self.experts.name, self.dense.name))
-        return " + ".join(names)
+        names = list(dict.fromkeys((self.experts.name, self.dense.name)))
+        return " + ".join([*names, *([f"{self.on_cpu.name} on the CPU"] if self.on_cpu else [])])
 
 
 def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
@@ -66,6 +67,7 @@ def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
     activation = str(weights.config.ffn_config.activation)
     dense: LinearKernel | None
     experts: LinearKernel | None
+    beside: LinearKernel | None = None
     if plan.scheme == "none":
         dense = experts = choose(plan.format)
     elif plan.scheme == GGUF and weights.blocks is not None:
@@ -73,8 +75,9 @@ def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
     else:
         kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
         device = torch.device(plan.layers[0].device)
-        dense = choose(DENSE, None, device)
-        experts = choose(plan.scheme, weights.group if kept else None, device)
+        group = weights.group if kept else None
+        dense, experts = choose(DENSE, None, device), choose(plan.scheme, group, device)
+        beside = choose(plan.scheme, group) if plan.on_cpu else None
     assert experts is not None and dense is not None  # the plan asked the same
     kv_dtype = getattr(torch, plan.kv_dtype)
     return KernelChoice(
@@ -82,6 +85,7 @@ def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
         experts_of(experts, activation),
         dense,
         kv_dtype=kv_dtype if kv_dtype != dense.dtype else None,
+        on_cpu=experts_of(beside, activation) if beside else None,
         converts=plan.converts,
     )
 
@@ -97,15 +101,16 @@ def pack_into(
     weights: Weights,
     packing: KernelChoice,
     advance: Callable[[int], None],
-    experts: bool = True,
+    plan: LoadPlan,
 ) -> None:
-    """Give a network the packed matrices of attention and head, and of the experts if they are to lie in memory.
+    """Give a network the packed matrices of attention and head, and of the experts if they are not streamed.
 
     Read and packed on as many threads as compute, a matrix or an expert each; `advance` hears bytes as they are stored.
     What a kernel reads as it is stored stays in the mapped file, uncopied, so processes share it.
     """
     ffn = weights.config.ffn_config
     every: list[list[Packed]] = [[()] * ffn.moe_num_experts for _ in range(weights.config.n_layers)]
+    here = [ffn.moe_num_experts - layer.on_cpu for layer in plan.layers]
     mapped = reads_mapped(packing.experts, weights)
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
@@ -116,12 +121,14 @@ def pack_into(
         return weights.nbytes_of(name)
 
     def expert(layer: int, i: int) -> int:
-        data = None if mapped else read_expert(weights, layer, i)
-        every[layer][i] = packed_expert(packing.experts, weights, layer, i, data)
+        kernel = packing.experts if i < here[layer] else packing.on_cpu
+        assert kernel is not None
+        data = None if reads_mapped(kernel, weights) else read_expert(weights, layer, i)
+        every[layer][i] = packed_expert(kernel, weights, layer, i, data)
         return sum(extent.nbytes for extent in weights.expert_extents(layer, i))
 
     jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest
-    if experts:
+    if not plan.streamed:
         jobs += [partial(expert, layer, i) for layer, held in enumerate(every) for i in range(len(held))]
     # A dense matrix counts as an expert: there are few.
     size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
@@ -129,9 +136,20 @@ def pack_into(
     with threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
-    if experts:
-        for block, held in zip(_blocks(network), every, strict=True):
-            block.ffn.experts = PackedExperts(packing.experts, held)
+    if not plan.streamed:
+        network.bus = Bus(packing.dense.device) if packing.on_cpu else None
+        for block, held, count in zip(_blocks(network), every, here, strict=True):
+            block.ffn.experts = _placed(packing, held, count, network.bus)
+
+
+def _placed(packing: KernelChoice, held: list[Packed], here: int, bus: Bus | None) -> nn.Module:
+    """A layer's experts, of which so many lie where all else computes."""
+    absent: list[Packed] = [()]
+    away = len(held) - here
+    if not away or bus is None or packing.on_cpu is None:
+        return PackedExperts(packing.experts, held)
+    on_card = PackedExperts(packing.experts, held[:here] + absent * away) if here else None
+    return HybridExperts(on_card, PackedExperts(packing.on_cpu, absent * here + held[here:]), bus)
 
 
 def reads_mapped(kernel: GluExpertKernel, weights: Weights) -> bool:

@@ -160,8 +160,10 @@ def capacity(tokens: int) -> int:
 class Layer:
     """Where one layer lies: attention and norms on `device`; its experts there, or on "cpu" or "disk" beside a cache.
 
-    Beside GPUs, a whole layer on the "cpu" comes to the first GPU each time that it runs.
+    Beside GPUs, a whole layer on the "cpu" comes to the first GPU each time that it runs. Of the experts on a GPU the
+    last `on_cpu` lie in the CPU's memory instead, and are computed there.
     """
 
     device: str
     experts: str
+    on_cpu: int = 0

@@ -52,7 +52,10 @@ def steps(plan: LoadPlan) -> Iterator[tuple[Tier, ...]]:
         memory = "CPU memory" if home is machine.cpu else "GPU memory"
         yield (tier(memory, parts.dense, home.bandwidth),)
         experts = tier(memory, chosen, home.bandwidth)
-        if layer.experts == layer.device:
+        if layer.on_cpu:
+            away = chosen * layer.on_cpu / parts.n_experts
+            yield tier(memory, chosen - away, home.bandwidth), tier("CPU memory", away, machine.cpu.bandwidth)
+        elif layer.experts == layer.device:
             yield (experts,)
         elif layer.experts == "cpu":
             yield (link(missing), experts)

@@ -109,7 +109,7 @@ class Experts:
     """A layer's experts as a kernel holds them, and in float64."""
 
     kernel: CudaGlu
-    held: object
+    held: Any
     exact: list[list[Tensor]]  # w1, v1, and w2 by its outputs
 
     @classmethod
@@ -170,6 +170,17 @@ def test_one_expert_is_chosen_by_all() -> None:
     experts = Experts.of("int4", 32, 3, 34, 66)
     experts.check(torch.randn(2, 66), torch.full((2, 1), 2), torch.rand(2, 1))
     experts.check(torch.randn(12, 66), choices(12, 3, 2), torch.rand(12, 2))  # too many for a decode step
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_experts_that_lie_elsewhere_add_nothing(tokens: int) -> None:
+    """Of the four the CPU holds the last two; a token that chose none of the others gets zeros."""
+    torch.manual_seed(6)
+    experts = Experts.of("int8", 0, 4, 18, 34)
+    experts.held = experts.kernel.stack([*experts.held.experts[:2], (), ()])
+    x, ids, weights = torch.randn(tokens, 34), choices(tokens, 4, 2), torch.rand(tokens, 2)
+    ids[0] = torch.tensor([2, 3])
+    agree(experts.forward(x, ids, weights), experts.answer(x, ids, weights * (ids < 2)))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

@@ -36,13 +36,15 @@ def table() -> str:
 
 
 def _cell(question: Question, quantize: str) -> str:
-    """The fastest way to run this form; C: with --device-map cpu, D: experts from the disk."""
+    """The fastest way to run this form; C: with --device-map cpu, D: experts from the disk,
+    H: those that find no room on the GPU by the CPU.
+    """
     ways = [("", question), *alternatives(question)]
     plans = {flags: other.plan for flags, other in ways if other.plan.scheme == quantize}
     flags, plan = max(plans.items(), key=lambda pair: tokens_per_s(pair[1]))
     if not plan.runs:
         return "does not fit"
-    marks = "C" * ("--device-map cpu" in flags) + "D" * (plan.on_disk > 0)
+    marks = "C" * ("--device-map cpu" in flags) + "D" * (plan.on_disk > 0) + "H" * (plan.on_cpu > 0)
     return f"{rate(tokens_per_s(plan))} {marks}".rstrip()
 
 

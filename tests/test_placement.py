@@ -250,7 +250,7 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert plan["tokens_per_s_predicted"] is None  # nothing there could be measured
 
     shown = " ".join(cli("plan", "databricks/dbrx-instruct", "--devices", "1xH100,cpu=128GiB").out.split())
-    assert "--device-map cpu --quantize int4 would fit the CPU's memory: predicted, at most" in shown
+    assert "--quantize int8 would fit one GPU and the CPU's memory: predicted, at most" in shown
     four = " ".join(cli("plan", "databricks/dbrx-instruct", "--devices", "4xH100").out.split())
     assert "predicted, with nothing measured: at most 47 tokens/s" in four and "layers 0-9" in four
     small = cli("plan", "databricks/dbrx-instruct", "--devices", "cpu=8GiB")
@@ -282,7 +282,7 @@ def test_weights_in_few_bits_lie_on_one_gpu() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--devices", "H200", "--quantize", "int4", "--offload", "cpu"), "int4 weights compute on one GPU"),
+        (("--devices", "H200", "--quantize", "int4", "--offload", "disk"), "int4 weights compute on one GPU"),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "8xH100", "--dtype", "float32", "--attn", "flash"), "bfloat16 or float16"),

@@ -79,6 +79,7 @@ def to_dict(question: Question, advice: list[str]) -> dict[str, Any]:
         "disk_bandwidth": machine.disk.bandwidth,
         "device_map": plan.device_map,
         "experts": [layer.experts for layer in plan.layers],
+        "experts_on_cpu": [layer.on_cpu for layer in plan.layers],
         "token_reads": [asdict(tier) for tier in tiers(plan)],
         "tokens_per_s_ceiling": tokens_per_s(plan),
         "tokens_per_s_predicted": question.predicted,

@@ -108,6 +108,10 @@ def _layers(plan: LoadPlan, device: Device) -> str:
         ("experts of layers {}", lambda layer: layer.experts == name != layer.device),
     )
     parts = [text.format(where) for text, chosen in kinds if (where := _ranges(plan, chosen))]
+    if plan.on_cpu:
+        experts = plan.sizes.n_layers * plan.sizes.n_experts
+        of_card = f"{experts - plan.on_cpu} of {experts} experts"
+        parts.append(f"{plan.on_cpu} experts, computed here" if name == "cpu" else of_card)
     if plan.cache_on(device):
         parts.append(f"{plan.hits:.0%} of the other experts")
     return ", ".join(parts)

@@ -78,7 +78,7 @@ class GluExpertKernel(Protocol):
         """What all experts of a layer share of x [n, d_model], such as its quantized form: once a layer."""
 
     def stack(self, experts: Sequence[Packed]) -> Any:
-        """All experts of a layer, as `forward` takes them."""
+        """All experts of a layer, as `forward` takes them; one that lies elsewhere is (), and adds nothing."""
 
     def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor, held: Any) -> Tensor:
         """x [n, d_model], expert_ids and router_weights [n, top_k] -> [n, d_model], the weighted sum."""

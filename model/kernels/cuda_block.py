@@ -128,7 +128,7 @@ class CudaBlocks:
             half = block.norm_attn_norm
             y = self._attend(block, x, inputs, i)
             held = cast(CudaExperts, cast(PackedExperts, block.ffn.experts).held)
-            chunks = held.experts[0][0].chunks
+            chunks = held.like[0].chunks
             residual, normed = torch.empty_like(x), self._room(rows, self.glu.linear.bits, chunks)
             ids = torch.empty(rows, ffn.moe_top_k, dtype=torch.int32, device=self.device)
             weights = torch.empty(rows, ffn.moe_top_k, device=self.device)

@@ -54,11 +54,14 @@ def gate_up_kernel(
     x: tokens, prepared; expert_ids [tokens, top_k]; table: addresses of each expert's `CudaMatrix` of w1 above v1 and
     of w2. A program makes N / 2 of a pair's `hidden` numbers: its rows are in turn of w1 and of v1, so that a thread
     has both and loads the token once. Pairs come first, so that tokens which chose the same expert read its weights at
-    about the same time, from the second cache.
+    about the same time, from the second cache. Of an expert that lies elsewhere nothing is computed.
     """
     pair = tl.program_id(0)
     address = table + tl.load(expert_ids + pair) * 4
-    values, ranges = pointer(tl.load(address)), pointer(tl.load(address + 1))
+    lies = tl.load(address)
+    if lies == 0:
+        return
+    values, ranges = pointer(lies), pointer(tl.load(address + 1))
     token, is_token = tl.full([1], pair // TOP_K, tl.int32), tl.full([1], 1, tl.int1)
     first = tl.program_id(1) * (N // 2)
     i = first + tl.arange(0, N) // 2
@@ -102,24 +105,29 @@ def down_kernel(
     for k in range(TOP_K):
         pair = token * TOP_K + k
         address = table + tl.load(expert_ids + pair) * 4 + 2
-        values, ranges = pointer(tl.load(address)), pointer(tl.load(address + 1))
-        which, sums = tl.full([1], 0, tl.int32) + pair, tl.zeros([1, N, C], tl.float32)
-        for start in range(0, CHUNKS, C):
-            sums = add_products(sums, inner, which, is_pair, values, ranges, row, is_row, start, CHUNKS, BITS, GROUP)
-        found = tl.sum(sums, axis=2)
-        if BITS == 8:
-            found *= tl.load(ranges.to(tl.pointer_type(tl.float32)) + row, mask=is_row, other=0)[None]
-        total += tl.load(router_weights + pair) * found
+        lies = tl.load(address)
+        if lies != 0:
+            values, ranges = pointer(lies), pointer(tl.load(address + 1))
+            which, sums = tl.full([1], 0, tl.int32) + pair, tl.zeros([1, N, C], tl.float32)
+            for start in range(0, CHUNKS, C):
+                sums = add_products(
+                    sums, inner, which, is_pair, values, ranges, row, is_row, start, CHUNKS, BITS, GROUP
+                )
+            found = tl.sum(sums, axis=2)
+            if BITS == 8:
+                found *= tl.load(ranges.to(tl.pointer_type(tl.float32)) + row, mask=is_row, other=0)[None]
+            total += tl.load(router_weights + pair) * found
     tl.store((out + at)[None], total, mask=is_row[None])
 
 
 class CudaExperts:
-    """A layer's experts, and on their device a table of where their matrices lie: [experts, 4] addresses."""
+    """A layer's experts, and on their device a table of where their matrices lie: [experts, 4] addresses, or zeros."""
 
-    def __init__(self, experts: Sequence[tuple[CudaMatrix, CudaMatrix]]) -> None:
+    def __init__(self, experts: Sequence[tuple[CudaMatrix, CudaMatrix] | tuple[()]]) -> None:
         self.experts = experts
-        addresses = [[part.data_ptr() for matrix in expert for part in matrix[:2]] for expert in experts]
-        self.table = torch.tensor(addresses, device=experts[0][0].values.device)
+        self.like = next(expert for expert in experts if expert)  # in its shapes
+        addresses = [[part.data_ptr() for matrix in expert for part in matrix[:2]] or [0] * 4 for expert in experts]
+        self.table = torch.tensor(addresses, device=self.like[0].values.device)
 
 
 class CudaGlu(LinearsGlu):
@@ -135,12 +143,12 @@ class CudaGlu(LinearsGlu):
         return super().quantize(type(expert)(*(matrix.to(self.linear.device) for matrix in expert)))
 
     def stack(self, experts: Sequence[Packed]) -> Any:
-        return CudaExperts([cast("tuple[CudaMatrix, CudaMatrix]", expert) for expert in experts])
+        return CudaExperts([cast("tuple[CudaMatrix, CudaMatrix] | tuple[()]", expert) for expert in experts])
 
     def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor, held: Any) -> Tensor:
         if len(x) > GEMV_MAX_TOKENS:
             return Dispatched.forward(self, x, expert_ids, router_weights, list(held.experts))
-        first = held.experts[0][0]
+        first = held.like[0]
         tokens = prepared(x, self.linear.bits, first.chunks)
         zeros = torch.zeros(len(x), first.inputs, device=x.device)
         return self.decode(tokens, expert_ids, router_weights.float(), held, zeros).to(x.dtype)
@@ -149,7 +157,7 @@ class CudaGlu(LinearsGlu):
         self, x: Tensor, expert_ids: Tensor, router_weights: Tensor, held: CudaExperts, residual: Tensor
     ) -> Tensor:
         """residual [tokens, d_model] and the experts' weighted sum, of one to eight tokens x, prepared; in float32."""
-        (tokens, top_k), (first, second), bits = expert_ids.shape, held.experts[0], self.linear.bits
+        (tokens, top_k), (first, second), bits = expert_ids.shape, held.like, self.linear.bits
         N, C, num_warps = tile(1)
         hidden, d_model = second.inputs, second.outputs
         inner = torch.empty(tokens * top_k, 128 // bits, second.chunks, device=x.device)

@@ -23,30 +23,37 @@ class Dispatched:
     def forward(
         self: GluExpertKernel, x: Tensor, expert_ids: Tensor, router_weights: Tensor, held: list[Packed]
     ) -> Tensor:
-        if len(x) == 1:  # a decode step: nothing to sort or gather, and nothing to wait for
+        absent = [expert for expert, packed in enumerate(held) if not packed]
+        if len(x) == 1 and not absent:  # a decode step: nothing to sort or gather, and nothing to wait for
             return router_weights @ self.each(x, [held[expert] for expert in expert_ids[0].tolist()])
 
         def fetch(experts: Sequence[int]) -> Iterator[tuple[int, Packed]]:
             return ((expert, held[expert]) for expert in experts)
 
-        return moe_forward(self, fetch, len(held), x, expert_ids, router_weights)
+        return moe_forward(self, fetch, len(held), x, expert_ids, router_weights, absent)
 
 
 def moe_forward(
-    kernel: GluExpertKernel, fetch: Fetch, n_experts: int, x: Tensor, expert_ids: Tensor, router_weights: Tensor
+    kernel: GluExpertKernel,
+    fetch: Fetch,
+    n_experts: int,
+    x: Tensor,
+    expert_ids: Tensor,
+    router_weights: Tensor,
+    absent: Sequence[int] = (),
 ) -> Tensor:
     """x [n, d_model], expert_ids and router_weights [n, top_k] -> [n, d_model], the weighted sum of experts' outputs.
 
     Each expert computes when `fetch` gives it; what they give is added in an order of its own, so that the sum is the
-    same wherever they come from.
+    same wherever they come from. Those that are `absent` add nothing.
     """
-    if len(x) == 1:  # a decode step: nothing to sort or gather
+    if len(x) == 1 and not absent:  # a decode step: nothing to sort or gather
         ids = expert_ids[0].tolist()
         outputs = {expert: kernel.each(x, [packed]) for expert, packed in fetch(ids)}
         return router_weights @ torch.cat([outputs[expert] for expert in ids])
     prepared = kernel.prepare(x)
     out = torch.zeros_like(x)
-    jobs = dict(_jobs(n_experts, expert_ids, router_weights))
+    jobs = {expert: job for expert, job in _jobs(n_experts, expert_ids, router_weights) if expert not in absent}
     done: dict[int, Tensor] = {}
     waiting = deque(jobs)
     for expert, packed in fetch(list(jobs)):

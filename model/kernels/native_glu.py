@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .native_gguf import NativeGguf
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
+    from ..native.abi import Matrix
     from ..weights import FloatExpert, QuantizedExpert
 
 
@@ -63,7 +64,7 @@ class NativeGlu:
         return 2 * self.linear.nbytes(hidden, d_model) + self.linear.nbytes(d_model, hidden)
 
     def stack(self, experts: Sequence[Packed]) -> Experts:
-        return Experts([(w1, v1, w2) for w1, v1, w2 in experts])
+        return Experts([cast("tuple[Matrix, Matrix, Matrix] | tuple[()]", expert) for expert in experts])
 
     def forward(self, x: Tensor, expert_ids: Tensor, router_weights: Tensor, held: Experts) -> Tensor:
         return self._compute(held, x, expert_ids, router_weights).to(x.dtype)
@@ -87,7 +88,7 @@ class NativeGlu:
         (n, top_k), (w1, *_) = ids.shape, held.matrices[0]
         out = torch.zeros_like(x)
         compute, step = function("dbrx_experts"), max(1, CALL * len(held) // (3 * w1.outputs * w1.inputs * n * top_k))
-        for first in range(0, len(held), step):
-            chosen = held.array, len(held), first, min(first + step, len(held)), self.activation
+        for first in range(held.first, held.last, step):
+            chosen = held.array, len(held), first, min(first + step, held.last), self.activation
             compute(*chosen, x.data_ptr(), n, ids.data_ptr(), weights.data_ptr(), top_k, out.data_ptr(), out.data_ptr())
         return out

@@ -85,18 +85,22 @@ def block_matrix(values: Tensor, kind: str) -> Matrix:
 class Experts:
     """A layer's experts: an array for the library, `array`, and the matrices it points to.
 
-    each: w1 and v1 [h, d], w2 [d, h].
+    each: w1 and v1 [h, d], w2 [d, h]; or (), of an expert that lies elsewhere. Those that are here follow one another.
     """
 
-    def __init__(self, each: Sequence[tuple[Matrix, Matrix, Matrix]]) -> None:
-        if not each:
+    def __init__(self, each: Sequence[tuple[Matrix, Matrix, Matrix] | tuple[()]]) -> None:
+        self.matrices = tuple(parts for parts in each if parts)
+        if not self.matrices:
             raise ValueError("no experts")
-        h, d = each[0][0].outputs, each[0][0].inputs
-        for parts in each:
+        self.first = next(i for i, parts in enumerate(each) if parts)
+        self.last = self.first + len(self.matrices)
+        if not all(each[self.first : self.last]):
+            raise ValueError("the experts that are here do not follow one another")
+        h, d = self.matrices[0][0].outputs, self.matrices[0][0].inputs
+        for parts in self.matrices:
             sides = [(part.outputs, part.inputs) for part in parts]
             if sides != [(h, d), (h, d), (d, h)]:
                 raise ValueError(f"matrices of {sides} are no expert of {d} x {h}")
-        self.matrices = tuple(each)
         self.array = (Expert * len(each))(*(Expert(*parts) for parts in each))
 
     def __len__(self) -> int:
