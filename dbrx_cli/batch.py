@@ -17,6 +17,7 @@ from dbrx_cli.engine import Done, Engine, Request
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, decode
 from model.errors import DbrxError, InputError
+from model.json_text import Limits, parse
 from model.messages import MAX_TEXT, Message
 from model.sampling import PARAMETERS, SamplingParams
 
@@ -27,8 +28,11 @@ ROLES = ("system", "user", "assistant")
 
 PIECE = 2**16  # bytes of a stream that are taken at a time
 LONGEST_LINE = 2 * MAX_TEXT  # bytes; beyond it no prompt could be encoded
+MOST_ENTRIES = 1_000_000  # of a line, commas of its text included: none that fits a context has as many
 MOST_FAULTS = 1000  # lines without a prompt at the beginning of a stream, beyond which it is taken for something else
+MOST_BLANK = 1_000_000  # and blank ones
 
+LINE = Limits(LONGEST_LINE, MOST_ENTRIES)
 Lines = list[tuple[int, bytes]]  # numbered from 0
 Prompt = str | tuple[Message, ...]
 Ask = Callable[[Prompt], Request]
@@ -109,7 +113,7 @@ def _usable(parts: Iterable[Lines], source: str, errors: InputErrors) -> Iterato
         if begun and jobs:
             yield jobs
             jobs = []
-        elif len(jobs) > MOST_FAULTS:
+        elif len(jobs) > MOST_FAULTS or (lines and lines[-1][0] > MOST_BLANK):
             break
     if not begun:
         raise InputError(f"{source}: {jobs[0].fault}" if jobs else f"{source} holds no prompt", hint)
@@ -129,11 +133,11 @@ def _arriving(file: BinaryIO, source: str) -> Iterator[Lines]:
 
 def _job(index: int, line: bytes, errors: InputErrors) -> Job:
     try:
-        values = json.loads(decode(line, f"line {index + 1}", errors))
+        values = parse(decode(line, f"line {index + 1}", errors).encode(), LINE)
         if not isinstance(values, dict):
             raise InputError(f"line {index + 1} is no JSON object")
-    except (ValueError, RecursionError) as error:
-        return Job(index, fault=InputError(f"line {index + 1} is not JSON: {error}"))
+    except ValueError as error:
+        return Job(index, fault=InputError(f"line {index + 1} {error}"))
     except InputError as fault:
         return Job(index, fault=fault)
     id = values.get("id")

@@ -114,7 +114,7 @@ def write_faults(path: Path, hint: str) -> Iterator[None]:
 def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     """Open a file for the user alone, made if need be; its folder must be there. Gives the descriptor.
 
-    Raises `DbrxError` for a link or anything else that is no plain file: it may lead to a file of somebody else's.
+    Raises `InputError` for a link or anything else that is no plain file: it may lead to a file of somebody else's.
     Raises `OSError` if the file cannot be opened.
     """
     refuse_link(path)
@@ -123,7 +123,7 @@ def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise DbrxError(f"{path} is not a plain file", "move it away")
+            raise InputError(f"{path} is not a plain file", "move it away")
         if stat.S_IMODE(found.st_mode) != 0o600:
             os.fchmod(descriptor, 0o600)
         os.set_blocking(descriptor, True)
@@ -134,6 +134,6 @@ def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 
 def refuse_link(path: Path) -> None:
-    """`DbrxError` if there is a symbolic link in the place of a file."""
+    """`InputError` if there is a symbolic link in the place of a file."""
     if path.is_symlink():
-        raise DbrxError(f"{path} is a link, which is not followed", "move it away")
+        raise InputError(f"{path} is a link, which is not followed", "move it away")

@@ -8,7 +8,7 @@ import re
 import tempfile
 from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -47,6 +47,7 @@ READ_OTHERWISE = {
     re.compile(r"\$"): r"(?=\n|\z) in place of $, which is any line's end there",
     re.compile(r"\^"): r"(?<![^\n]) in place of ^, which is any line's start there",
 }
+WRITTEN_BY = "take the tokenizer.json that the tokenizers library wrote"
 GOES_ON = re.compile(rb"[\r\n][^\r\n]+\Z")  # behind a line's end
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 CL100K_URL = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"  # tiktoken's key in its cache
@@ -200,16 +201,18 @@ def vocabulary_from_json(values: Any, name: str = "tokenizer.json") -> Vocabular
     """Read a parsed tokenizer.json; `ModelError` names what tiktoken cannot represent."""
     try:
         for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-            _check_component(key, values.get(key))
-        pattern = pattern_of(values["pre_tokenizer"])
-        added = {
-            token["content"]: added_token(token["content"], token["id"], token) for token in values["added_tokens"]
-        }
-        vocab, merges = _model(values["model"])
+            with _sorts_told(key):
+                _check_component(key, values.get(key))
+        with _sorts_told("pre_tokenizer"):
+            pattern = pattern_of(values.get("pre_tokenizer"))
+        with _sorts_told("added_tokens"):
+            added = {each["content"]: added_token(each["content"], each["id"], each) for each in values["added_tokens"]}
+        with _sorts_told("model"):
+            vocab, merges = _model(values["model"])
+            merged = _reachable(vocab, [merge for merge in merges if "".join(merge) not in added])
         for content, token in added.items():
             if vocab.get(content, token.id) != token.id:
                 raise ModelError(f"the added token {content!r} has the id {token.id}, {vocab[content]} in the model")
-        merged = _reachable(vocab, [merge for merge in merges if "".join(merge) not in added])
         if values["model"].get("ignore_merges") and set(vocab) - set(added) - set(merged):
             raise ModelError("ignore_merges with tokens that no merge leads to is not supported")
         ids = {_token_bytes(token): token_id for token, token_id in vocab.items()}
@@ -219,8 +222,17 @@ def vocabulary_from_json(values: Any, name: str = "tokenizer.json") -> Vocabular
         return Vocabulary(pattern, [_token_bytes(token) for token in merged], ids, added)
     except ModelError as error:
         raise ModelError(f"{name}: {error.message}", error.hint) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{name}: is not a usable tokenizer.json: {type(error).__name__} {error}") from None
+
+
+@contextmanager
+def _sorts_told(key: str) -> Iterator[None]:
+    """A value of a wrong sort somewhere below a key of a tokenizer.json, as a `ModelError`."""
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"{key}: lacks {error}", WRITTEN_BY) from None
+    except (AttributeError, TypeError, ValueError):
+        raise ModelError(f"{key}: holds a value of a wrong sort", WRITTEN_BY) from None
 
 
 def _check_component(key: str, value: Any) -> None:
@@ -254,6 +266,8 @@ def _check_adds_nothing(template: Any) -> None:
 
 def pattern_of(value: Any) -> str:
     """The regular expression that does what the pre_tokenizer of a tokenizer.json does."""
+    if value is None:
+        raise ModelError("there is no pre_tokenizer, which is not supported")
     steps = value["pretokenizers"] if value["type"] == "Sequence" else [value]
     *before, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:

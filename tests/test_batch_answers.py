@@ -275,9 +275,15 @@ def test_a_stream_is_answered_as_it_comes(server: Server) -> None:
 
 def test_streams_of_something_else_end() -> None:
     noise = io.BytesIO(b"x\n" * 10**6)
-    with pytest.raises(InputError, match="line 1 is not JSON"):
+    with pytest.raises(InputError, match="line 1 is not valid JSON"):
         next(stream_jobs(noise, "stdin", "strict"))
     assert noise.tell() < 10**5
+    blank = io.BytesIO(b" \n" * 10**6 * 2)
+    with pytest.raises(InputError, match="holds no prompt"):
+        next(stream_jobs(blank, "stdin", "strict"))
+    assert blank.tell() < 3 * 10**6
+    with pytest.raises(InputError, match=r"line 1 has \d+ entries"):
+        next(stream_jobs(io.BytesIO(b"[" + b"[]," * 10**6 + b"[]]"), "stdin", "strict"))
     line = io.BytesIO(b"x" * 10**8)
     with pytest.raises(InputError, match="line 1 has more than"):
         next(stream_jobs(line, "stdin", "strict"))

@@ -130,7 +130,7 @@ def test_ids_say_what_is_answered_wherever_it_stands(cli: Cli, tiny_checkpoint: 
 
 def test_lines_that_are_no_prompts_do_not_keep_the_others(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     bad: list[tuple[Any, str]] = [
-        ("{", "not JSON"), ("[]", "no JSON object"), ({}, "either prompt or messages"), ({"prompt": " "}, "not empty"),
+        ("{", "valid"), ("[]", "no JSON object"), ({}, "either prompt or messages"), ({"prompt": " "}, "not empty"),
         ({"prompt": "x", "promt": 1}, "'promt'"), ({"prompt": "x", "id": 1.5}, "id must be"),
         ({"prompt": "x", "temperature": -1}, "temperature"), ({"prompt": "x", "max_tokens": True}, "max_tokens"),
         ({"prompt": "x", "top_p": "1"}, "top_p"), ({"prompt": "x", "stop": [""]}, "stop"),
@@ -138,7 +138,7 @@ def test_lines_that_are_no_prompts_do_not_keep_the_others(cli: Cli, tiny_checkpo
         ({"messages": [{"role": "assistant", "content": "x"}]}, "last message"),
         ('{"prompt": "\\ud800"}', "Unicode"), ('{"prompt": "x", "id": "\\ud800"}', "Unicode"),
         ('{"prompt": "x", "temperature": NaN}', "temperature"), ('{"prompt": "x", "seed": ' + "9" * 400 + "}", "seed"),
-        ({"id": "long", "prompt": "word " * 700}, "the context is 640"), ("[" * 99_999, "JSON"),
+        ({"id": "long", "prompt": "word " * 700}, "the context is 640"), ("[" * 99_999, "deeply"),
     ]  # fmt: skip
     good = {"prompt": "hi", "max_tokens": 1}
     out = tmp_path / "out"
@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a folder": (["--batch", "{tmp}"], "Is a directory"),
     "a pipe": (["--batch", "{tmp}/pipe"], "not a plain file"),
     "an empty file": (["--batch", "{tmp}/empty"], "no prompt"),
-    "no JSON at all": (["--batch", "{tmp}/text"], "line 1 is not JSON"),
+    "no JSON at all": (["--batch", "{tmp}/text"], "line 1 is not valid JSON"),
     "an id twice": (["--batch", "{tmp}/twice"], "lines 1 and 2 have the same id"),
     "a prompt beside it": (["--batch", "{tmp}/good", "hi"], "--batch and a prompt"),
     "a file beside it": (["--batch", "{tmp}/good", "-f", "{tmp}/text"], "--batch and --file"),
