@@ -116,7 +116,7 @@ def alternatives(question: Question) -> Iterator[tuple[str, Question]]:
         for offload in ("cpu", "disk"):
             if options.offload != offload and plan.scheme == "none":
                 yield f"--offload {offload}", replace(question, options=replace(options, offload=offload))
-        for scheme in finer if options.offload != "disk" else ():
+        for scheme in (each for each in finer if SCHEMES[each].on_cards and options.offload != "disk"):
             yield f"--quantize {scheme}", replace(question, options=replace(options, quantize=scheme))
         prefix, options = "--device-map cpu", replace(options, device_map="cpu", offload="auto", quantize="none")
         yield prefix, replace(question, options=options)

@@ -86,6 +86,9 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     """A plan in which nothing has its place yet: dtypes, scheme, kernel, and the sizes that follow from them."""
     scheme = quantize if quantize != "none" else stored.scheme
     packs = _packs(machine, options)
+    if scheme in SCHEMES:
+        for inputs in (config.d_model, config.ffn_config.ffn_hidden_size):
+            SCHEMES[scheme].check(inputs)
     has_groups = scheme in SCHEMES and SCHEMES[scheme].groups
     group = stored.group if scheme == stored.scheme and has_groups else None
     dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
@@ -123,6 +126,8 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
 def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
     """The machine with the GPU that holds and computes weights in few bits, and its kernels."""
     apart = not isinstance(options.device_map, str) or options.offload == "disk" or options.ranks > 1
+    if scheme in SCHEMES and not SCHEMES[scheme].on_cards:
+        raise ModelError(f"{scheme} weights compute on the CPU", ON_THE_CPU)
     if apart or scheme not in SCHEMES:
         raise ModelError(f"{scheme} weights compute on one GPU and on the CPU, from their memory", ON_THE_CPU)
     card = max(machine.gpus, key=lambda gpu: gpu.memory)

@@ -71,9 +71,9 @@ def from_pretrained(
     checkpoint's own files, "cpu" keeps them in the CPU's memory beside a GPU, "auto" streams what would not fit; in
     few bits, both have the CPU compute the experts that find no room on the GPU; expert_cache: bytes of memory for
     streamed experts (default: most of what is free). context: tokens that room is left for. adapter: the folder of a
-    LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: "int8" or
-    "int4"; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype is
-    asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
+    LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: a key of
+    `SCHEMES`; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype
+    is asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
     any more. `progress` hears bytes read and bytes in all.
 
     What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of

@@ -74,7 +74,7 @@ def _tiny(config: DbrxConfig, format: str, streamed: bool, folder: Path) -> Dbrx
     if quantized:
         with open_weights(folder / "floats") as weights:
             kind, _, group = format.partition("-g")
-            Writer(weights, folder / kind, kind, int(group or 32)).write(lambda _: None)
+            Writer(weights, folder / kind, kind, int(group) if group else None).write(lambda _: None)
     (stored,) = (path for path in folder.iterdir() if not quantized or path.name != "floats")
     offload = "disk" if streamed else "none"
     return DbrxForCausalLM.from_pretrained(stored, offload=offload, pack=True)

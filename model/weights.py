@@ -38,8 +38,8 @@ class QuantizedMatrix(NamedTuple):
     """A matrix [out, in] in few bits: its value is (values - zero) * scale, for each group of one output's inputs.
 
     int8: values int8 [out, in], scale float32 [out], no zero. int4: values uint8 [out, in / 2] (an even input in the
-    low half of a byte, the odd one after it in the high half), scale and zero bfloat16
-    [out, in / group], the last group maybe shorter.
+    low half of a byte, the odd one after it in the high half), scale and zero bfloat16 [out, in / group], the last
+    group maybe shorter. int3: the same with values uint8 [out, in * 3 / 8], as `int3.pack` says.
     """
 
     values: Tensor

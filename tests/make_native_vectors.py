@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from model.native.abi import Format
-from model.quantization import BLOCKS, int4, int8
+from model.quantization import BLOCKS, int3, int4, int8
 
 PATH = Path(__file__).parent.parent / "model" / "native" / "vectors.bin"
-F32, BF16, INT8, INT4 = range(4)
+F32, BF16, INT8, INT4, INT3 = range(5)
+BITS = {INT4: 4, INT3: 3}  # of levels, with ranges for each group
 NAMES = {int(form): form.name.lower() for form in Format}
 HALVES = {  # bytes of a block in which a float of 16 bits begins
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
@@ -34,7 +35,7 @@ LINEAR, HEAD, EXPERTS, STEP, QUANTIZE, ROW = range(6)
 # Of a row's norm, up to so many rows and beyond: activations have 16 bits, or 8 with a scale for each group; many rows
 # may be rounded to bfloat16, or to 8 bits. A number that is left out, or taken twice, is 5 % or more, but for peaks.
 GEMV_ROWS = 16
-TOLERANCE = {F32: (1e-5, 1e-5), BF16: (1e-5, 5e-3), INT8: (1e-3, 1e-2), INT4: (1e-2, 1e-2)}
+TOLERANCE = {F32: (1e-5, 1e-5), BF16: (1e-5, 5e-3), INT8: (1e-3, 1e-2), INT4: (1e-2, 1e-2), INT3: (1e-2, 1e-2)}
 TOLERANCE |= {int(Format[kind]): (1e-3, 1e-3) for kind in BLOCKS}
 _streams = count(1000, 1000)
 
@@ -101,18 +102,26 @@ class Shape:
             values = (random(stream, n) >> np.uint64(56)).astype(np.uint8).view(np.int8).reshape(sides)
             scale = (np.float32(2) + uniform(stream + 1, self.outputs)) / np.float32(256)
             return values.astype(np.float64) * scale.astype(np.float64)[:, None]
-        if self.format > INT4:
+        if self.format not in BITS:
             kind = Format(self.format).name
             return gguf.dequantize(blocks(stream, kind, *sides), gguf.GGMLQuantizationType[kind]).astype(np.float64)
         groups = -(-self.inputs // self.group)
-        packed = (random(stream, n // 2) >> np.uint64(56)).astype(np.uint8)
-        levels = np.stack((packed & 15, packed >> 4), axis=-1).reshape(sides).astype(np.float64)
+        bits = BITS[self.format]
+        packed = (random(stream, n * bits // 8) >> np.uint64(56)).astype(np.uint8).reshape(self.outputs, -1)
+        levels, middle = levels_of(packed, bits, self.inputs), np.float32(2 ** (bits - 1))
         scale = cut((np.float32(2) + uniform(stream + 1, self.outputs, groups)) / np.float32(16))
-        zero = cut(np.float32(8) + np.float32(4) * uniform(stream + 2, self.outputs, groups))
+        zero = cut(middle + middle / 2 * uniform(stream + 2, self.outputs, groups))
         return (levels - self._spread(zero)) * self._spread(scale)
 
     def _spread(self, parts: Any) -> Floats:
         return np.repeat(parts.astype(np.float64), self.group, axis=1)[:, : self.inputs]
+
+
+def levels_of(packed: Any, bits: int, inputs: int) -> Floats:
+    """Bit by bit: of 3 the lower two of all inputs come first, then the third of all; the first input lies lowest."""
+    found, low = np.unpackbits(packed, axis=1, bitorder="little"), 2 if bits == 3 else bits
+    levels = found[:, : inputs * low].reshape(len(packed), inputs, low) @ 2.0 ** np.arange(low)
+    return levels + 4 * found[:, 2 * inputs :] if bits == 3 else levels
 
 
 def blocks(stream: int, kind: str, outputs: int, inputs: int) -> Any:
@@ -125,7 +134,7 @@ def blocks(stream: int, kind: str, outputs: int, inputs: int) -> Any:
 
 
 def shape(form: int, outputs: int, inputs: int, group: int = 32) -> Shape:
-    return Shape(form, outputs, inputs, group=group if form == INT4 else 0)
+    return Shape(form, outputs, inputs, group={INT4: group, INT3: 128}.get(form, 0))
 
 
 def case(name: str, kind: int, tolerance: float, *parts: bytes) -> bytes:
@@ -148,7 +157,7 @@ def linear(matrix: Shape, n: int, peaks: bool = False) -> bytes:
     x = (peaked if peaks else uniform)(stream, n, matrix.inputs)
     y = x.astype(np.float64) @ matrix.numbers(stream + 1).T
     tolerance = TOLERANCE[matrix.format][n > GEMV_ROWS]
-    if peaks and matrix.format == INT4:
+    if peaks and matrix.format in BITS:
         tolerance *= 2
     parts = numbers(n, peaks, stream), matrix.pack(), numbers(stream + 1), floats(y)
     return case(f"{matrix}, {n} rows" + " with peaks" * peaks, LINEAR, tolerance, *parts)
@@ -278,7 +287,8 @@ def quantize(floats_: Shape, to: Shape, scaled: bool) -> bytes:
     if to.format == INT8:
         wanted = int8.dequantize(int8.quantize(weight))
     else:
-        wanted = int4.dequantize(int4.quantize(weight, to.group), to.group)
+        numbers_of = int4 if to.format == INT4 else int3
+        wanted = numbers_of.dequantize(numbers_of.quantize(weight, to.group), to.group)
     parts = floats_.pack(), numbers(stream), to.pack(), numbers(scaled, stream + 3), floats(wanted.numpy())
     return case(f"quantize {floats_} to {NAMES[to.format]}", QUANTIZE, 1e-2, *parts)
 
@@ -315,6 +325,16 @@ def cases() -> Iterator[bytes]:
         for to in (shape(INT8, 12, 80), shape(INT4, 12, 80), shape(INT4, 12, 80, group=64)):
             for transposed in (False, True):
                 yield quantize(Shape(form, 12, 80, transposed), to, scaled=transposed)
+    for n in (1, 3, 16):
+        yield linear(shape(INT3, 37, 160), n)
+    for n in (1, 5, 17):
+        yield linear(shape(INT3, 72, 256), n, peaks=n > 1)
+    yield linear(shape(INT3, 19, 56), 2)
+    yield linear(shape(INT3, 20, 1304), 18)
+    for n in (1, 3, 30):
+        yield experts(INT3, n, d=64, hidden=96, n_experts=3, top_k=2)
+    yield quantize(Shape(F32, 4, 136), shape(INT3, 4, 136), scaled=False)
+    yield quantize(Shape(BF16, 4, 136, True), shape(INT3, 4, 136), scaled=True)
     yield experts(int(Format.Q4_K), 1, d=256, hidden=256, n_experts=3, top_k=2)
     yield experts(int(Format.Q8_0), 17, d=64, hidden=96, n_experts=3, top_k=2)
     for kind, block in BLOCKS.items():

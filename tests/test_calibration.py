@@ -21,7 +21,7 @@ from model.errors import ModelError
 from model.formats import open_weights
 from model.formats.imatrix import ImportanceMatrix, is_importance_matrix
 from model.formats.write_quantized import Writer
-from model.quantization import affine, int4
+from model.quantization import affine, dequantize, int4, quantize
 from tests.cli import Cli
 from tests.conftest import TINY
 from tests.test_tokenizer_files import folder_of, small_json
@@ -68,14 +68,14 @@ def test_errors_are_fed_back_as_the_inverse_of_the_products_says() -> None:
     assert (levels.numpy() != wanted).mean() < 0.03  # a tie in float32 changes what comes after it
 
 
-@pytest.mark.parametrize("inputs", [96, 80])
-def test_what_is_known_of_the_inputs_makes_the_output_nearer(inputs: int) -> None:
+@pytest.mark.parametrize(("scheme", "group", "inputs"), [("int4", 32, 96), ("int4", 32, 80), ("int3", 128, 160)])
+def test_what_is_known_of_the_inputs_makes_the_output_nearer(scheme: str, group: int, inputs: int) -> None:
     torch.manual_seed(1)
     weight, moments = torch.randn(20, inputs), products(400, inputs)
     moments *= torch.outer(*[torch.logspace(-1, 1, inputs)] * 2)
 
     def error(known: Tensor | None) -> float:
-        off = int4.dequantize(int4.quantize(weight, 32, known), 32) - weight
+        off = dequantize(scheme, quantize(scheme, group, weight, known), group) - weight
         return float(((off @ moments) * off).sum())
 
     assert error(moments.diagonal()) < 0.9 * error(None)
@@ -185,9 +185,11 @@ def test_quantizing_tells_what_it_cost(checkpoint_of_four: Path, tmp_path: Path,
     )
 
 
-def test_int8_needs_no_text(checkpoint_of_four: Path, tmp_path: Path, cli: Cli) -> None:
+def test_flags_that_a_scheme_has_no_use_for_are_refused(checkpoint_of_four: Path, tmp_path: Path, cli: Cli) -> None:
     result = cli("quantize", str(checkpoint_of_four), str(tmp_path / "out"), "--to", "int8", "--calibrate", "x.txt")
-    assert result.code == 2 and "--calibrate is for --to int4" in result.err
+    assert result.code == 2 and "--calibrate is for --to int4, int3" in result.err
+    result = cli("quantize", str(checkpoint_of_four), str(tmp_path / "out"), "--to", "int3", "--group", "32")
+    assert result.code == 2 and "--group 32 is for --to int4" in result.err
 
 
 def test_an_interrupted_run_goes_on_with_its_text_only(checkpoint_of_four: Path, tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from model.kernels import PackedLinear, kernel_facts
 from model.load_plan import LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.placement import Device, Machine, capacity
+from model.quantization import SCHEMES
 from tests.weights import make_checkpoint
 
 LOADED, DESCRIBED = 120, 200
-FORMS = ("float32", "bfloat16", "float16", "int8", "int4")
+FORMS = ("float32", "bfloat16", "float16", *SCHEMES)
 Case = tuple[str, int, dict[str, Any]]  # a stored form, bytes of free memory, options
 
 
@@ -46,7 +47,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for scheme in FORMS[3:]:
             found[f"{name} {scheme}"] = folder / f"{name}-{scheme}"
             with open_weights(found[f"{name} bfloat16"]) as weights:
-                Writer(weights, found[f"{name} {scheme}"], scheme, 64).write(lambda _: None)
+                Writer(weights, found[f"{name} {scheme}"], scheme, 64 if scheme == "int4" else None).write(
+                    lambda _: None
+                )
     return found
 
 

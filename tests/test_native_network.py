@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import DbrxForCausalLM, KVCache, kernels, native
+from model import DbrxForCausalLM, KVCache, kernels, native, quantization
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels.native_block import NativeBlock
@@ -20,19 +20,21 @@ from model.kernels.native_linear import NativeLinear
 from model.kv_cache import KVRow
 from model.native.abi import GEMV_MAX_ROWS
 from model.prefill import prefill
-from model.quantization import SCHEMES, int4, int8
+from model.quantization import SCHEMES, int8
 from tests.cli import Cli
 
 needs_native = pytest.mark.skipif(native.library() is None, reason="the native kernels were not built")
 PROMPT = torch.arange(100, 140)[None]
 STEPS = 5
 BLOCK = 21  # two of these are full in the middle of the steps
-FORMS = [("float32", 0), ("bfloat16", 0), ("int8", 0), *(("int4", group) for group in SCHEMES["int4"].groups)]
+GROUPED = [(name, group) for name, scheme in SCHEMES.items() for group in scheme.groups]
+FORMS = [("float32", 0), ("bfloat16", 0), ("int8", 0), *GROUPED]
 CLOSE = {
     "float32": 1e-6,
     "bfloat16": 1e-6,
     "int8": 1e-4,
     "int4": 0.01,
+    "int3": 0.01,
 }  # error of a product, as a share of that of the norms
 
 
@@ -71,11 +73,14 @@ def exact(tiny_checkpoint: Path) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", [(48, 40), (7, 46), (33, 1000)])
 def test_a_product_is_that_of_float64(form: str, group: int, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
+    if form == "int3":  # inputs in eights
+        shape = shape[0], shape[1] // 8 * 8
     weight, kernel = torch.randn(shape), NativeLinear(form, group)
     if form == "int8":
         meant, packed = int8.dequantize(stored := int8.quantize(weight)), kernel.load(stored)
-    elif form == "int4":
-        meant, packed = int4.dequantize(stored := int4.quantize(weight, group), group), kernel.load(stored)
+    elif group:
+        stored = quantization.quantize(form, group, weight)
+        meant, packed = quantization.dequantize(form, stored, group), kernel.load(stored)
     else:
         meant, packed = weight.to(getattr(torch, form)), kernel.pack(weight)
     x = torch.randn(40, shape[1])
@@ -207,13 +212,13 @@ def test_a_forked_child_has_threads_of_its_own(tiny_checkpoint: Path) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("kind", ["int8", "int4", "none"])
+@pytest.mark.parametrize("kind", [*SCHEMES, "none"])
 def test_what_is_stored_is_read_where_the_file_is_mapped(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     folder = tiny_checkpoint
     if kind != "none":
         folder = tmp_path / kind
         with open_weights(tiny_checkpoint) as weights:
-            Writer(weights, folder, kind, 32).write(lambda written: None)
+            Writer(weights, folder, kind).write(lambda written: None)
     network = DbrxForCausalLM.from_pretrained(folder, pack=True)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
     areas = [tuple(int(end, 16) for end in area.split("-")) for area, *_ in mapped]

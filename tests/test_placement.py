@@ -87,6 +87,8 @@ def test_the_real_model() -> None:
     assert parts.total == 263_193_047_040
     assert parts.expert == 396_361_728 and parts.kv * 40 == 160 * 1024
     assert parts.active == pytest.approx(71.7e9, rel=1e-3)
+    few = sizes(official(), FORMATS["int3"])
+    assert few.expert == parts.expert // 16 * 3.25 and few.total < 57e9  # beside attention and head in 8 bits
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -283,6 +285,7 @@ def test_weights_in_few_bits_lie_on_one_gpu() -> None:
     ("options", "named"),
     [
         (("--devices", "H200", "--quantize", "int4", "--offload", "disk"), "int4 weights compute on one GPU"),
+        (("--devices", "H200", "--quantize", "int3"), "int3 weights compute on the CPU; "),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "8xH100", "--dtype", "float32", "--attn", "flash"), "bfloat16 or float16"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,15 +28,17 @@ from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.prefill import prefill
-from model.quantization import GGUF, SCHEMES, int4, int8
+from model.quantization import GGUF, SCHEMES, int3, int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert
 from tests.cli import Cli
+from tests.conftest import TINY
+from tests.weights import make_checkpoint
 
 torch.set_num_threads(1)
 KERNELS = [build for form, several in kernels.KERNELS.items() if form != GGUF for build in several]  # it has its own
 EXPERTS, HIDDEN, WIDTH = 16, 40, 48
-CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15}  # error of an output, as a share of the largest
+CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15, "int3": 0.4}  # error of an output, as a share of the largest
 
 
 def works(build: Callable[[], LinearKernel]) -> bool:
@@ -80,6 +83,25 @@ def test_int4_keeps_an_even_input_in_the_low_half_of_a_byte() -> None:
     assert levels.tolist() == [[1, 2, 3, 15]]
 
 
+def test_int3_keeps_two_bits_of_all_inputs_and_then_the_third() -> None:
+    weight = torch.arange(8.0).repeat(2, 2)  # is its own levels, with scale 1 and zero point 0
+    matrix = int3.quantize(weight)
+    assert matrix.values.tolist() == [[0b11100100] * 4 + [0b11110000] * 2] * 2
+    torch.testing.assert_close(int3.dequantize(matrix), weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "inputs", "fitting"), [("int4", 33, 2), ("int3", 36, 8)])
+def test_inputs_that_fill_no_whole_bytes_are_refused(tmp_path: Path, scheme: str, inputs: int, fitting: int) -> None:
+    ffn = {"ffn_hidden_size": inputs, "moe_num_experts": 4, "moe_top_k": 2}
+    odd = make_checkpoint(tmp_path / "odd", TINY | {"vocab_size": 320, "n_layers": 1, "ffn_config": ffn}, 0, shards=1)
+    said = f"are for inputs in {fitting}s, and a matrix has {inputs}; take int8"
+    with pytest.raises(ModelError) as refused:
+        DbrxForCausalLM.from_pretrained(odd, quantize=scheme)
+    assert said in refused.value.one_line
+    with open_weights(odd) as weights, pytest.raises(ModelError, match="and a matrix has"):
+        Writer(weights, tmp_path / "out", scheme)
+
+
 @pytest.mark.parametrize("build", KERNELS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 33])
 def test_a_kernel_computes_the_product(build: type, rows: int) -> None:
@@ -93,7 +115,7 @@ def test_a_kernel_computes_the_product(build: type, rows: int) -> None:
     out = kernel.run(kernel.prepare(x.to(kernel.dtype)), kernel.pack(first, second))[:rows]
     assert share(out, exact) < CLOSE[kernel.quantization]
     if kernel.quantization != "none":
-        scheme = {"int8": int8, "int4": int4}[kernel.quantization]
+        scheme = {"int8": int8, "int4": int4, "int3": int3}[kernel.quantization]
         loaded = kernel.load(scheme.quantize(first), scheme.quantize(second))
         assert torch.equal(kernel.run(kernel.prepare(x.to(kernel.dtype)), loaded)[:rows], out)
 
@@ -189,11 +211,11 @@ def test_packed_experts_are_close_to_resident_ones(build: type, tokens: int) -> 
     assert not list(packed.parameters())
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=SCHEMES)
 def quantized(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized") / request.param
     with open_weights(tiny_checkpoint) as weights:
-        Writer(weights, folder, request.param, 32).write(lambda written: None)
+        Writer(weights, folder, request.param).write(lambda written: None)
     return folder
 
 
@@ -223,7 +245,7 @@ def test_a_quantized_network_is_near_the_whole_one(tiny_checkpoint: Path, quanti
     for chunk in (40, 16, 1):
         ours = hidden(network, ids, chunk)
         error = (ours - exact).norm() / exact.norm()
-        assert error < {"int8": 0.1, "int4": 0.3}[quantized.name], chunk
+        assert error < {"int8": 0.1, "int4": 0.3, "int3": 0.6}[quantized.name], chunk
 
 
 @torch.no_grad()
@@ -257,8 +279,13 @@ def test_any_program_can_read_the_file(tiny_checkpoint: Path, quantized: Path) -
         values, scale = tensor(f"{name}.weight"), tensor(f"{name}.scale").float()
         if quantized.name == "int8":
             return values * scale[:, None]
-        levels = torch.stack((values % 16, values // 16), dim=2).flatten(1)
-        group = torch.arange(levels.shape[1]) // 32
+        bits = torch.from_numpy(np.unpackbits(values.numpy(), axis=1, bitorder="little"))
+        if quantized.name == "int4":
+            levels = bits.unflatten(1, (-1, 4)) @ torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
+        else:
+            low, third = bits.split([bits.shape[1] * 2 // 3, bits.shape[1] // 3], dim=1)
+            levels = low[:, 0::2] + 2 * low[:, 1::2] + 4 * third
+        group = torch.arange(levels.shape[1]) // {"int4": 32, "int3": 128}[quantized.name]
         return (levels - tensor(f"{name}.zero").float()[:, group]) * scale[:, group]
 
     with open_weights(tiny_checkpoint) as source:
@@ -297,11 +324,11 @@ def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Path, tmp_path: Path) -
 
     with open_weights(tiny_checkpoint) as weights:
         with pytest.raises(KeyboardInterrupt):
-            Writer(weights, out, "int8", 32).write(lambda written: None, interrupt)
+            Writer(weights, out, "int8").write(lambda written: None, interrupt)
         assert not out.exists()
         before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.quantizing").iterdir()}
         assert before
-        Writer(weights, out, "int8", 32).write(lambda written: None)
+        Writer(weights, out, "int8").write(lambda written: None)
     kept = [name for name, when in before.items() if (out / name).stat().st_mtime_ns == when]
     assert kept and not list(tmp_path.glob(".out*"))
     with open_weights(out) as weights:
@@ -310,10 +337,10 @@ def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Path, tmp_path: Path) -
 
 def test_parts_of_another_run_are_not_taken_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with open_weights(tiny_checkpoint) as weights:
-        first = Writer(weights, tmp_path / "a", "int4", 32)
+        first = Writer(weights, tmp_path / "a", "int4")
         first.write(lambda written: None)
         shutil.move(tmp_path / "a", tmp_path / ".b.quantizing")
-        Writer(weights, tmp_path / "b", "int8", 32).write(lambda written: None)
+        Writer(weights, tmp_path / "b", "int8").write(lambda written: None)
     with open_weights(tmp_path / "b") as weights:
         assert weights.quantization == "int8"
 
@@ -323,19 +350,19 @@ def test_a_full_disk_and_a_taken_name_are_said_before(
 ) -> None:
     with open_weights(tiny_checkpoint) as weights:
         with pytest.raises(InputError, match="exists already"):
-            Writer(weights, tmp_path, "int8", 32)
+            Writer(weights, tmp_path, "int8")
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ResourceError, match="GB free"):
-            Writer(weights, tmp_path / "out", "int8", 32).write(lambda written: None)
+            Writer(weights, tmp_path / "out", "int8").write(lambda written: None)
     with open_weights(quantized) as weights, pytest.raises(InputError, match="quantized already"):
-        Writer(weights, tmp_path / "out", "int8", 32)
+        Writer(weights, tmp_path / "out", "int8")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "int3"}, "'int3' is not one of"),
+        ({"kind": "int5"}, "'int5' is not one of"),
         ({"kind": ["int8"]}, "is not one of"),
         ({"version": 2}, "version 2"),
         ({"kind": "int4", "group": 7}, "group 7"),

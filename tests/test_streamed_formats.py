@@ -18,7 +18,7 @@ from model.formats.write_quantized import Writer
 from model.kernels.torch_stored import StoredInt8Glu
 from model.kv_cache import KVCache
 from model.prefill import prefill
-from model.quantization import int8
+from model.quantization import SCHEMES, int8
 from model.sampling import SamplingParams
 from model.streaming import slot_size
 from model.weights import QuantizedExpert, QuantizedMatrix
@@ -70,10 +70,10 @@ def test_floats_that_are_quantized_on_their_way(tiny: Path, quantize: str) -> No
     assert store.counters.packed_s > 0
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", SCHEMES)
 def test_quantized_checkpoints(tiny: Path, tmp_path: Path, kind: str) -> None:
     with open_weights(tiny) as weights:
-        Writer(weights, tmp_path / kind, kind, 32).write(lambda folder: None)
+        Writer(weights, tmp_path / kind, kind).write(lambda folder: None)
     # An expert that comes alone has few rows, whose activations are rounded otherwise than those of many.
     network = same(tmp_path / kind, 200_000, within=0.03)
     with open_weights(tmp_path / kind) as weights:

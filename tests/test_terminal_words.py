@@ -31,8 +31,8 @@ from tests.fake_chat import FakeEngine
 @pytest.mark.parametrize(
     "args, says",
     [
-        ("quantize demo out", "Missing option '--to' (int8, int4); see dbrx quantize --help"),
-        ("quantize demo out --to int5", "'int5' is not one of 'int8', 'int4'"),
+        ("quantize demo out", "Missing option '--to' (int8, int4, int3); see dbrx quantize --help"),
+        ("quantize demo out --to int5", "'int5' is not one of 'int8', 'int4', 'int3'"),
         ("generate -t warm hi", "it must be a number"),
         ("-m demo", "-m stands behind a command; type dbrx chat -m demo"),
         ("help", "type dbrx --help"),

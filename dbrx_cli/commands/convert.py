@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 else:
     To = Literal[("auto", "bfloat16", "float16", "float32", *SCHEMES)]
 
-GROUP = 32  # weights that share a range; `dbrx quantize` has a choice
-
 
 @takes(output=OutputOptions)
 def convert(
@@ -52,7 +50,7 @@ def convert(
         if to in SCHEMES:
             from model.formats.write_quantized import Writer
 
-            Writer(weights, out, to, GROUP).write(finish, advance)
+            Writer(weights, out, to).write(finish, advance)
         else:
             dtype = to if to != "auto" else Stored.of(weights).float_type or "bfloat16"
             write_checkpoint(weights, out, getattr(torch, dtype), finish, advance)

@@ -34,7 +34,9 @@ def quantize(
     group: Annotated[
         Group | None,
         typer.Option(
-            "--group", help="Weights that share a range; 128 is smaller, 32 is better (default).", show_default=False
+            "--group",
+            help="Weights that share a range, in int4: 32 is better (default), 128 smaller.",
+            show_default=False,
         ),
     ] = None,
     calibrate: Annotated[
@@ -64,9 +66,10 @@ def quantize(
 
     dbrx quantize databricks/dbrx-instruct ./dbrx-int4 --to int4 --calibrate essays.txt
     """
-    if not SCHEMES[to].groups and (group is not None or calibrate is not None):
-        with_groups = ", ".join(name for name, scheme in SCHEMES.items() if scheme.groups)
-        raise InputError(f"--{'group' if group else 'calibrate'} is for --to {with_groups}", "leave it out")
+    if calibrate is not None:
+        _require("--calibrate", to, [name for name, scheme in SCHEMES.items() if scheme.groups])
+    if group is not None:
+        _require(f"--group {group}", to, [name for name, scheme in SCHEMES.items() if int(group) in scheme.groups])
     from dbrx_cli.engine.damage import damage_named
     from dbrx_cli.engine.load import find_model
 
@@ -83,7 +86,7 @@ def quantize(
         if calibrate is not None:
             calibration, held_out = _calibration(weights, folder, calibrate)
             ids = ids or held_out
-        Writer(weights, out, to, int(group or 32), calibration).write(finish, advance)
+        Writer(weights, out, to, int(group) if group else None, calibration).write(finish, advance)
     compared = against_floats(folder, out, ModelOptions(), report, ids) if ids else None
     if json_output:
         told: dict[str, Any] = {"folder": str(out)}
@@ -92,6 +95,11 @@ def quantize(
     if compared:
         report.notice(in_words(compared))
     say(str(out))
+
+
+def _require(flag: str, to: str, fitting: list[str]) -> None:
+    if to not in fitting:
+        raise InputError(f"{flag} is for --to {', '.join(fitting)}", "leave it out")
 
 
 def _calibration(weights: Weights, folder: Path, file: Path) -> tuple[Calibration, list[int] | None]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 METHOD = "dbrx"
 VERSION = 1
-GROUP = 32  # where the configuration names none
 STACKED = ".ffn.experts.mlp."
 EXPERT = "transformer.blocks.{}.ffn.experts.{}."
 MATRICES = ("w1", "v1", "w2")
@@ -49,7 +48,7 @@ def layout(config: DbrxConfig, quantization: str, group: int) -> dict[str, tuple
 
 
 class QuantizedWeights(CheckpointWeights):
-    """Experts in int8 or int4, attention and head in int8, the rest in floats; see `Weights` for the methods."""
+    """Experts in one of `SCHEMES`, attention and head in int8, the rest in floats; see `Weights` for the methods."""
 
     plain_experts = False
     group: int
@@ -183,15 +182,15 @@ class QuantizedWeights(CheckpointWeights):
 def _settings(files: ModelFiles) -> tuple[str, int]:
     """Kind and group of `quantization_config`."""
     path, found = files.path / "config.json", quantization_of(files)
-    kind, group, version = found.get("kind"), found.get("group", GROUP), found.get("version")
+    kind, version = found.get("kind"), found.get("version")
     if version != VERSION:
         raise ModelError(f"{path}: quantized in version {version!r} of the format", "update dbrx, or quantize it again")
     if not isinstance(kind, str) or kind not in SCHEMES:
         raise ModelError(f"{path}: quantization {kind!r} is not one of {', '.join(SCHEMES)}")
-    groups = SCHEMES[kind].groups or (GROUP,)
-    if type(group) is not int or group not in groups:
+    group, groups = found.get("group", SCHEMES[kind].group), SCHEMES[kind].groups
+    if groups and (type(group) is not int or group not in groups):
         raise ModelError(f"{path}: quantization group {group!r} is not one of {', '.join(map(str, groups))}")
-    return kind, group
+    return kind, group if groups else 0
 
 
 def _require(info: TensorInfo, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:

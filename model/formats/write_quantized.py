@@ -1,4 +1,4 @@
-"""Any weights -> a checkpoint in int8 or int4, an expert at a time, taken up again where it was interrupted."""
+"""Any weights -> a checkpoint in one of `SCHEMES`, an expert at a time, taken up again where it was interrupted."""
 
 from __future__ import annotations
 
@@ -38,23 +38,32 @@ class Writer:
     """Writes one checkpoint: a file a layer, and one for embedding, last norm and head."""
 
     def __init__(
-        self, weights: Weights, out: Path, kind: str, group: int, calibration: Calibration | None = None
+        self,
+        weights: Weights,
+        out: Path,
+        kind: str,
+        group: int | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
-        """`InputError` if `out` exists or the weights are in few bits already."""
+        """group: one of the scheme's, None for the usual one.
+
+        `InputError` if `out` exists or the weights are in few bits already.
+        """
         if os.path.lexists(out):
             raise InputError(f"{out} exists already", "name one that does not, or remove it")
         if weights.quantization != "none":
             raise InputError(f"{weights.source} is quantized already", "give the checkpoint that it was made from")
-        self.weights, self.out, self.kind, self.group = weights, out, kind, group
+        self.weights, self.out, self.kind = weights, out, kind
+        self.group = (group or SCHEMES[kind].group) if SCHEMES[kind].groups else 0
         self.work = out.absolute().parent / f".{out.name}.quantizing"
-        self.metadata = {"format": "pt", "quantization": kind, "group": str(group)}
+        self.metadata = {"format": "pt", "quantization": kind, "group": str(self.group)}
         self.calibration = calibration
         if calibration is not None:  # parts of a run with another text are not taken up
             self.metadata["calibration"] = calibration.digest
         self.layers = weights.config.n_layers
         self._entries = self._shapes()
         # The numbers of quantizing on load: by the kernels that it would take.
-        dense, experts = choose(DENSE_SCHEME), choose(kind, group if SCHEMES[kind].groups else None)
+        dense, experts = choose(DENSE_SCHEME), choose(kind, self.group or None)
         assert dense is not None and experts is not None  # the last of each form runs everywhere
         self._dense_kernel = dense
         self._experts_kernel = experts_of(experts, str(weights.config.ffn_config.activation))

@@ -125,7 +125,7 @@ class CudaLinear(RowByRow):
         self.form = form
         self.bits = BITS[form]
         self.quantization = form if form in SCHEMES else "none"
-        self.group = group or (*SCHEMES[form].groups, 0)[0] if form in SCHEMES else 0
+        self.group = group or (SCHEMES[form].group if form in SCHEMES else 0)
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.name = f"{form} triton"

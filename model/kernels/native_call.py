@@ -75,7 +75,8 @@ def float_matrix(weight: Tensor) -> Matrix:
 def quantized_matrix(scheme: str, group: int, stored: QuantizedMatrix) -> Matrix:
     """A matrix in few bits as it is stored."""
     parts = (None if part is None else part.contiguous() for part in stored)
-    return matrix(*parts, group=group if SCHEMES[scheme].groups else 0)  # type: ignore[arg-type]  # the first is there
+    form = SCHEMES[scheme]
+    return matrix(*parts, bits=form.bits, group=group if form.groups else 0)  # type: ignore[arg-type]  # the first is there
 
 
 class _Memory:

@@ -41,7 +41,7 @@ class NativeLinear(NativeProducts):
     def __init__(self, form: str, group: int = 0) -> None:
         self.form = form
         self.quantization = form if form in SCHEMES else "none"
-        self.group = group or (*SCHEMES[form].groups, 0)[0] if form in SCHEMES else 0
+        self.group = group or (SCHEMES[form].group if form in SCHEMES else 0)
         self.name = f"{form} native"
 
     def pack(self, *weights: Tensor) -> Packed:

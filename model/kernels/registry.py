@@ -20,8 +20,9 @@ from .native_glu import NativeGlu
 from .native_linear import NativeLinear
 from .torch_floats import OneDnnKernel, RowMajorKernel
 from .torch_glu import FloatGlu, LinearsGlu
-from .torch_int4 import AtenInt4, PlainInt4
+from .torch_int4 import AtenInt4
 from .torch_int8 import SUMMED_QMAX, AtenInt8, FbgemmKernel
+from .torch_plain import PlainKernel
 from .torch_stored import StoredInt8Glu
 
 # The last of each runs everywhere, but that of GGUF's blocks: without it they become floats.
@@ -33,20 +34,20 @@ KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
         partial(RowMajorKernel, torch.bfloat16),
     ),
     "int8": (partial(NativeLinear, "int8"), FbgemmKernel, partial(FbgemmKernel, SUMMED_QMAX), AtenInt8),
-    "int4": (partial(NativeLinear, "int4"), AtenInt4, PlainInt4),
+    "int4": (partial(NativeLinear, "int4"), AtenInt4, partial(PlainKernel, "int4")),
+    "int3": (partial(NativeLinear, "int3"), partial(PlainKernel, "int3")),
     GGUF: (NativeGguf,),
 }
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 )
-CARD_FORMS = ("int8", "int4")
 OLDEST = (8, 0)  # of the cards that kernels in Triton were compiled for: its compute capability
 TOLERANCE = 0.02  # of the largest output; activations in 8 bits err by 0.5 %
 
 
 @cache
 def choose(name: str, group: int | None = None, device: torch.device = CPU) -> LinearKernel | None:
-    """The first kernel of a name that is right on this device; None if there is none. group: of int4."""
+    """The first kernel of a name that is right on this device; None if there is none. group: of schemes with some."""
     settings = {} if group is None else {"group": group}
     found = KERNELS[name] if device.type == "cpu" else _for_card(name, device)
     return next((kernel for build in found if not fault(kernel := build(**settings))), None)
@@ -54,7 +55,7 @@ def choose(name: str, group: int | None = None, device: torch.device = CPU) -> L
 
 def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearKernel]]:
     there = find_spec("triton") is not None and device.type == "cuda"
-    if there and name in CARD_FORMS and torch.cuda.get_device_capability(device) >= OLDEST:
+    if there and SCHEMES[name].on_cards and torch.cuda.get_device_capability(device) >= OLDEST:
         from .cuda_linear import CudaLinear
 
         yield partial(CudaLinear, name, device=device)

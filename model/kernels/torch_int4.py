@@ -1,4 +1,4 @@
-"""int4 weights by PyTorch: its own product in bfloat16, or floats again at each product."""
+"""int4 weights by PyTorch: its own product in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..quantization.int4 import GROUP, dequantize, quantize, unpack
+from ..quantization.int4 import GROUP, quantize, unpack
 from ..weights import QuantizedMatrix
 from .base import Packed, QuantizedFirst, RowByRow, Rows, check_scales
-from .upcast import linear
 
 
-class Int4(QuantizedFirst):
-    """What kernels for such matrices share. group: inputs that share scale and zero point."""
+class AtenInt4(QuantizedFirst, RowByRow):
+    """PyTorch's own product with 4-bit weights. group: inputs that share scale and zero point."""
 
+    name = "int4 aten"
     quantization = "int4"
+    dtype = torch.bfloat16
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group
@@ -26,13 +27,6 @@ class Int4(QuantizedFirst):
     def nbytes(self, outputs: int, inputs: int) -> int:
         groups = -(-inputs // self.group)
         return outputs * groups * (self.group // 2 + 4)
-
-
-class AtenInt4(Int4, RowByRow):
-    """PyTorch's own product with 4-bit weights, in bfloat16."""
-
-    name = "int4 aten"
-    dtype = torch.bfloat16
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         levels = torch.cat([unpack(part.values) for part in stored]).int()
@@ -52,24 +46,3 @@ class AtenInt4(Int4, RowByRow):
     def run(self, x: Rows, packed: Packed) -> Tensor:
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x[0], packed[0], self.group, packed[1])
         return out
-
-
-class PlainInt4(Int4, RowByRow):
-    """Floats again at each product: slow, for shapes and processors that nothing else is made for."""
-
-    name = "int4 plain"
-    dtype = torch.float32
-
-    def load(self, *stored: QuantizedMatrix) -> Packed:
-        check_scales(stored)
-        return tuple(QuantizedMatrix(*(part.clone() for part in matrix if part is not None)) for matrix in stored)
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        groups = -(-inputs // self.group)
-        return outputs * (inputs // 2 + 4 * groups)
-
-    def prepare(self, x: Tensor, inner: bool = False) -> Rows:
-        return (x.float(),)
-
-    def run(self, x: Rows, packed: Packed) -> Tensor:
-        return torch.cat([linear(x[0], dequantize(matrix, self.group)) for matrix in packed], dim=1)

@@ -16,14 +16,14 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any
 
-ABI = 3
+ABI = 4
 GEMV_MAX_ROWS = 16
 
 
 class Format(IntEnum):
     """How a matrix's numbers are stored."""
 
-    F32, BF16, INT8, INT4 = range(4)
+    F32, BF16, INT8, INT4, INT3 = range(5)
     # ggml's blocks: 256 and ggml's number of a type
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 258, 259, 262, 263, 264
     Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = range(266, 271)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..quantization import BLOCKS
+from ..quantization import BLOCKS, SCHEMES
 from .abi import Expert, Format, Matrix
 
-GROUPS = (32, 64, 128, 256)  # inputs of int4 that share scale and zero point
+AFFINE = {4: Format.INT4, 3: Format.INT3}  # bits of levels with scale and zero point for each group of inputs
 LARGEST = 2**31 - 1  # of a side; with it no product of sizes leaves 64 bits
 
 
@@ -31,13 +31,19 @@ def address(tensor: Tensor, dtype: torch.dtype, *shape: int, name: str = "a tens
 
 
 def matrix(
-    values: Tensor, scale: Tensor | None = None, zero: Tensor | None = None, *, group: int = 0, transposed: bool = False
+    values: Tensor,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    *,
+    group: int = 0,
+    bits: int = 4,
+    transposed: bool = False,
 ) -> Matrix:
-    """A matrix of its parts; which format it has, their types tell.
+    """A matrix of its parts; which format it has, their types tell, and bits.
 
     values: float32 or bfloat16 [outputs, inputs] (transposed: [inputs, outputs]);
     or int8 [outputs, inputs] with scale float32 [outputs];
-    or uint8 [outputs, inputs / 2] with scale and zero bfloat16 [outputs, ceil(inputs / group)].
+    or uint8 [outputs, inputs * bits / 8] with scale and zero bfloat16 [outputs, ceil(inputs / group)].
     """
     if values.dim() != 2:
         raise ValueError(f"a matrix has two sides, not {values.dim()}")
@@ -52,9 +58,12 @@ def matrix(
         found.format = Format.INT8
         found.scale = address(scale, torch.float32, outputs, name="scale")
     elif kind == (torch.uint8, True, True, True) and scale is not None and zero is not None and not transposed:
-        found.format, inputs = Format.INT4, 2 * inputs
-        if group not in GROUPS:
-            raise ValueError(f"no groups of {group} inputs: {', '.join(map(str, GROUPS))} are known")
+        found.format, known = AFFINE[bits], SCHEMES[AFFINE[bits].name.lower()].groups
+        inputs, rest = divmod(inputs * 8, bits)
+        if rest:
+            raise ValueError(f"rows of {values.shape[1]} bytes are no whole inputs of {bits} bits")
+        if group not in known:
+            raise ValueError(f"no groups of {group} inputs: {', '.join(map(str, known))} are known")
         groups = -(-inputs // group)
         found.scale = address(scale, torch.bfloat16, outputs, groups, name="scale")
         found.zero = address(zero, torch.bfloat16, outputs, groups, name="zero")

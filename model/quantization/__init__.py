@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from math import gcd
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..errors import NotFiniteError
+from ..errors import ModelError, NotFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +30,22 @@ class Scheme:
     bits: int  # a weight
     parts: Mapping[str, str]  # of which `weight` holds the quantized values, the others one number a group
     groups: tuple[int, ...] = ()  # inputs that may share a scale, the usual one first; none: all of an output do
+    on_cards: bool = False  # whether there are kernels in Triton
+
+    @property
+    def group(self) -> int:
+        """The usual one of `groups`; 0 where there are none."""
+        return self.groups[0] if self.groups else 0
+
+    def check(self, inputs: int) -> None:
+        """`ModelError` for inputs that fill no whole bytes."""
+        if inputs * self.bits % 8:
+            fits = 8 // gcd(8, self.bits)
+            raise ModelError(f"{self.bits} bits are for inputs in {fits}s, and a matrix has {inputs}", "take int8")
 
     def shapes(self, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Shape of each part; the last group may be short."""
+        self.check(inputs)
         values = outputs, inputs * self.bits // BITS[self.parts["weight"]]
         ranges = (outputs, -(-inputs // group)) if self.groups else (outputs,)
         return {part: values if part == "weight" else ranges for part in self.parts}
@@ -39,7 +53,7 @@ class Scheme:
     def bytes_per_weight(self, group: int = 0) -> float:
         """Scales included, as far as they count: one an output does not."""
         ranges = sum(BITS[dtype] for part, dtype in self.parts.items() if part != "weight")
-        return (self.bits + (ranges / (group or self.groups[0]) if self.groups else 0)) / 8
+        return (self.bits + (ranges / (group or self.group) if self.groups else 0)) / 8
 
     def nbytes(self, group: int, outputs: int, inputs: int) -> int:
         """Bytes of all parts."""
@@ -51,8 +65,9 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
     {
-        "int8": Scheme(8, {"weight": "I8", "scale": "F32"}),
-        "int4": Scheme(4, {"weight": "U8", "scale": "BF16", "zero": "BF16"}, groups=(32, 64, 128, 256)),
+        "int8": Scheme(8, {"weight": "I8", "scale": "F32"}, on_cards=True),
+        "int4": Scheme(4, {"weight": "U8", "scale": "BF16", "zero": "BF16"}, (32, 64, 128, 256), on_cards=True),
+        "int3": Scheme(3, {"weight": "U8", "scale": "BF16", "zero": "BF16"}, (128,)),
     }
 )
 
@@ -93,7 +108,7 @@ def dequantize(scheme: str, matrix: QuantizedMatrix, group: int) -> Tensor:
     return floats
 
 
-def quantize(scheme: str, group: int, weight: Tensor, moments: Tensor) -> QuantizedMatrix:
+def quantize(scheme: str, group: int, weight: Tensor, moments: Tensor | None = None) -> QuantizedMatrix:
     """A matrix in a scheme with groups, fitted to what is known of its inputs (`affine.fit`)."""
     numbers = import_module(f".{scheme}", __name__)
     stored: QuantizedMatrix = numbers.quantize(weight, group, moments)

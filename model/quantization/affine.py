@@ -1,14 +1,16 @@
-"""Levels with a scale and a zero point for each group of inputs of an output: how int4 is fitted."""
+"""Levels with a scale and a zero point for each group of inputs of an output: how int4 and int3 are fitted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import is_finite, not_finite
+from ..weights import QuantizedMatrix
+from . import SCHEMES, is_finite, not_finite
 
 FIRST_RANGES = (1.0, 0.9, 0.8, 0.7)  # of a group's own range: where the fit begins; it goes on from the best
 ROUNDS = 8
@@ -47,6 +49,24 @@ def fit(weight: Tensor, most: int, group: int, moments: Tensor | None = None) ->
         return feed_back(weight, ranges, most, group, moments), ranges
     levels = _levels(padded.view(outputs, -1, group), ranges.scale, ranges.zero, most)
     return levels.to(torch.uint8).view(outputs, -1)[:, :inputs], ranges
+
+
+def quantize(
+    scheme: str, pack: Callable[[Tensor], Tensor], weight: Tensor, group: int, moments: Tensor | None
+) -> QuantizedMatrix:
+    """Floats [outputs, inputs] fitted as `fit` says, their levels packed by the scheme."""
+    form = SCHEMES[scheme]
+    form.check(weight.shape[1])
+    levels, ranges = fit(weight, (1 << form.bits) - 1, group, moments)
+    return QuantizedMatrix(pack(levels), *(part[..., 0].contiguous() for part in ranges))
+
+
+def dequantize(unpack: Callable[[Tensor], Tensor], matrix: QuantizedMatrix, group: int) -> Tensor:
+    """The float32 matrix [outputs, inputs] that is meant."""
+    assert matrix.zero is not None
+    levels = unpack(matrix.values)
+    scale, zero = (spread(part, group, levels.shape[1]) for part in (matrix.scale, matrix.zero))
+    return (levels - zero) * scale
 
 
 def spread(numbers: Tensor, group: int, inputs: int) -> Tensor:

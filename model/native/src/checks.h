@@ -20,6 +20,9 @@ inline void require(bool holds, const char *what) {
 
 inline bool is_float(const dbrx_matrix &m) { return m.format == DBRX_F32 || m.format == DBRX_BF16; }
 
+inline bool is_affine(const dbrx_matrix &m) { return m.format == DBRX_INT4 || m.format == DBRX_INT3; }
+inline int bits_of(const dbrx_matrix &m) { return m.format == DBRX_INT4 ? 4 : 3; }  // of such a matrix
+
 // Sides of at most LARGEST, whose product is at most MOST.
 inline bool fits(int64_t rows, int64_t columns) {
     return 0 < rows && rows <= LARGEST && 0 < columns && columns <= LARGEST && rows <= MOST / columns;
@@ -39,14 +42,14 @@ inline void check(const dbrx_matrix &m) {
     require(fits(m.outputs, m.inputs), "a matrix is empty, or too large");
     require(m.values, "a matrix has no values");
     if (is_blocks(m)) return check_blocks(m);
-    require(m.format >= DBRX_F32 && m.format <= DBRX_INT4, "a matrix has an unknown format");
+    require(m.format >= DBRX_F32 && m.format <= DBRX_INT3, "a matrix has an unknown format");
     require(!m.transposed || is_float(m), "only matrices of floats can be transposed");
     require(is_float(m) || m.scale, "a quantized matrix has no scales");
-    if (m.format != DBRX_INT4) return;
-    require(m.zero, "an int4 matrix has no zero points");
-    require(m.group == 32 || m.group == 64 || m.group == 128 || m.group == 256,
-            "int4 groups are 32, 64, 128 or 256 inputs");
-    require(m.inputs % 2 == 0, "int4 puts two inputs into a byte, and a matrix has an odd number of them");
+    if (!is_affine(m)) return;
+    require(m.zero, "a matrix with groups has no zero points");
+    require(m.group == 128 || (m.format == DBRX_INT4 && (m.group == 32 || m.group == 64 || m.group == 256)),
+            "groups are 128 inputs, or in int4 32, 64 or 256");
+    require(m.inputs * bits_of(m) % 8 == 0, "the inputs of a matrix fill no whole bytes");
 }
 
 // A product with n rows of x, which may be none.
@@ -153,7 +156,7 @@ inline void check_quantize(const dbrx_pool *pool, const dbrx_matrix *from, const
     require(pool && from && to, "a pool and two matrices are needed");
     check(*from);
     check(*to);
-    require(is_float(*from) && (to->format == DBRX_INT8 || to->format == DBRX_INT4), "quantizing goes from floats to int8 or int4");
+    require(is_float(*from) && (to->format == DBRX_INT8 || is_affine(*to)), "quantizing goes from floats to int8, int4 or int3");
     require(from->outputs == to->outputs && from->inputs == to->inputs, "two matrices differ in size");
 }
 

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define DBRX_ABI 3           // what `dbrx_abi()` gives; raised with every change of this file
+#define DBRX_ABI 4           // what `dbrx_abi()` gives; raised with every change of this file
 #define DBRX_GEMV_MAX_ROWS 16  // up to so many rows each weight is read once and multiplied where it stands
 
 enum dbrx_format {
@@ -22,6 +22,8 @@ enum dbrx_format {
     DBRX_INT8 = 2,  // values int8_t [outputs, inputs], scale float [outputs]: value * scale
     DBRX_INT4 = 3,  // values uint8_t [outputs, inputs / 2], an even input in the low half of a byte and the odd one after
                     // it in the high half; scale and zero bfloat16 [outputs, ceil(inputs / group)]: (level - zero) * scale
+    DBRX_INT3 = 4,  // values uint8_t [outputs, inputs * 3 / 8]: two bits of all inputs, four in a byte, then the third bits,
+                    // eight in a byte; the first input in the lowest bits. scale and zero as above
     // ggml's blocks, by 256 and ggml's number of a type: values uint8_t [outputs, bytes of a row] as a GGUF file holds
     // them, in blocks of 32 inputs, or of 256 for those named K and IQ4_XS.
     DBRX_Q4_0 = 258,
@@ -44,7 +46,7 @@ enum dbrx_activation { DBRX_SILU = 0, DBRX_GELU = 1, DBRX_RELU = 2 };  // gelu: 
 typedef struct {
     int32_t format;      // dbrx_format
     int32_t transposed;  // floats only: values are [inputs, outputs], as a checkpoint stores w2
-    int32_t group;       // of int4: inputs that share scale and zero point; else 0
+    int32_t group;       // of int4 and int3: inputs that share scale and zero point; else 0
     int32_t reserved;
     int64_t outputs, inputs;
     const void *values, *scale, *zero;
@@ -126,8 +128,8 @@ int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *
 // to [n, inputs] = some rows of a matrix in ggml's blocks, as floats.
 int dbrx_rows(dbrx_pool *pool, const dbrx_matrix *matrix, const int64_t *rows, int64_t n, float *to);
 
-// Floats [outputs, inputs] of a DBRX_F32 or DBRX_BF16 matrix (transposed ones too) -> the parts of an int8 or int4 one,
-// whose pointers `to` holds and which are written. The numbers are those of quantization/int8.py and int4.py.
+// Floats [outputs, inputs] of a DBRX_F32 or DBRX_BF16 matrix (transposed ones too) -> the parts of an int8, int4 or int3 one,
+// whose pointers `to` holds and which are written. The numbers are those of quantization/int8.py and affine.py.
 // row_scale [outputs] and column_scale [inputs], NULL for ones, multiply the floats first (equalizing).
 int dbrx_quantize(dbrx_pool *pool, const dbrx_matrix *from, const float *row_scale, const float *column_scale,
                   dbrx_matrix *to);

@@ -156,6 +156,7 @@ auto with_gemm(const dbrx_matrix &m, F f) {
         case DBRX_BF16: return f(Gemm<DBRX_BF16>{});
         case DBRX_INT8: return f(Gemm<DBRX_INT8>{});
         case DBRX_INT4: return f(Gemm<DBRX_INT4>{});
+        case DBRX_INT3: return f(Gemm<DBRX_INT3>{});
         default: return with_blocks(m, [&](auto type) { return f(BlockGemm<decltype(type)>{}); });
     }
 }

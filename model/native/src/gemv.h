@@ -4,7 +4,7 @@
 
 #include "formats/blocks.h"
 #include "formats/floats.h"
-#include "formats/int4.h"
+#include "formats/affine.h"
 #include "formats/int8.h"
 #include "pool.h"
 
@@ -21,14 +21,15 @@ auto with_format(const dbrx_matrix &m, F f) {
         case DBRX_F32: return f(F32{});
         case DBRX_BF16: return f(BF16{});
         case DBRX_INT8: return f(Int8{});
+        case DBRX_INT3: return f(Affine<3, 128>{});
         case DBRX_INT4: break;
         default: return with_blocks(m, [&](auto type) { return f(Blocks<decltype(type)>{}); });
     }
     switch (m.group) {
-        case 32: return f(Int4<32>{});
-        case 64: return f(Int4<64>{});
-        case 128: return f(Int4<128>{});
-        default: return f(Int4<256>{});
+        case 32: return f(Affine<4, 32>{});
+        case 64: return f(Affine<4, 64>{});
+        case 128: return f(Affine<4, 128>{});
+        default: return f(Affine<4, 256>{});
     }
 }
 

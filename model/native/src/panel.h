@@ -7,7 +7,7 @@
 #include <cstring>
 #include <functional>
 
-#include "activations.h"
+#include "formats/affine.h"
 #include "tiles.h"
 
 namespace dbrx {
@@ -18,7 +18,6 @@ constexpr float NORM = 32000.0f;               // of a row of integers of 16 bit
 constexpr float ROUNDING = 12582912.0f;        // 1.5 * 2^23: added, it leaves the nearest integer in a float's low bits
 constexpr float TINY = 1e-30f;                 // for what is divided by
 constexpr int64_t PANEL_INPUT_BYTES = 1024;    // of an output in a panel: a panel has 16 KiB, or 32 of AVX-512's 48
-constexpr int INT4_MAX = 15;
 constexpr int64_t GEMM_ROWS = 512;             // that meet a panel before it is unpacked again: their sums stay in cache
 
 using GemmWrite = std::function<void(int64_t row, int64_t output, int count, const float *values)>;
@@ -106,8 +105,33 @@ struct Unpack<DBRX_INT8> {
     }
 };
 
-template <>
-struct Unpack<DBRX_INT4> {
+#if defined(__AVX2__)
+// The levels of inputs first .. first + 31, in their order.
+inline __m256i levels_of_32(const Levels<4> &levels, int first) {
+    const __m128i both = _mm_loadu_si128((const __m128i *)(levels.low + first / 2)), mask = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(both, mask), odd = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+}
+// A word for each four inputs: their bits, once more for each byte and shifted so that the byte's own come lowest.
+//     two bits each: b | b << 6 | b << 12 | b << 18; third bits: b | b << 7 | b << 14 | b << 21, two places higher
+inline __m256i levels_of_32(const Levels<3> &levels, int first) {
+    int32_t third_bits;
+    std::memcpy(&third_bits, levels.high + first / 8, 4);
+    const auto for_each_byte = [](__m256i once, int shift) {
+        const __m256i twice = _mm256_or_si256(once, _mm256_slli_epi32(once, 2 * shift));
+        return _mm256_or_si256(twice, _mm256_slli_epi32(twice, shift));
+    };
+    const __m256i two = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(levels.low + first / 4)));
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i third = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(third_bits), shifts), _mm256_set1_epi32(15));
+    return _mm256_or_si256(_mm256_and_si256(for_each_byte(two, 6), _mm256_set1_epi8(3)),
+                           _mm256_and_si256(for_each_byte(_mm256_slli_epi32(third, 2), 7), _mm256_set1_epi8(4)));
+}
+#endif
+
+// Of a few bits, with scale and zero point for each group.
+template <int BITS>
+struct UnpackAffine {
     using Stored = uint8_t;
 #if defined(__AVX2__) || defined(DBRX_EMULATE)
     using Dot = ShortDot;
@@ -115,10 +139,11 @@ struct Unpack<DBRX_INT4> {
     using Dot = FloatDot;
 #endif
     static constexpr bool ROUNDS = std::is_same_v<Dot, ShortDot>;
+    static constexpr int QMAX = (1 << BITS) - 1;
 
     static int64_t groups(const dbrx_matrix &m) { return (m.inputs + m.group - 1) / m.group; }
 
-    // The norm is bounded rather than computed: by what the farthest of 16 levels would give in each place.
+    // The norm is bounded rather than computed: by what the farthest of all levels would give in each place.
     static float step(const dbrx_matrix &m, int64_t output) {
         if (!ROUNDS) return 1;
         const int64_t count = groups(m);
@@ -132,47 +157,47 @@ struct Unpack<DBRX_INT4> {
         return std::max(std::sqrt(most * float(m.group)), TINY) / NORM;
     }
     static float farthest(uint16_t scale, uint16_t zero) {
-        const float z = widen(zero), most = std::max(std::fabs(z), std::fabs(INT4_MAX - z)) * widen(scale);
+        const float z = widen(zero), most = std::max(std::fabs(z), std::fabs(QMAX - z)) * widen(scale);
         return most * most;
     }
 
     static void row(const dbrx_matrix &m, int64_t output, int64_t first, int64_t count, float inverse, Dot::Element *out) {
         const int64_t offset = output * groups(m) + first / m.group;  // `first` begins a group
         const uint16_t *scale = (const uint16_t *)m.scale + offset, *zero = (const uint16_t *)m.zero + offset;
-        const uint8_t *from = (const uint8_t *)m.values + (output * m.inputs + first) / 2;
+        const Levels<BITS> levels = Levels<BITS>::of(m, output).block(first / BLOCK);
         for (int64_t i = 0; i < count; i += m.group, ++scale, ++zero)
-            group(from + i / 2, std::min<int64_t>(m.group, count - i), widen(*scale) * inverse, widen(*zero), out + i);
+            group(levels, int(i), int(std::min(i + m.group, count)), widen(*scale) * inverse, widen(*zero), out);
     }
-    static void group(const uint8_t *from, int64_t count, float scale, float zero, float *out) {
-        for (int64_t i = 0; i < count / 2; ++i) {
-            out[2 * i] = (float(from[i] & 15) - zero) * scale;
-            out[2 * i + 1] = (float(from[i] >> 4) - zero) * scale;
-        }
+    static void group(const Levels<BITS> &levels, int first, int last, float scale, float zero, float *out) {
+        for (int i = first; i < last; ++i) out[i] = (float(levels.at(i)) - zero) * scale;
     }
-    static void group(const uint8_t *from, int64_t count, float scale, float zero, int16_t *out) {
-        alignas(32) int16_t table[16];
-        for (int level = 0; level < 16; ++level)
+    static void group(const Levels<BITS> &levels, int first, int last, float scale, float zero, int16_t *out) {
+        alignas(32) int16_t table[16] = {};
+        for (int level = 0; level <= QMAX; ++level)
             table[level] = int16_t(std::bit_cast<int32_t>((float(level) - zero) * scale + ROUNDING));
-        int64_t i = 0;
+        int i = first;
 #if defined(__AVX2__)
-        // ByteDot of the table apart, since `vpshufb` looks up bytes: low ones and high ones of 16 levels, in both lanes.
+        // Bytes of the table apart, since `vpshufb` looks up bytes: low ones and high ones of 16 levels, in both lanes.
         const __m256i split = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
                                                0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
         const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(_mm256_load_si256((const __m256i *)table), split), 0xD8);
         const __m256i low = _mm256_permute2x128_si256(apart, apart, 0x00), high = _mm256_permute2x128_si256(apart, apart, 0x11);
-        for (; i + 32 <= count; i += 32) {
-            const __m128i both = _mm_loadu_si128((const __m128i *)(from + i / 2)), mask = _mm_set1_epi8(15);
-            const __m128i even = _mm_and_si128(both, mask), odd = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
-            const __m256i levels = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-            const __m256i lows = _mm256_shuffle_epi8(low, levels), highs = _mm256_shuffle_epi8(high, levels);
+        for (; i + 32 <= last; i += 32) {
+            const __m256i in_order = levels_of_32(levels, i);
+            const __m256i lows = _mm256_shuffle_epi8(low, in_order), highs = _mm256_shuffle_epi8(high, in_order);
             const __m256i a = _mm256_unpacklo_epi8(lows, highs), b = _mm256_unpackhi_epi8(lows, highs);
             _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute2x128_si256(a, b, 0x20));
             _mm256_storeu_si256((__m256i *)(out + i + 16), _mm256_permute2x128_si256(a, b, 0x31));
         }
 #endif
-        for (; i < count; i += 2) out[i] = table[from[i / 2] & 15], out[i + 1] = table[from[i / 2] >> 4];
+        for (; i < last; ++i) out[i] = table[levels.at(i)];
     }
 };
+
+template <>
+struct Unpack<DBRX_INT4> : UnpackAffine<4> {};
+template <>
+struct Unpack<DBRX_INT3> : UnpackAffine<3> {};
 
 // Eight rows of eight words of 32 bits -> their columns; strides in words.
 inline void transpose_8(const float *from, int64_t stride, float *to, int64_t to_stride) {

@@ -1,4 +1,4 @@
-// Floats -> 8 or 4 bits a weight: the numbers of quantization/int8.py and quantization/int4.py.
+// Floats -> 8, 4 or 3 bits a weight: the numbers of quantization/int8.py and quantization/affine.py.
 //
 // A few outputs at a time become float32, with their factors, in memory that stays in cache, whichever way they lie in the
 // checkpoint; then each output is quantized by itself.
@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "checks.h"
 #include "panel.h"
 #include "pool.h"
 
@@ -54,13 +55,14 @@ inline void quantize_int8(const float *x, int64_t inputs, int8_t *values, float 
     for (int64_t i = 0; i < inputs; ++i) values[i] = int8_t(std::bit_cast<int32_t>(x[i] * inverse + ROUNDING));
 }
 
-// 16 levels for each group, fitted to its weights: levels and range are improved in turn, eight groups side by side.
-class Int4Fit {
+// The levels 0 to qmax for each group, fitted to its weights: levels and range are improved in turn, eight groups side by
+// side.
+class AffineFit {
   public:
-    explicit Int4Fit(int group) : group_(group) {}
+    AffineFit(int group, int qmax) : group_(group), qmax_(Floats::all(float(qmax))) {}
 
     // x [8 groups] -> levels, a byte each, in the same order; scale and zero [8] in bfloat16. The numbers are those of
-    // int4.py but for the order of sums, and for t / scale, here t * (1 / scale) until the fit is done: levels differ
+    // affine.py but for the order of sums, and for t / scale, here t * (1 / scale) until the fit is done: levels differ
     // where that is a tie.
     void fit(const float *x, uint8_t *levels, uint16_t *scale_out, uint16_t *zero_out) {
         for (int i = 0; i < group_; i += 8) transpose_8(x + i, group_, w_[i], LANES);
@@ -73,8 +75,8 @@ class Int4Fit {
         for (int i = 0; i < group_; ++i) (at(w_, i) - mean).store(centred_[i]);
         Floats best_error = Floats::all(INFINITY), best_scale = Floats::all(1), best_base = low;
         for (const float share : {1.0f, 0.9f, 0.8f, 0.7f}) {
-            Floats scale = max((high - low) * Floats::all(share) / Floats::all(INT4_MAX), tiny());
-            Floats base = (low + high) * Floats::all(0.5f) - scale * Floats::all(INT4_MAX) * Floats::all(0.5f);
+            Floats scale = max((high - low) * Floats::all(share) / qmax_, tiny());
+            Floats base = (low + high) * Floats::all(0.5f) - scale * qmax_ * Floats::all(0.5f);
             improve(mean, scale, base);
             const Floats error = error_of(scale, base);
             best_scale = where_less(error, best_error, scale, best_scale);
@@ -89,7 +91,7 @@ class Int4Fit {
     using Lanes = float[LANES];
     static Floats tiny() { return Floats::all(1e-12f); }
     static Floats at(const Lanes *lanes, int i) { return Floats::load(lanes[i]); }
-    static Floats clamped(Floats t) { return max(Floats::all(0), min(Floats::all(INT4_MAX), round(t))); }
+    Floats clamped(Floats t) const { return max(Floats::all(0), min(qmax_, round(t))); }
 
     // The nearest levels for a range, then the range of least squares for these levels, until nothing changes.
     void improve(Floats mean, Floats &scale, Floats &base) const {
@@ -151,13 +153,14 @@ class Int4Fit {
     }
 
     int group_;
+    Floats qmax_;
     alignas(32) float w_[MOST][LANES];        // input i of eight groups
     alignas(32) float centred_[MOST][LANES];  // less their means
 };
 
-// An output in 4 bits. x has room for whole eights of groups, and is written over behind the last input: a short group
+// An output in a few bits. x has room for whole eights of groups, and is written over behind the last input: a short group
 // is filled with its last weight.
-inline void quantize_int4(Int4Fit &fit, float *x, const dbrx_matrix &to, int64_t output, uint8_t *levels) {
+inline void quantize_affine(AffineFit &fit, float *x, const dbrx_matrix &to, int64_t output, uint8_t *levels) {
     const int64_t groups = (to.inputs + to.group - 1) / to.group;
     std::fill(x + to.inputs, x + (groups + 7) / 8 * 8 * to.group, x[to.inputs - 1]);
     uint16_t *scale = (uint16_t *)to.scale + output * groups, *zero = (uint16_t *)to.zero + output * groups;
@@ -168,8 +171,9 @@ inline void quantize_int4(Int4Fit &fit, float *x, const dbrx_matrix &to, int64_t
         std::copy(scales, scales + count, scale + g);
         std::copy(zeros, zeros + count, zero + g);
     }
-    uint8_t *values = (uint8_t *)to.values + output * (to.inputs / 2);
-    for (int64_t i = 0; i < to.inputs / 2; ++i) values[i] = uint8_t(levels[2 * i] | levels[2 * i + 1] << 4);
+    uint8_t *row = (uint8_t *)to.values + output * (to.inputs * bits_of(to) / 8);
+    if (to.format == DBRX_INT4) pack_levels<4>(levels, to.inputs, row);
+    else pack_levels<3>(levels, to.inputs, row);
 }
 
 inline bool all_finite(const float *x, int64_t count) {
@@ -179,7 +183,7 @@ inline bool all_finite(const float *x, int64_t count) {
 }
 
 inline void quantize(Pool &pool, const dbrx_matrix &from, const float *row_scale, const float *column_scale, dbrx_matrix &to) {
-    const int64_t group = to.format == DBRX_INT4 ? to.group : 1;
+    const int64_t group = is_affine(to) ? to.group : 1;
     const int64_t stride = (from.inputs + 8 * group - 1) / (8 * group) * (8 * group) + 16;
     const int64_t bytes_each = stride * (QUANTIZED_AT_ONCE * 4 + 1);
     std::byte *scratch = pool.scratch(size_t(bytes_each * pool.threads()));
@@ -191,14 +195,14 @@ inline void quantize(Pool &pool, const dbrx_matrix &from, const float *row_scale
         const int count = int(std::min<int64_t>(QUANTIZED_AT_ONCE, from.outputs - first));
         if (from.format == DBRX_F32) float_rows<float>(from, first, count, row_scale, column_scale, rows, stride);
         else float_rows<uint16_t>(from, first, count, row_scale, column_scale, rows, stride);
-        Int4Fit fit{int(group)};
+        AffineFit fit(int(group), (1 << bits_of(to)) - 1);
         for (int o = 0; o < count; ++o) {
             float *row = rows + o * stride;
             const int64_t output = first + o;
             if (to.format == DBRX_INT8) {
                 quantize_int8(row, from.inputs, (int8_t *)to.values + output * from.inputs, (float *)to.scale + output);
             } else if (all_finite(row, from.inputs)) {
-                quantize_int4(fit, row, to, output, levels);
+                quantize_affine(fit, row, to, output, levels);
             } else {
                 finite.store(false);
             }

@@ -117,6 +117,7 @@ struct Shape {
         return {format, transposed, group, outputs, from.number()};
     }
     int64_t numbers() const { return outputs * inputs; }
+    int bits() const { return format == DBRX_INT4 ? 4 : format == DBRX_INT3 ? 3 : 0; }  // of levels
     int64_t groups() const { return group ? (inputs + group - 1) / group : 0; }
 };
 
@@ -161,7 +162,7 @@ struct Matrix {
         if (s.format == DBRX_BF16) is.values = bf16.data();
         if (blocks_of(s.format)) is.values = bytes.data();
         if (s.format == DBRX_INT8) is.values = bytes.data(), is.scale = scale.data();
-        if (s.format == DBRX_INT4) is.values = bytes.data(), is.scale = scales.data(), is.zero = zeros.data();
+        if (s.bits()) is.values = bytes.data(), is.scale = scales.data(), is.zero = zeros.data();
     }
 
     Matrix(const Shape &s, uint64_t stream) : Matrix(s) {
@@ -173,12 +174,13 @@ struct Matrix {
                 for (const int half : b->halves) bytes[block + half + 1] = (bytes[block + half + 1] & 0x83) | 0x24;
         for (int64_t i = 0; i < scale.size(); ++i) scale[i] = (2.0f + uniform(stream + 1, i)) / 256.0f;
         for (int64_t i = 0; i < scales.size(); ++i) scales[i] = cut((2.0f + uniform(stream + 1, i)) / 16.0f);
-        for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = cut(8.0f + 4.0f * uniform(stream + 2, i));
+        const float middle = float(1 << s.bits()) / 2;
+        for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = cut(middle + middle / 2 * uniform(stream + 2, i));
     }
 
     static int64_t bytes_of(const Shape &s) {
         if (const Blocks *b = blocks_of(s.format)) return s.numbers() / b->inputs * b->bytes;
-        return s.format == DBRX_INT8 ? s.numbers() : s.format == DBRX_INT4 ? s.numbers() / 2 : 0;
+        return s.format == DBRX_INT8 ? s.numbers() : s.numbers() * s.bits() / 8;
     }
 
     static Matrix read(Reader &from) {
@@ -186,13 +188,19 @@ struct Matrix {
         return {shape, uint64_t(from.number())};
     }
 
+    int level(int64_t output, int64_t input) {
+        if (shape.format == DBRX_INT4) return (bytes[(output * shape.inputs + input) / 2] >> (input % 2 * 4)) & 15;
+        const int64_t row = output * shape.inputs * 3 / 8;
+        const int low = (bytes[row + input / 4] >> (input % 4 * 2)) & 3;
+        return low + 4 * ((bytes[row + shape.inputs / 4 + input / 8] >> (input % 8)) & 1);
+    }
+
     // The number that is meant, of a quantized matrix.
     float at(int64_t output, int64_t input) {
         const int64_t n = output * shape.inputs + input;
         if (shape.format == DBRX_INT8) return float(int8_t(bytes[n])) * scale[output];
         const int64_t part = output * shape.groups() + input / shape.group;
-        const int level = (bytes[n / 2] >> (n % 2 * 4)) & 15;
-        return (float(level) - widened(zeros[part])) * widened(scales[part]);
+        return (float(level(output, input)) - widened(zeros[part])) * widened(scales[part]);
     }
 };
 

@@ -464,7 +464,7 @@ DBRX_INLINE void load_weights(const float *at, Floats (&out)[2]) {
 template <class T>
 inline void even_first(T *x, int64_t count, int size) {
     for (int64_t start = 0; start + size <= count; start += size) {
-        T before[64];
+        T before[128];
         std::memcpy(before, x + start, size_t(size) * sizeof(T));
         for (int i = 0; i < size / 2; ++i) {
             x[start + i] = before[2 * i];
@@ -477,7 +477,7 @@ inline void even_first(T *x, int64_t count, int size) {
 template <class T>
 inline void even_last(T *x, int64_t count, int size) {
     for (int64_t start = 0; start + size <= count; start += size) {
-        T before[64];
+        T before[128];
         std::memcpy(before, x + start, size_t(size) * sizeof(T));
         for (int i = 0; i < size; ++i) x[start + i] = before[i % 2 * (size / 2) + i / 2];
     }

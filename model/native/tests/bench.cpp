@@ -44,12 +44,13 @@ std::vector<uint16_t> filled(size_t bytes, int format) {
 struct Weights {
     std::vector<std::vector<uint16_t>> memory;
     dbrx_matrix matrix(int format, int64_t outputs, int64_t inputs, bool transposed = false) {
-        const int64_t bytes[] = {inputs * 4, inputs * 2, inputs, inputs / 2};
+        const int64_t bytes[] = {inputs * 4, inputs * 2, inputs, inputs / 2, inputs * 3 / 8};
+        const int group = format == DBRX_INT4 ? 32 : format == DBRX_INT3 ? 128 : 0;
         memory.push_back(filled(size_t(outputs * bytes[format]), format));
-        dbrx_matrix m = {format, transposed, format == DBRX_INT4 ? 32 : 0, 0, outputs, inputs, memory.back().data(), nullptr, nullptr};
-        if (format >= DBRX_INT8) {  // two bytes a scale of 32 inputs, or four of an output: small floats
+        dbrx_matrix m = {format, transposed, group, 0, outputs, inputs, memory.back().data(), nullptr, nullptr};
+        if (format >= DBRX_INT8) {  // two bytes a scale of a group, or four of an output: small floats
             for (const void **part : {&m.scale, &m.zero}) {
-                memory.push_back(filled(size_t(outputs * std::max<int64_t>(inputs / 32 * 2, 4)), DBRX_BF16));
+                memory.push_back(filled(size_t(outputs * (group ? inputs / group * 2 : 4)), DBRX_BF16));
                 *part = memory.back().data();
             }
         }
@@ -125,8 +126,8 @@ int main(int argc, char **argv) {
     std::vector<float> x(16 * D, 0.1f), out(16 * D), weights(16 * CHOSEN, 0.25f), probabilities(16 * EXPERTS), norm(D, 1.0f);
     std::vector<int32_t> ids(16 * CHOSEN);
     for (float &one : x) one = float(random_bits() % 2001) / 1000 - 1;
-    const char *names[] = {"f32", "bf16", "int8", "int4"};
-    for (int format = 3; format >= 1; --format) {
+    const char *names[] = {"f32", "bf16", "int8", "int4", "int3"};
+    for (int format = 4; format >= 1; --format) {
         Weights w;
         std::vector<dbrx_expert> experts;
         for (int i = 0; i < EXPERTS; ++i)

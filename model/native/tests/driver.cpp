@@ -78,7 +78,7 @@ struct Matrix {
     Matrix(int32_t format, int64_t outputs, int64_t inputs)
         : values(size_t(outputs * inputs) * 4), scale(size_t(outputs), 0.01f),
           scales(size_t(outputs * inputs), 0x3c00), zeros(size_t(outputs * inputs), 0x4100),  // 2^-7 and 8 in bfloat16
-          is{format, 0, format == DBRX_INT4 ? 32 : 0, 0, outputs, inputs, values.data(), nullptr, nullptr} {
+          is{format, 0, format == DBRX_INT4 ? 32 : format == DBRX_INT3 ? 128 : 0, 0, outputs, inputs, values.data(), nullptr, nullptr} {
         for (size_t i = 0; i < values.size(); ++i) values[i] = (unsigned char)(i * 37 % 251);
         if (format == DBRX_F32 || format == DBRX_BF16)  // the upper bytes of a number near 1
             for (size_t step = format == DBRX_F32 ? 4 : 2, i = step - 1; i < values.size(); i += step)
@@ -86,7 +86,7 @@ struct Matrix {
         if (format == DBRX_Q4_1)  // scale and minimum of a block: floats of 16 bits near 2^-6
             for (size_t block = 0; block + 20 <= values.size(); block += 20) values[block + 1] = values[block + 3] = 0x24;
         if (format == DBRX_INT8) is.scale = scale.data();
-        if (format == DBRX_INT4) is.scale = scales.data(), is.zero = zeros.data();
+        if (is.group) is.scale = scales.data(), is.zero = zeros.data();
     }
 };
 
@@ -117,7 +117,7 @@ struct Network {
 // What is computed for a row depends neither on the rows beside it nor on the number of threads.
 void rows_alone(const Library &lib) {
     dbrx_pool *one = lib.pool_create(1), *three = lib.pool_create(3);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_Q4_1}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_Q4_1}) {
         Network net(format);
         std::vector<float> together(ROWS * D), alone(ROWS * D);
         const auto same = [&](const char *what) {
@@ -176,13 +176,13 @@ struct Wrong {
         wrong("a format below 0", [](dbrx_matrix &m) { m.format = -1; });
         wrong("no values", [](dbrx_matrix &m) { m.values = nullptr; });
         if (net.format >= DBRX_INT8) wrong("transposed and quantized", [](dbrx_matrix &m) { m.transposed = 1; });
-        if (net.format == DBRX_INT8 || net.format == DBRX_INT4) wrong("no scale", [](dbrx_matrix &m) { m.scale = nullptr; });
+        if (net.format == DBRX_INT8 || net.w1.is.group) wrong("no scale", [](dbrx_matrix &m) { m.scale = nullptr; });
         if (net.format == DBRX_Q4_1) {
             wrong("half a block", [](dbrx_matrix &m) { m.inputs = 48; });
             wrong("half a block of 256", [](dbrx_matrix &m) { m.format = DBRX_Q4_K; });
             wrong("another of ggml's types", [](dbrx_matrix &m) { m.format = 256 + 16; });
         }
-        if (net.format == DBRX_INT4) {
+        if (net.w1.is.group) {
             wrong("no zero points", [](dbrx_matrix &m) { m.zero = nullptr; });
             for (const int32_t group : {0, -32, 7, 48, INT_MAX})
                 wrong("an odd group", [=](dbrx_matrix &m) { m.group = group; });
@@ -415,7 +415,7 @@ int main(int argc, char **argv) {
     beside.join();
     rows_alone(lib);
     dbrx_pool *pool = lib.pool_create(2);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_Q4_1}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_Q4_1}) {
         Wrong wrong{lib, pool, Network(format)};
         wrong.matrices(), wrong.products(), wrong.rows(), wrong.experts(), wrong.steps(), wrong.quantizing();
     }
