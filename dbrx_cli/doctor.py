@@ -276,8 +276,8 @@ def _less(check: Check) -> Check:
 def hub_access(model: WhichModel) -> Check:
     """Whether the Hub can be reached and gives this model; `facts["access"]` names which of the reasons it is."""
     from model.hub.client import Hub, NoAccess
-    from model.hub.patience import RetryPolicy, run
     from model.hub.plan import DEFAULT_REVISION, is_offline
+    from model.hub.retry import RetryPolicy, run
 
     if is_offline():
         return Check(
@@ -288,8 +288,8 @@ def hub_access(model: WhichModel) -> Check:
     try:
         hub = Hub.connect(model.model, None)
 
-        def ask(patience: RetryPolicy) -> None:
-            answers.append(hub.commit(model.revision or DEFAULT_REVISION, patience))
+        def ask(policy: RetryPolicy) -> None:
+            answers.append(hub.commit(model.revision or DEFAULT_REVISION, policy))
 
         run([ask])
     except NoAccess as error:
@@ -324,10 +324,10 @@ def _refused(hub: Any, error: Any) -> Check:
 
 def _token_is_valid(hub: Any) -> bool:
     """What the Hub says of the token itself; true where it does not say."""
-    from model.hub.patience import RetryPolicy, run
+    from model.hub.retry import RetryPolicy, run
 
-    def ask(patience: RetryPolicy) -> None:
-        with hub.get(f"{hub.endpoint}/api/whoami-v2", patience):
+    def ask(policy: RetryPolicy) -> None:
+        with hub.get(f"{hub.endpoint}/api/whoami-v2", policy):
             pass
 
     try:

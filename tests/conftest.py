@@ -141,15 +141,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server for --url, and a client that has little patience with it."""
     from dbrx_cli.engine import http_client
-    from model.hub import patience
+    from model.hub import retry
 
     for module, name, seconds in (
         (http_client, "FIRST_SECONDS", 1.0),
         (http_client, "IDLE_SECONDS", 0.4),
         (http_client, "CONNECT_SECONDS", 1.0),
         (http_client, "LIST_SECONDS", 1.0),
-        (patience, "STALL_SECONDS", 0.5),
-        (patience, "FIRST_PAUSE", 0.02),
+        (retry, "STALL_SECONDS", 0.5),
+        (retry, "FIRST_PAUSE", 0.02),
     ):
         monkeypatch.setattr(module, name, seconds)
     monkeypatch.delenv("DBRX_API_KEY", raising=False)

@@ -74,12 +74,12 @@ def _main() -> None:
 
     import model.hub
     from model.errors import DbrxError
-    from model.hub import patience
+    from model.hub import retry
 
     if os.environ.get("BREAK_LOCKS"):  # as on file systems where every caller gets the lock
         setattr(huggingface_hub.utils, "WeakFileLock", lambda path, timeout: contextlib.nullcontext())  # noqa: B010
     if os.environ.get("QUICK"):
-        patience.STALL_SECONDS, patience.OVERDUE_SECONDS, patience.FIRST_PAUSE = 1.0, 0.5, 0.02
+        retry.STALL_SECONDS, retry.OVERDUE_SECONDS, retry.FIRST_PAUSE = 1.0, 0.5, 0.02
     get_session()
     functions: dict[str, Callable[..., Path]] = {
         "fetch": lambda name, to=None: model.hub.download(name, to=Path(to) if to else None),

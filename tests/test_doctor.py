@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import close_session, constants
 
 from dbrx_cli import doctor, golden
-from model.hub import patience
+from model.hub import retry
 from tests.cli import Cli
 
 NAME = "acme/dbrx"
@@ -57,8 +57,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(patience, "STALL_SECONDS", 0.7)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "STALL_SECONDS", 0.7)
     monkeypatch.setenv("DBRX_CACHE", str(tmp_path / "dbrx"))
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(variable, raising=False)

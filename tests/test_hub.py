@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 from model import hub as models
 from model.errors import AccessError, ConnectionFault, InputError, ModelError, ResourceError
-from model.hub import layout, patience
+from model.hub import layout, retry
 
 from .hub_server import ALWAYS, FakeHub, Fault, checkpoint, fake_hub
 
@@ -66,8 +66,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
         for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(variable, raising=False)
-        monkeypatch.setattr(patience, "FIRST_PAUSE", 0.01)
-        monkeypatch.setattr(patience, "STALL_SECONDS", 0.7)
+        monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
+        monkeypatch.setattr(retry, "STALL_SECONDS", 0.7)
         running.add(NAME, checkpoint())
         yield running
         huggingface_hub.close_session()

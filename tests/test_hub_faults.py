@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from model import hub as models
 from model.errors import ConnectionFault, DbrxError, ModelError
-from model.hub import patience
+from model.hub import retry
 
 from .cli import SOON
 from .hub_client import Clients
@@ -78,13 +78,13 @@ IMPATIENT = {
     "FIRST_PAUSE": 0.02,
     "LONGEST_PAUSE": 0.3,
 }
-USUAL = {name: getattr(patience, name) for name in IMPATIENT}
+USUAL = {name: getattr(retry, name) for name in IMPATIENT}
 
 
 @pytest.fixture
 def inside(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The Hub of this process, with little patience."""
-    assert patience.STALL_SECONDS + patience.OVERDUE_SECONDS < 30
+    assert retry.STALL_SECONDS + retry.OVERDUE_SECONDS < 30
     template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     for name, value in {
         "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "cache"),
@@ -92,7 +92,7 @@ def inside(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
     for name, value in IMPATIENT.items():
-        monkeypatch.setattr(patience, name, value)
+        monkeypatch.setattr(retry, name, value)
     yield server
     huggingface_hub.close_session()
 
@@ -104,7 +104,7 @@ def try_faults(server: FakeHub, cases: Sequence[tuple[Fault, int]], workers: int
         told = list(pool.map(lambda name, case: try_fault(server, name, *case), names, cases))
     with pytest.MonkeyPatch.context() as usual, ThreadPoolExecutor(workers) as pool:
         for name, value in USUAL.items():
-            usual.setattr(patience, name, value)
+            usual.setattr(retry, name, value)
         list(pool.map(lambda name: heal(server, name), names))
     return told
 
@@ -141,7 +141,7 @@ def heal(server: FakeHub, name: str) -> None:
 
 
 def test_passing_faults_are_survived(inside: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "STALL_SECONDS", 3.0)  # two silences take 0.9, and a busy machine takes its own time
+    monkeypatch.setattr(retry, "STALL_SECONDS", 3.0)  # two silences take 0.9, and a busy machine takes its own time
     told = dict(zip(map(fault_id, FAULTS), try_faults(inside, [(fault, 2) for fault in FAULTS], 12), strict=True))
     # A server that sends its headers byte by byte is waited for until patience ends: no read of the socket times out.
     assert {name for name, error in told.items() if error is not None} <= {

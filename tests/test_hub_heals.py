@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from model import hub as models
 from model.errors import DbrxError, ModelError
-from model.hub import partial, patience
+from model.hub import partial, retry
 from model.hub.layout import make_folder
 
 from .hub_server import FakeHub, checkpoint
@@ -124,7 +124,7 @@ def test_a_wrong_answer_is_not_kept(
     server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, into: str, count: int
 ) -> None:
     """It ends in one clear line, and the next command succeeds, with or without `verify`."""
-    monkeypatch.setattr(patience, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "STALL_SECONDS", 0.1)
     content = checkpoint(shard_bytes=100_000)
     for i, (what, name) in enumerate(WRONG[:count]):
         repo, to = f"acme/wrong-{i}", tmp_path / str(i) if into == "folder" else None
@@ -138,7 +138,7 @@ def test_a_wrong_answer_is_not_kept(
         assert len(caught.value.message) < 400 and caught.value.message.isprintable(), name
         server.alter = None
         with monkeypatch.context() as usual:
-            usual.setattr(patience, "STALL_SECONDS", 5)
+            usual.setattr(retry, "STALL_SECONDS", 5)
             folder = models.download(repo, to=to, verify=i % 2 == 1)
         same(folder, content | {"extra.json": str(i).encode()}, WANTED | {"extra.json"})
         assert models.missing_files(folder) == []
@@ -147,7 +147,7 @@ def test_a_wrong_answer_is_not_kept(
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=[SOAK, pytest.mark.timeout(1800)])])
 def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Wrong values at random places; what an answer does not depend on may be anything, and may be missing."""
-    monkeypatch.setattr(patience, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "STALL_SECONDS", 0.1)
     chance, content = random.Random(count), checkpoint(shard_bytes=20_000)
     told = 0
     for i in range(count):
@@ -163,7 +163,7 @@ def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.Monk
             assert len(fault.one_line) < 600 and fault.one_line.isprintable() and fault.exit_code in (3, 7), fault
         server.alter = None
         with monkeypatch.context() as usual:
-            usual.setattr(patience, "STALL_SECONDS", 5)
+            usual.setattr(retry, "STALL_SECONDS", 5)
             same(models.download(repo), content, WANTED)
     assert told > count // 4
 

@@ -21,8 +21,8 @@ from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import UNHEARD, EngineOptions, OutputOptions
 from dbrx_cli.report import Report
 from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
-from model.hub import patience
-from model.hub.patience import FEW_TRIES
+from model.hub import retry
+from model.hub.retry import FEW_TRIES
 from model.messages import Message
 from tests.cli import SOON, Cli
 from tests.stub_server import TEXT, Handler, Send, Server, after_pieces, choice, chunks, status, whole
@@ -86,7 +86,7 @@ def test_one_passing_error_ends_no_command(server: Server, cli: Cli, code: int, 
 def test_an_error_that_stays_ends_in_one_line(
     server: Server, cli: Cli, code: int, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.06)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE", 0.06)
     server.reply = status(code, {"error": "wait"})
     ran = cli("generate", "--no-log", "-m", "dbrx-a", "--url", server.url, "hi")
     notice, fault = ran.err.splitlines()

@@ -23,7 +23,7 @@ import httpx2
 from dbrx_cli.addresses import is_loopback
 from dbrx_cli.options import KEY, given_key
 from model.errors import AccessError, ConnectionFault, ContextError, DbrxError, InputError, ModelError
-from model.hub.patience import FEW_TRIES, RetryPolicy, Transient
+from model.hub.retry import FEW_TRIES, RetryPolicy, Transient
 from model.json_text import LISTING, parse
 
 T = TypeVar("T")

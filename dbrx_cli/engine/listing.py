@@ -12,7 +12,7 @@ from typing import Any
 from dbrx_cli.engine.chunks import whole
 from dbrx_cli.engine.http_client import LARGEST_COUNT, Forbidden, NoPath, OneReply, Passing, Refused, Server, persist
 from model.errors import DbrxError
-from model.hub.patience import FEW_TRIES
+from model.hub.retry import FEW_TRIES
 
 # Of vLLM, OpenRouter, Groq, Mistral, LM Studio, tabbyAPI, llama.cpp, this program and LiteLLM; `n_ctx_train`, for
 # which a model was made, is none of them.

@@ -14,7 +14,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
 from ..json_text import CONFIG, parse
 from .listing import COMMIT, HubFile, ListingFault, check_together
-from .patience import AGAIN, FEW_TRIES, RetryPolicy, Transient
+from .retry import AGAIN, FEW_TRIES, RetryPolicy, Transient
 
 ANSWER = CONFIG  # the listing of a real repository has some KB, a page of 1000 files 0.4 MB and 15,000 entries
 MOST_PAGES = 100
@@ -60,36 +60,36 @@ class Hub:
             raise InputError("HF_ENDPOINT is not the address of a server", "it looks like https://huggingface.co")
         return cls(name, endpoint, found)
 
-    def commit(self, revision: str, patience: RetryPolicy) -> str:
+    def commit(self, revision: str, policy: RetryPolicy) -> str:
         """The commit that a branch or tag points to."""
         if COMMIT.fullmatch(revision):
             return revision
         try:
-            answer, _ = self._json(f"{self._api}/revision/{quote(revision, safe='')}", patience)
+            answer, _ = self._json(f"{self._api}/revision/{quote(revision, safe='')}", policy)
         except NoSuchRevision as fault:
-            raise ModelError(fault.message, self._revisions(patience)) from None
+            raise ModelError(fault.message, self._revisions(policy)) from None
         commit = answer.get("sha") if isinstance(answer, dict) else None
         if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
             raise self._not_a_hub()
         return commit
 
-    def tree(self, commit: str, patience: RetryPolicy) -> list[HubFile]:
+    def tree(self, commit: str, policy: RetryPolicy) -> list[HubFile]:
         """All files of a commit; `ModelError` if the listing makes no sense."""
         try:
-            return self._tree(commit, patience)
+            return self._tree(commit, policy)
         except ListingFault as fault:
             raise ModelError(
                 f"{self.name}: {fault.message}", fault.hint or "run the same command again later"
             ) from None
 
-    def _tree(self, commit: str, patience: RetryPolicy) -> list[HubFile]:
+    def _tree(self, commit: str, policy: RetryPolicy) -> list[HubFile]:
         files: list[HubFile] = []
         url: str | None = f"{self._api}/tree/{commit}?recursive=true&expand=false"
         for _ in range(MOST_PAGES):
             if url is None:
                 check_together(files)
                 return files
-            entries, url = self._json(url, patience)
+            entries, url = self._json(url, policy)
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                 raise self._not_a_hub()
             if not all(isinstance(entry.get("type"), str) for entry in entries):
@@ -104,7 +104,7 @@ class Hub:
         return hf_hub_url(self.name, path, revision=commit, endpoint=self.endpoint)
 
     @contextmanager
-    def get(self, url: str, patience: RetryPolicy, start: int = 0) -> Iterator[Any]:
+    def get(self, url: str, policy: RetryPolicy, start: int = 0) -> Iterator[Any]:
         """A streamed answer, from byte `start`; raises `Transient` for what another attempt may cure.
 
         The session's client drops the authorization header when a redirect leaves the origin.
@@ -118,7 +118,7 @@ class Hub:
             headers["range"] = f"bytes={start}-"
         if self.token and _origin(url) == _origin(self.endpoint):
             headers["authorization"] = f"Bearer {self.token}"
-        timeout = min(float(constants.HF_HUB_DOWNLOAD_TIMEOUT), max(patience.left, 0.5))
+        timeout = min(float(constants.HF_HUB_DOWNLOAD_TIMEOUT), max(policy.left, 0.5))
         try:
             with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
                 if response.status_code not in (200, 206):
@@ -136,15 +136,15 @@ class Hub:
         """The endpoint as messages name it: without a user and a password."""
         return re.sub(r"(?<=//)[^/]*@", "", self.endpoint)
 
-    def _json(self, url: str, patience: RetryPolicy) -> tuple[Any, str | None]:
+    def _json(self, url: str, policy: RetryPolicy) -> tuple[Any, str | None]:
         """A parsed answer and the address of the next page."""
 
         def attempt() -> tuple[Any, str | None]:
-            with self.get(url, patience) as response:
+            with self.get(url, policy) as response:
                 body = bytearray()
                 for chunk in response.iter_raw():
                     body += chunk
-                    patience.reached(len(body))
+                    policy.reached(len(body))
                     if len(body) > ANSWER.nbytes:
                         raise self._not_a_hub()
                 following = response.links.get("next", {}).get("url")
@@ -153,12 +153,12 @@ class Hub:
             except ValueError:
                 raise Transient(self._not_a_hub()) from None
 
-        return patience.persist(attempt)
+        return policy.persist(attempt)
 
-    def _revisions(self, patience: RetryPolicy) -> str | None:
+    def _revisions(self, policy: RetryPolicy) -> str | None:
         """A hint that lists the branches and tags, if the Hub tells them."""
         try:
-            refs, _ = self._json(f"{self._api}/refs", patience)
+            refs, _ = self._json(f"{self._api}/refs", policy)
             names = [self._clean(str(ref["name"])) for kind in ("branches", "tags") for ref in refs.get(kind, [])]
         except (DbrxError, AttributeError, KeyError, TypeError):
             return None

@@ -25,10 +25,10 @@ from .layout import (
 )
 from .listing import HubFile
 from .partial import sweep
-from .patience import RetryPolicy, run
 from .plain_folder import CHANGED, DAMAGED, PlainFolder
 from .plan import DEFAULT_REVISION, DownloadPlan, check_disk, check_name, is_offline, place_of, plan_download
 from .progress import Progress, Silent
+from .retry import RetryPolicy, run
 from .verify import remove, verify_cached
 
 READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -121,9 +121,9 @@ def _carry_out(plan: DownloadPlan, place: Place, hub: Hub, progress: Progress, w
     begun: list[HubFile] = []
     notices: list[str] = []
 
-    def job(file: HubFile, patience: RetryPolicy) -> None:
+    def job(file: HubFile, policy: RetryPolicy) -> None:
         begun.append(file)
-        fetch(hub, file, place, patience, on_disk.__setitem__, notices.append)
+        fetch(hub, file, place, policy, on_disk.__setitem__, notices.append)
 
     def tick() -> None:
         while begun:

@@ -16,7 +16,7 @@ from .client import Hub, NoSuchFile
 from .layout import Place, make_folder
 from .listing import HubFile
 from .partial import Partial, resumable
-from .patience import AGAIN, RetryPolicy, Transient
+from .retry import AGAIN, RetryPolicy, Transient
 
 WHOLE_TRIES = 3  # how often a file whose checksum is wrong is fetched from the start
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
@@ -25,7 +25,7 @@ Report = Callable[[str, int], None]  # path, bytes on disk
 
 
 def fetch(
-    hub: Hub, file: HubFile, place: Place, patience: RetryPolicy, report: Report, notice: Callable[[str], None]
+    hub: Hub, file: HubFile, place: Place, policy: RetryPolicy, report: Report, notice: Callable[[str], None]
 ) -> None:
     """Bring one file into its place, whole and checked, or raise.
 
@@ -34,11 +34,11 @@ def fetch(
     """
     lock = place.lock(file)
     try:
-        with _locked(lock, patience, lambda: notice(f"{file.path}: another process fetches it, waiting")):
+        with _locked(lock, policy, lambda: notice(f"{file.path}: another process fetches it, waiting")):
             if not place.has_blob(file):
-                partial = Partial(place, file, patience, notice, alone=_keeps_others_out(lock))
+                partial = Partial(place, file, policy, notice, alone=_keeps_others_out(lock))
                 try:
-                    _fill(partial, hub, hub.file_url(file.path, place.commit), patience, report)
+                    _fill(partial, hub, hub.file_url(file.path, place.commit), policy, report)
                     place.refuse(file)
                     partial.finish()
                 finally:
@@ -65,16 +65,16 @@ def disk_fault(error: OSError, file: HubFile, place: Place) -> DbrxError:
     return DbrxError(f"{place.root}: {file.path} cannot be written: {error.strerror or type(error).__name__}")
 
 
-def _fill(partial: Partial, hub: Hub, url: str, patience: RetryPolicy, report: Report) -> None:
+def _fill(partial: Partial, hub: Hub, url: str, policy: RetryPolicy, report: Report) -> None:
     """Complete a partial file; a wrong checksum starts it again, a few times."""
     for _ in range(WHOLE_TRIES):
         while partial.size < partial.file.size:
             try:
-                _receive(partial, hub, url, patience, report)
+                _receive(partial, hub, url, policy, report)
             except Transient as transient:
                 if transient.restart:
                     partial.restart()
-                patience.pause(transient)
+                policy.pause(transient)
         if partial.is_right():
             return
         partial.restart()
@@ -84,14 +84,14 @@ def _fill(partial: Partial, hub: Hub, url: str, patience: RetryPolicy, report: R
     )
 
 
-def _receive(partial: Partial, hub: Hub, url: str, patience: RetryPolicy, report: Report) -> None:
+def _receive(partial: Partial, hub: Hub, url: str, policy: RetryPolicy, report: Report) -> None:
     """One request for what is missing."""
     file = partial.file
-    with hub.get(url, patience, partial.size) as response:
+    with hub.get(url, policy, partial.size) as response:
         _line_up(partial, response)
         report(file.path, partial.size)
         for chunk in response.iter_raw():
-            patience.reached(partial.size + len(chunk))
+            policy.reached(partial.size + len(chunk))
             if partial.size + len(chunk) > file.size:
                 raise _odd_answer(file, "more bytes than the Hub lists")
             partial.write(chunk)
@@ -118,7 +118,7 @@ def _odd_answer(file: HubFile, what: str) -> Transient:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, patience: RetryPolicy, waiting: Callable[[], None]) -> Iterator[None]:
+def _locked(path: Path, policy: RetryPolicy, waiting: Callable[[], None]) -> Iterator[None]:
     """Hold a lock as all Hub clients do; while another process has it, wait for as long as it takes."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
@@ -131,9 +131,9 @@ def _locked(path: Path, patience: RetryPolicy, waiting: Callable[[], None]) -> I
             except TimeoutError:
                 if attempt == 0:
                     waiting()
-                patience.check_stop()
-                patience.restart()
-        patience.restart()
+                policy.check_stop()
+                policy.restart()
+        policy.restart()
         yield
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .layout import PIECE, Place, hasher, make_folder
 from .listing import HubFile
-from .patience import STALL_SECONDS, RetryPolicy
+from .retry import STALL_SECONDS, RetryPolicy
 
 NAME = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})\.[^.]+-[^.]+\.incomplete")
 ABANDONED_SECONDS = 14 * 24 * 3600.0  # a partial file that nothing was written to for so long is waste
@@ -30,12 +30,12 @@ class Partial:
     """
 
     def __init__(
-        self, place: Place, file: HubFile, patience: RetryPolicy, notice: Callable[[str], None], *, alone: bool
+        self, place: Place, file: HubFile, policy: RetryPolicy, notice: Callable[[str], None], *, alone: bool
     ) -> None:
         self.file = file
         self.size = 0
         self._place = place
-        self._patience = patience
+        self._policy = policy
         self._notice = notice
         self._checksum: Any = hasher(file.etag, file.size)
         make_folder(place.scratch)
@@ -123,8 +123,8 @@ class Partial:
         while piece := os.pread(self._fd, PIECE, self.size):
             self._checksum.update(piece)
             self.size += len(piece)
-            self._patience.check_stop()
-            self._patience.restart(self.size)
+            self._policy.check_stop()
+            self._policy.restart(self.size)
         return None
 
     def _rescue(self) -> None:
@@ -137,8 +137,8 @@ class Partial:
             done = 0
             while done < end:
                 done += os.pwrite(self._fd, os.pread(lost, min(PIECE, end - done), done), done)
-                self._patience.check_stop()
-                self._patience.restart(self.size)
+                self._policy.check_stop()
+                self._policy.restart(self.size)
         finally:
             os.close(lost)
 

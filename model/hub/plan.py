@@ -14,8 +14,8 @@ from .client import Hub
 from .layout import CacheSnapshot, Place, matching, missing_files
 from .listing import HubFile, is_safe
 from .partial import resumable
-from .patience import RetryPolicy, run
 from .plain_folder import PlainFolder
+from .retry import RetryPolicy, run
 
 T = TypeVar("T")
 
@@ -65,13 +65,13 @@ def plan_download(
     if is_offline():
         raise ConnectionFault(f"HF_HUB_OFFLINE is set, so {name} was not looked up on the Hub", "unset HF_HUB_OFFLINE")
     hub = Hub.connect(name, token)
-    commit = _ask(lambda patience: hub.commit(revision or DEFAULT_REVISION, patience))
+    commit = _ask(lambda policy: hub.commit(revision or DEFAULT_REVISION, policy))
     place = place_of(name, commit, to)
     listing = None if relist else place.kept()
     files = _wanted(place, listing or [], patterns)
     # Only a listing that came true is believed: so one that was wrong costs a request, and does not stay for good.
     if not files or not all(file.present for file in files) or missing_files(place.root, patterns):
-        told = _ask(lambda patience: hub.tree(commit, patience))
+        told = _ask(lambda policy: hub.tree(commit, policy))
         if told != listing:
             listing, files = told, _wanted(place, told, patterns)
     if not files:
@@ -141,7 +141,7 @@ def readable(n_bytes: int) -> str:
 def _ask(question: Callable[[RetryPolicy], T]) -> T:
     """The answer to one question to the Hub, found in a worker thread."""
     answers: list[T] = []
-    run([lambda patience: answers.append(question(patience))])
+    run([lambda policy: answers.append(question(policy))])
     return answers[0]
 
 

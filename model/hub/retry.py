@@ -102,7 +102,7 @@ class RetryPolicy:
         self._attempt = time.monotonic()
 
     def persist(self, attempt: Callable[[], T]) -> T:
-        """Repeat `attempt` until it returns, fails for good, or patience ends."""
+        """Repeat `attempt` until it returns, fails for good, or the policy gives it up."""
         while True:
             try:
                 return attempt()
@@ -116,7 +116,7 @@ def run(
     """Do all jobs in `workers` threads; `tick` is called from the calling thread meanwhile.
 
     The first fault stops the others and is raised. The threads are daemons that the caller watches: Ctrl-C ends the
-    wait at once even if a worker hangs in a system call, and so does a worker that is long out of patience.
+    wait at once even if a worker hangs in a system call, and so does a worker whose policy ended long ago.
     """
     stop, finished = threading.Event(), threading.Semaphore(0)
     waiting: queue.SimpleQueue[Callable[[RetryPolicy], None]] = queue.SimpleQueue()
@@ -128,8 +128,8 @@ def run(
     def work() -> None:
         try:
             while not stop.is_set():
-                patience = busy[threading.get_ident()] = RetryPolicy(stop)
-                waiting.get_nowait()(patience)
+                policy = busy[threading.get_ident()] = RetryPolicy(stop)
+                waiting.get_nowait()(policy)
         except (queue.Empty, Stopped):
             pass
         except BaseException as fault:
@@ -146,7 +146,7 @@ def run(
         while running and not faults:
             running -= finished.acquire(timeout=POLL_SECONDS)
             tick()
-            if any(patience.left < -OVERDUE_SECONDS for patience in list(busy.values())):
+            if any(policy.left < -OVERDUE_SECONDS for policy in list(busy.values())):
                 raise ConnectionFault(f"the server sent nothing useful for {STALL_SECONDS:.0f} seconds", AGAIN)
     finally:
         stop.set()
