@@ -35,8 +35,13 @@ def pytest_runtest_setup() -> None:
     early.interrupt()  # to import the program is to start it
 
 
+def pytest_collection() -> None:
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # a third of a million objects that stay: to walk through them again and again takes a minute in all
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:

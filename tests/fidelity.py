@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,21 @@ class Case:
     data: dict[str, Tensor]
 
 
+@cache
+def weights_of(name: str) -> dict[str, Tensor]:
+    """The reference's weights of a golden config; to be copied."""
+    facts = GOLDEN[name]
+    weights = make_weights(facts["config"], facts["seed"])
+    assert fingerprint(weights) == facts["weights_sha256"], "these are not the weights that the reference had"
+    return {key: torch.from_numpy(value) for key, value in weights.items()}
+
+
 def load(name: str, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Case:
     """Our network of a golden config. `flash` is the backend's code on a stand-in for the package."""
     facts = GOLDEN[name]
     config = DbrxConfig.from_dict({"model_type": "dbrx", **facts["config"]})
     network = DbrxForCausalLM(config, "eager" if attention == "flash" else attention).eval()
-    weights = make_weights(facts["config"], facts["seed"])
-    assert fingerprint(weights) == facts["weights_sha256"], "these are not the weights that the reference had"
-    network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+    network.load_state_dict(weights_of(name))
     if attention == "flash":
         network.transformer._attend = FlashAttention(flash_stand_in)  # type: ignore[arg-type]
     network.prefill_chunk = 50  # the long prompt is read in several

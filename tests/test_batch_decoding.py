@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from model import DbrxForCausalLM, KVCache, SamplingParams
 from model.errors import InputError
-from model.prefill import prefill
 from model.sampling import sample
 from model.scheduler import Scheduler
 from model.sequence import LogitsMask, common_prefix
@@ -32,13 +32,20 @@ def network(request: pytest.FixtureRequest) -> DbrxForCausalLM:
 
 def alone(network: DbrxForCausalLM, prompt: list[int], params: SamplingParams, eos: Sequence[int] = ()) -> list[int]:
     """The reply of a plain loop: read, then feed each token."""
-    cache, ids = KVCache(network.config.n_layers), list[int]()
-    logits = prefill(network, torch.tensor([prompt]), cache)
+    return [*_alone(network, tuple(prompt), params, tuple(eos))]
+
+
+@lru_cache(maxsize=100)
+def _alone(
+    network: DbrxForCausalLM, prompt: tuple[int, ...], params: SamplingParams, eos: tuple[int, ...]
+) -> list[int]:
+    cache, ids, read = KVCache(network.config.n_layers), list[int](), list(prompt)
     generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
     while len(ids) < params.max_tokens and not {*ids[-1:]} & {*eos}:
-        ids.append(sample(logits[0].float(), params, generator))
         with torch.inference_mode():
-            logits = network(torch.tensor([[ids[-1]]]), past_key_values=cache).logits[:, -1]
+            logits = network(torch.tensor([read]), past_key_values=cache).logits[0, -1]
+        read = [sample(logits.float(), params, generator)]
+        ids += read
     return ids
 
 

@@ -127,11 +127,22 @@ VOCABULARIES: dict[str, tuple[Callable[[], Tokenizer], int]] = {"small": (small,
 
 
 @cache
-def ids_that(test: Callable[[bytes], bool], vocabulary: str) -> torch.Tensor:
-    """Which ids have such a token, [vocab] bool; the ids that end a reply have the token b""."""
+def tokens_of(vocabulary: str) -> list[bytes]:
+    """The token of every id; the ids that end a reply have b""."""
     make, vocab_size = VOCABULARIES[vocabulary]
-    tokens = [make().decode_bytes(i, skip_special_tokens=True) for i in range(vocab_size)]
-    return torch.tensor([test(token) for token in tokens])
+    return [make().decode_bytes(i, skip_special_tokens=True) for i in range(vocab_size)]
+
+
+@cache
+def ids_that(test: Callable[[bytes], bool], vocabulary: str) -> torch.Tensor:
+    """Which ids have such a token, [vocab] bool."""
+    return torch.tensor([test(token) for token in tokens_of(vocabulary)])
+
+
+def one_of(allowed: torch.Tensor, rng: random.Random) -> int:
+    """An id where allowed [vocab] is true."""
+    ids = allowed.nonzero().flatten()
+    return int(ids[rng.randrange(len(ids))])  # a list of them would have up to 100,000 ids
 
 
 def is_blank(token: bytes) -> bool:
@@ -157,14 +168,15 @@ def write(
     make, vocab_size = VOCABULARIES[vocabulary]
     tokenizer, rng = make(), random.Random(seed)
     mask, ids, likes = SchemaMask(schema, tokenizer, vocab_size), list[int](), ids_that(taste, vocabulary)
+    scores = torch.zeros(vocab_size)
     while len(ids) < limit:
-        allowed = mask(0, ids, torch.zeros(vocab_size)).isfinite()
+        allowed = mask(0, ids, scores).isfinite()
         liked = allowed & likes
         choice = liked if liked.any() and rng.random() < 0.5 else allowed
-        ids.append(rng.choice(choice.nonzero().flatten().tolist()))
+        ids.append(one_of(choice, rng))
         while not mask.leads_on(0, ids):  # as decoding does
             allowed[ids.pop()] = False
-            ids.append(rng.choice(allowed.nonzero().flatten().tolist()))
+            ids.append(one_of(allowed, rng))
         if ids[-1] in tokenizer.eos_token_ids:
             return tokenizer.decode(ids[:-1])
         assert tokenizer.decode_bytes(ids[-1], skip_special_tokens=True)
@@ -182,8 +194,8 @@ def assert_fits(schema: dict[str, Any], text: str) -> None:
     Draft202012Validator(schema).validate(json.loads(text, object_pairs_hook=once))
 
 
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)  # one after the other: the masks keep one vocabulary's table
 def test_what_comes_out_fits_the_schema(name: str, vocabulary: str) -> None:
     schema = SCHEMAS[name]
     texts = [write(schema, vocabulary, seed) for seed in range(6 if vocabulary == "small" else 2)]

@@ -626,17 +626,17 @@ def test_the_demos_logits(demo_checkpoint: Path, golden: dict[str, Any]) -> None
     torch.set_num_threads(1)
     network = DbrxForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32)
     arrays = np.load(DATA / "demo_logits.npz")
+    replies = {greedy["prompt"]: greedy["ids"] for greedy in golden["greedy"]}
     for prompt in golden["prompts"]:
+        name, length = prompt["name"], len(prompt["ids"])
+        reply = replies.pop(name, [])
         with torch.inference_mode():
-            logits = network(torch.tensor([prompt["ids"]])).logits[0].numpy()
-        name = prompt["name"]
+            whole = network(torch.tensor([prompt["ids"] + reply])).logits[0].numpy()
+        assert whole[length - 1 : -1].argmax(-1).tolist() == reply
+        logits = whole[:length]
         assert logits.argmax(-1).tolist() == prompt["top1"], name
         chosen = np.take_along_axis(logits[arrays[f"{name}.positions"]], arrays[f"{name}.top_ids"], -1)
         np.testing.assert_allclose(chosen, arrays[f"{name}.top_logits"], atol=1e-2, err_msg=name)
         if f"{name}.last" in arrays:
             np.testing.assert_allclose(logits[-1], arrays[f"{name}.last"], atol=1e-2, err_msg=name)
-    for greedy in golden["greedy"]:
-        ids = next(prompt["ids"] for prompt in golden["prompts"] if prompt["name"] == greedy["prompt"])
-        with torch.inference_mode():
-            logits = network(torch.tensor([ids + greedy["ids"]])).logits[0]
-        assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == greedy["ids"]
+    assert not replies

@@ -139,9 +139,9 @@ def tokenizer(moe_checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def network(moe_checkpoint: Path) -> Iterator[DbrxForCausalLM]:
-    """In bfloat16, as it is stored."""
+    """In float32: bfloat16 takes three times as long here."""
     torch.set_num_threads(1)
-    yield DbrxForCausalLM.from_pretrained(moe_checkpoint)
+    yield DbrxForCausalLM.from_pretrained(moe_checkpoint, dtype="float32")
 
 
 def held_out(tokenizer: Any, most: int) -> dict[str, list[int]]:
@@ -226,12 +226,12 @@ def test_its_routers_choose(network: DbrxForCausalLM, tokenizer: Any, capsys: py
 def test_experts_from_the_disk_and_a_small_cache_say_the_same(
     moe_checkpoint: Path, network: DbrxForCausalLM, tokenizer: Any
 ) -> None:
-    ids = torch.tensor([tokenizer.encode("The rain in Spain stays")])
-    wanted = network.generate(ids, max_new_tokens=6, do_sample=False)
+    ids = torch.tensor([tokenizer.encode("The rain")])
+    wanted = network.generate(ids, max_new_tokens=4, do_sample=False)
     for slots in (1, 4, 16):  # a layer
         budget = 30 * slots * 3 * 384 * 768 * 2
-        streamed = DbrxForCausalLM.from_pretrained(moe_checkpoint, offload="disk", expert_cache=budget)
-        assert torch.equal(streamed.generate(ids, max_new_tokens=6, do_sample=False), wanted)
+        streamed = DbrxForCausalLM.from_pretrained(moe_checkpoint, dtype="float32", offload="disk", expert_cache=budget)
+        assert torch.equal(streamed.generate(ids, max_new_tokens=4, do_sample=False), wanted)
 
 
 @pytest.mark.slow

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import typer
 from typer.exceptions import TyperException
-from typer.main import get_command
 
 from dbrx_cli.app import app
 from dbrx_cli.repl.loop import WELCOME
 from tests import fidelity, make_api_docs, make_cli_docs
+from tests.cli import commands_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -125,7 +125,7 @@ def dbrx_commands(words: list[str]) -> Iterator[list[str]]:
 
 def parse(args: list[str]) -> None:
     """Have Typer read a command line as the program would, without running it."""
-    command: Any = get_command(app)
+    command: Any = commands_of(app)
     context, name, rest = typer.Context(command), "dbrx", list(args)
     try:
         while rest and not rest[0].startswith("-") and hasattr(command, "resolve_command"):

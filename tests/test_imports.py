@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,20 @@ EVERY = [*MODEL, *sorted((ROOT / "dbrx_cli").rglob("*.py"))]
 LIGHT = ["errors", "messages", "chat_template", "tokenizer", "detokenizer", "config", "checkpoint", "hub", "sampling"]
 
 
+@cache
+def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Every import of a file, anywhere in it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(path: Path) -> Iterator[str]:
     """Every module that a file imports, anywhere in it, by its full name."""
     package = [*path.relative_to(ROOT).parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *([node.module] if node.module else [])])
             yield name
@@ -84,10 +92,10 @@ def test_the_library_knows_no_terminal(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL, ids=lambda p: str(p.relative_to(ROOT)))
 def test_inside_the_library_imports_are_relative(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in imports(path):
         if isinstance(node, ast.Import):
             assert not any(within(alias.name, "model") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif node.level == 0:
             assert not within(node.module or "", "model")
 
 

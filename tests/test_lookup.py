@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,12 +143,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def without_drafts(case: fidelity.Case) -> Callable[[str], list[int]]:
+    """The reply of one of CASES, made once."""
+    return cache(lambda name: run(case, None, case.data["greedy_prompt"].tolist(), **CASES[name]))
+
+
 @pytest.mark.parametrize("wrong", [1, 3, 10**6], ids=["never-right", "sometimes", "always"])
 @pytest.mark.parametrize("name", CASES)
-def test_drafts_change_no_text(case: fidelity.Case, name: str, wrong: int) -> None:
+def test_drafts_change_no_text(
+    case: fidelity.Case, without_drafts: Callable[[str], list[int]], name: str, wrong: int
+) -> None:
     """Greedy or with a seed, whatever ends the reply, and whether the drafts are right or not."""
-    prompt = case.data["greedy_prompt"].tolist()
-    expected = run(case, None, prompt, **CASES[name])
+    prompt, expected = case.data["greedy_prompt"].tolist(), without_drafts(name)
     oracle = Oracle([*prompt, *expected], wrong)
     assert run(case, oracle, prompt, **CASES[name]) == expected
     made = 1 + sum(1 + accepted for _, accepted in oracle.steps)

@@ -64,8 +64,8 @@ def decoded(network: DbrxForCausalLM, follow: Tensor | None = None) -> tuple[Ten
 
 
 @pytest.fixture(scope="module")
-def exact(tiny_checkpoint: Path) -> tuple[Tensor, Tensor]:
-    return decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32"))
+def exact(small_checkpoint: Path) -> tuple[Tensor, Tensor]:
+    return decoded(DbrxForCausalLM.from_pretrained(small_checkpoint, dtype="float32"))
 
 
 @needs_native
@@ -103,7 +103,7 @@ def test_a_product_is_that_of_float64(form: str, group: int, shape: tuple[int, i
     [("none", "float32", 1.1), ("none", "auto", 1.1), ("int8", "auto", 1.1), ("int4", "auto", 1.1)],
 )
 def test_as_near_to_float32_as_pytorchs_kernels(
-    tiny_checkpoint: Path,
+    small_checkpoint: Path,
     exact: tuple[Tensor, Tensor],
     quantize: str,
     dtype: str,
@@ -113,14 +113,14 @@ def test_as_near_to_float32_as_pytorchs_kernels(
 ) -> None:
     options = {"quantize": quantize, "dtype": dtype, "offload": offload, "pack": True}
     meant, ids = exact
-    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, **options)
+    network = DbrxForCausalLM.from_pretrained(small_checkpoint, **options)
     assert all(isinstance(block, NativeBlock) for block in network.transformer.blocks)
     found, _ = decoded(network, ids)
     if offload == "disk" and dtype == "float32":
-        resident, _ = decoded(DbrxForCausalLM.from_pretrained(tiny_checkpoint, **options | {"offload": "none"}), ids)
+        resident, _ = decoded(DbrxForCausalLM.from_pretrained(small_checkpoint, **options | {"offload": "none"}), ids)
         assert (found - resident).norm() < 1e-4 * resident.norm()
     request.getfixturevalue("without_native")
-    plain = DbrxForCausalLM.from_pretrained(tiny_checkpoint, **options)
+    plain = DbrxForCausalLM.from_pretrained(small_checkpoint, **options)
     assert not any(isinstance(block, NativeBlock) for block in plain.transformer.blocks)
     bound = (decoded(plain, ids)[0] - meant).norm()
     assert (found - meant).norm() <= max(1e-5 * meant.norm(), within * bound)

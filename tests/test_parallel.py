@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from model.parallel import Ranks, ShardedWeights, join
 from model.weights import QuantizedExpert, QuantizedMatrix
 from tests.cli import ROOT, Cli, environment
 from tests.conftest import TINY
-from tests.forks import Forks
+from tests.forks import FileFork, Forks
 from tests.weights import make_checkpoint
 
 PROMPT = "A prompt of a few words, and then some."
@@ -41,10 +42,45 @@ def torchrun(ranks: int, *args: str | Path, stdin: str = "") -> subprocess.Compl
     )  # fmt: skip
 
 
+@pytest.fixture
+def two_ranks(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[FileFork]]]:
+    """Ranks with what torchrun tells them, and without the seconds that its own start takes."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def start(*args: str | Path) -> list[FileFork]:
+        ranks = []
+        with monkeypatch.context() as env:
+            for rank in "01":
+                for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, **told}.items():
+                    env.setenv(name, value)
+                env.setenv("TORCHELASTIC_RUN_ID", "run")
+                ranks.append(forks.start(*args))
+        return ranks
+
+    yield start
+    del store
+
+
+TOGETHER = ("-t", "0", "-n", "24", "--json")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
-def test_ranks_together_give_the_tokens_of_one(cli: Cli, four_heads: Path, ranks: int) -> None:
-    args = ("generate", "-m", four_heads, "-t", "0", "-n", "24", "--json")
+def test_ranks_together_give_the_tokens_of_one(
+    cli: Cli, four_heads: Path, two_ranks: Callable[..., list[FileFork]]
+) -> None:
+    args = ("generate", "-m", four_heads, *TOGETHER, PROMPT)
+    first, second = two_ranks(*args)
+    alone = json.loads(cli(*args).out)
+    assert (first.wait(), second.wait(), second.out) == (0, 0, b""), first.err
+    reply = json.loads(first.out)
+    assert reply["token_ids"] == alone["token_ids"] and reply["usage"] == alone["usage"]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_torchrun_give_the_tokens_of_one(cli: Cli, four_heads: Path, ranks: int) -> None:
+    args = ("generate", "-m", four_heads, *TOGETHER)
     alone = json.loads(cli(*args, PROMPT).out)
     together = torchrun(ranks, *args, stdin=PROMPT)
     assert together.returncode == 0, together.stderr
@@ -53,17 +89,8 @@ def test_ranks_together_give_the_tokens_of_one(cli: Cli, four_heads: Path, ranks
 
 
 @pytest.mark.slow
-def test_a_model_that_does_not_divide(forks: Forks, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks with what torchrun tells them, and without the seconds that its own start takes."""
-    store = TCPStore("127.0.0.1", 0, is_master=True)
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for name, value in {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", **told}.items():
-        monkeypatch.setenv(name, value)
-    ranks = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        ranks.append(forks.start("generate", "-m", tiny_checkpoint, "-n", "2", "hi"))
+def test_a_model_that_does_not_divide(tiny_checkpoint: Path, two_ranks: Callable[..., list[FileFork]]) -> None:
+    ranks = two_ranks("generate", "-m", tiny_checkpoint, "-n", "2", "hi")
     assert all(rank.wait() != 0 and rank.out == b"" for rank in ranks)
     assert "do not divide by 2 ranks" in ranks[0].err
 

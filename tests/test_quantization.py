@@ -411,13 +411,13 @@ def test_the_source_is_recorded(tiny_checkpoint: Path, quantized: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_quantize_then_generate(cli: Cli, tiny_checkpoint: Path, tmp_path: Path, to: str) -> None:
+def test_quantize_then_generate(cli: Cli, small_checkpoint: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "out"
-    result = cli("quantize", str(tiny_checkpoint), str(out), "--to", to)
+    result = cli("quantize", str(small_checkpoint), str(out), "--to", to)
     assert result.code == 0 and result.out.strip() == str(out)
     reply = cli("generate", "-m", str(out), "hello", "-n", "3", "-t", "0", "--json")
     assert json.loads(reply.out)["quantize"] == to
-    direct = cli("generate", "-m", str(tiny_checkpoint), "--quantize", to, "hello", "-n", "3", "-t", "0", "--json")
+    direct = cli("generate", "-m", str(small_checkpoint), "--quantize", to, "hello", "-n", "3", "-t", "0", "--json")
     assert json.loads(direct.out)["token_ids"] == json.loads(reply.out)["token_ids"]
 
 
