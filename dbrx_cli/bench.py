@@ -62,10 +62,11 @@ class Result:
     stream_gb_s: float
     fraction_of_limit: float
     peak_rss_bytes: int
+    card: dict[str, Any] | None = None  # `DbrxForCausalLM.on_card`, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         """As the contract's JSON."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "card" or value}
 
 
 def measure_machine(threads: int | None = None) -> Machine:
@@ -111,6 +112,7 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
         stream_gb_s=machine.stream_gb_s,
         fraction_of_limit=per_token / seconds / 1e9 / machine.stream_gb_s,
         peak_rss_bytes=peak_rss(),
+        card=network.on_card(),
     )
 
 

@@ -227,6 +227,10 @@ class ModelOptions(WhichModel):
         QuantizeName,
         option("--quantize", panel=MODEL, help="Weights on a CPU; auto: floats become int8; none: as stored."),
     ] = "auto"
+    graph: Annotated[
+        Literal["auto", "off"],
+        option("--graph", panel=MODEL, help="CUDA graphs of decode steps in few bits on a GPU; auto: if one can."),
+    ] = "auto"
     compile: Annotated[
         bool,
         switch("--compile", panel=MODEL, setting=True, hidden=True, help="Has no effect any more."),

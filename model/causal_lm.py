@@ -69,6 +69,18 @@ class DbrxForCausalLM(nn.Module):
             return self.packing.experts.nbytes(hidden, d_model, itemsize)
         return 3 * hidden * d_model * itemsize
 
+    def on_card(self) -> dict[str, Any] | None:
+        """What a card computes with: kernels, graph, experts by place, bytes over the bus so far; None without one."""
+        plan, bus = self.load_plan, self.bus
+        if plan is None or not plan.machine.gpus:
+            return None
+        return {
+            "kernels": self.packing.name if self.packing else "float",
+            "graph": getattr(self.transformer.at_once, "graph", "none"),
+            "experts": dict(plan.experts_by_place),
+            "bus_bytes": {"down": bus.down, "up": bus.up} if bus else None,
+        }
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -5,6 +5,7 @@ loading executes it, `dbrx plan` prints it. Imports without torch.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -145,6 +146,14 @@ class LoadPlan:
     def on_cpu(self) -> int:
         """Experts that the CPU computes beside a GPU."""
         return sum(layer.on_cpu for layer in self.layers)
+
+    @property
+    def experts_by_place(self) -> Counter[str]:
+        """How many experts lie on each device, or on the disk."""
+        found: Counter[str] = Counter()
+        for layer in self.layers:
+            found += Counter({layer.experts: self.sizes.n_experts - layer.on_cpu}) + Counter(cpu=layer.on_cpu)
+        return found
 
     @property
     def on_disk(self) -> int:

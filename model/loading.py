@@ -60,6 +60,7 @@ def from_pretrained(
     adapter: str | Path | None = None,
     quantize: str = "none",
     pack: bool = False,
+    graph: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
     """Load a checkpoint from a folder (or its `ModelFiles`) or a Hub id, ready for inference.
@@ -74,7 +75,7 @@ def from_pretrained(
     LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: a key of
     `SCHEMES`; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype
     is asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
-    any more. `progress` hears bytes read and bytes in all.
+    any more. graph: decode steps on a card are replayed as CUDA graphs. `progress` hears bytes read and bytes in all.
 
     What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of
     another kind, `ResourceError` if it does not fit.
@@ -112,7 +113,7 @@ def from_pretrained(
             if plan.layers[0].device.startswith("cuda") and network.packing is not None:
                 from .kernels.cuda_block import decode_on_card
 
-                decode_on_card(network)
+                decode_on_card(network, graph)
     if beside:
         attach(network, changes)
     network.adapter = digest(changes)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.kernels.cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
-from model.kernels.cuda_glu import DOWN, down_kernel, gate_up_kernel
+from model.kernels.cuda_glu import DOWN, DOWN_REGISTERS, down_kernel, gate_up_kernel
 from model.kernels.cuda_linear import gemv_kernel, tile
 from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 
@@ -184,7 +184,8 @@ def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[st
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     signature = {n: types.get(n, "constexpr") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    options = {"num_warps": warps} | ({"maxnreg": DOWN_REGISTERS} if function is down_kernel else {})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], str]:

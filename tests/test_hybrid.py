@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbrx_cli.repl.phrases import card_in_words
 from model import DbrxForCausalLM
 from model.config import DbrxConfig, official
 from model.errors import ResourceError
@@ -82,14 +83,29 @@ def test_the_same_tokens_and_activations_alone_cross(split: str, folder: Path, m
     kinds = {type(block.get_submodule("ffn.experts")) for block in network.transformer.blocks}
     assert kinds == ({PackedExperts} if on_card == 48 else {HybridExperts})
     assert greedy(network) == greedy(alone)
+    told = network.on_card()
+    assert told is not None and told["experts"] == {
+        k: v for k, v in {"cpu:0": on_card, "cpu": 48 - on_card}.items() if v
+    }
     if network.bus is None:
-        assert on_card == 48
+        assert on_card == 48 and told["bus_bytes"] is None and alone.on_card() is None
         return
+    assert told["bus_bytes"] == {"down": network.bus.down, "up": network.bus.up}
     assert "on the CPU" in network.packing.name if network.packing else False
     # 20 tokens of the prompt, of which the last layer's experts see one, and 39 of the 40 new ones, in float32.
     tokens = (LAYERS - 1) * 20 + 1 + LAYERS * 39
     assert network.bus.up == tokens * 4 * D_MODEL
     assert network.bus.down == tokens * (4 * D_MODEL + 4 * TOP_K + 4 * TOP_K)
+
+
+def test_a_card_in_words() -> None:
+    told = {"kernels": "triton int4", "graph": "off", "experts": {"cuda:0": 143, "cpu": 1}}
+    assert (
+        card_in_words({**told, "bus_bytes": None}) == "triton int4; graph off; 143 experts on cuda:0, 1 expert on cpu"
+    )
+    assert card_in_words({**told, "bus_bytes": {"down": 2000, "up": 500}}).endswith(
+        "; over the bus 2.0 kB down, 500 bytes up"
+    )
 
 
 def test_both_places_compute_at_the_same_time() -> None:

@@ -85,6 +85,7 @@ def _show(machine: Machine, results: list[Result], quality: Quality | None) -> N
     from rich.table import Table
 
     from dbrx_cli.render.console import PlainConsole
+    from dbrx_cli.repl.phrases import card_in_words
 
     console = PlainConsole()
     first = results[0]
@@ -93,6 +94,8 @@ def _show(machine: Machine, results: list[Result], quality: Quality | None) -> N
     console.print(f"memory {machine.stream_gb_s:.1f} GB/s; matrices, 10^12 operations/s: {rates}")
     console.print(f"quantize {first.quantize}, {first.dtype}, attention {first.attn}, kernel {first.kernel}")
     console.print(f"loaded in {first.load_s:.1f} s, at most {results[-1].peak_rss_bytes / 1e9:.2f} GB of memory")
+    if results[-1].card is not None:
+        console.print(f"on the card: {card_in_words(results[-1].card)}")
     table = Table(box=None, pad_edge=False)
     for title in ("prompt", "prefill/s", "decode/s", "ms p50", "p95", "GB/token", "GB/s", "of limit"):
         table.add_column(title, justify="right")

@@ -111,6 +111,7 @@ class Done:
     seed: int | None  # None: a server's own choice
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if the request asked
     experts: Counters | None = None  # if they are streamed
+    card: dict[str, Any] | None = None  # `DbrxForCausalLM.on_card`, where there is one
     error: DbrxError | None = None  # what ended the reply, or is wrong with it
 
     def message(self, before: Message = NOTHING) -> Message:
@@ -123,6 +124,8 @@ class Done:
         """As the contract's JSON; with `error` if there was a fault."""
         values = asdict(replace(self, error=None))
         del values["error"]
+        if self.card is None:
+            del values["card"]
         if self.error is not None:
             values["error"] = {"message": self.error.one_line, "code": self.error.exit_code}
         return values

@@ -60,6 +60,7 @@ def load_network(
             attn_implementation=options.attn,
             ranks=ranks,
             adapter=options.adapter,
+            graph=options.graph == "auto",
             progress=advance,
             **options.loading,
         )

@@ -135,6 +135,7 @@ class Reply:
             quantize=engine.quantize,
             seed=self.seed,
             logprobs=self.logprobs[: len(self.ids) - self.begun] if self.top is not None else None,
+            card=engine.network.on_card(),
             experts=store.counters.since(self.streamed) if store and self.streamed else None,
         )
         if not self._before:

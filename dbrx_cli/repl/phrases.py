@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rich.filesize import decimal
 
 from dbrx_cli.files import apart
 from model.foreign_text import on_one_line
@@ -43,3 +47,11 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return "under a second"
     return f"about {seconds:.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} min"
+
+
+def card_in_words(card: Mapping[str, Any]) -> str:
+    """What `DbrxForCausalLM.on_card` tells, in one line."""
+    places = ", ".join(f"{count(number, 'expert')} on {place}" for place, number in card["experts"].items())
+    bus = card["bus_bytes"]
+    crossed = f"; over the bus {decimal(bus['down'])} down, {decimal(bus['up'])} up" if bus else ""
+    return f"{card['kernels']}; graph {card['graph']}; {places}{crossed}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dbrx_cli.repl.phrases import count
+from dbrx_cli.repl.phrases import card_in_words, count
 from model.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def stats(repl: Repl, argument: str) -> None:
             f"made {count(made, 'token')} in {decode:.1f} s",
             "the model": f"was loaded in {repl.last.timings.load_s:.1f} s",
         }
+        | ({"the card": card_in_words(repl.last.card)} if repl.last.card else {})
     )
 
 

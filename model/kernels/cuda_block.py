@@ -60,7 +60,7 @@ class CudaBlocks:
     launched.
     """
 
-    def __init__(self, blocks: Sequence[DbrxBlock], config: DbrxConfig) -> None:
+    def __init__(self, blocks: Sequence[DbrxBlock], config: DbrxConfig, records: bool = True) -> None:
         self.blocks, self.config = blocks, config
         half, experts = blocks[0].norm_attn_norm, cast(PackedExperts, blocks[0].ffn.experts)
         self.linear, self.glu = cast(CudaLinear, half.attn.Wqkv.kernel), cast(CudaGlu, experts.kernel)
@@ -68,8 +68,15 @@ class CudaBlocks:
         # As one token of a row is cached.
         kept = half.attn.kv_dtype or half.norm_1.weight.dtype
         self.key = torch.empty(1, 1, half.attn.heads[-1], config.head_dim, dtype=kept, device=self.device)
-        self.records = self.device.type == "cuda"
+        self.records = records and self.device.type == "cuda"
         self.inputs: dict[int, Inputs] = {}  # by rows
+
+    @property
+    def graph(self) -> str:
+        """Whether steps are replayed, in words."""
+        if not self.records:
+            return "off"
+        return "recorded" if any(inputs.graph for inputs in self.inputs.values()) else "not recorded yet"
 
     def takes(self, step: Step) -> bool:
         """Whether it can compute a step."""
@@ -208,11 +215,14 @@ class CudaBlocks:
         return (torch.empty if whole else torch.zeros)(shape, device=self.device)
 
 
-def decode_on_card(network: DbrxForCausalLM) -> None:
-    """Let decode steps of a network be computed at once, where all of it lies in its card's kernels' form."""
+def decode_on_card(network: DbrxForCausalLM, records: bool = True) -> None:
+    """Let decode steps of a network be computed at once, where all of it lies in its card's kernels' form.
+
+    records: as CUDA graphs.
+    """
     blocks = list(cast("Iterator[DbrxBlock]", network.transformer.blocks))
     if all(_is_on_card(block) for block in blocks):
-        network.transformer.at_once = CudaBlocks(blocks, network.config)
+        network.transformer.at_once = CudaBlocks(blocks, network.config, records)
 
 
 def _is_on_card(block: DbrxBlock) -> bool:
