@@ -5,8 +5,6 @@ that takes the group has it, and what reaches the command is one typed object. F
 (`settings.py`): a command that takes a group has --profile, and finds in its flags what the settings file says.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 import re

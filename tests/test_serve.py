@@ -25,7 +25,7 @@ from tests.cli import ROOT, Cli
 from tests.test_imports import loaded_by
 from tests.test_tokenizer_files import check_read_alike
 
-LISTEN = "dbrx_cli.commands.serve.listen"
+LISTEN = "dbrx_cli.addresses.listen"
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """`dbrx bench`: speed against what the machine allows, and quality against full precision."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -81,7 +79,7 @@ def bench(
     _show(machine, results, compared)
 
 
-def _show(machine: Machine, results: list[Result], quality: Quality | None) -> None:
+def _show(machine: "Machine", results: "list[Result]", quality: "Quality | None") -> None:
     from rich.table import Table
 
     from dbrx_cli.render.console import PlainConsole

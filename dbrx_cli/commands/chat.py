@@ -1,7 +1,5 @@
 """`dbrx chat`: a conversation in the terminal, or a script of turns from a pipe."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from difflib import get_close_matches
@@ -140,7 +138,7 @@ def _again(model: EngineOptions) -> str:
     return shlex.join(["dbrx", "chat", *(word for flag, value in where.items() if value for word in (flag, value))])
 
 
-def _session(recorder: Recorder, latest: bool, name: str | None) -> Session | None:
+def _session(recorder: "Recorder", latest: bool, name: str | None) -> "Session | None":
     """The session to take up: looked for before the model is loaded, which may take minutes."""
     if latest:
         found = recorder.store().latest()

@@ -1,7 +1,5 @@
 """`dbrx config`: the settings file: where it is, what is in force and why, changing it."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

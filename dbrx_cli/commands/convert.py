@@ -1,7 +1,5 @@
 """`dbrx convert`: weights in any layout -> a checkpoint folder in Databricks' own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 

@@ -1,7 +1,5 @@
 """`dbrx doctor`: what is wrong here, and what to type."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +51,7 @@ def doctor(
         raise typer.Exit(code)
 
 
-def verdict(checks: list[Check]) -> str:
+def verdict(checks: "list[Check]") -> str:
     """All of it in one sentence."""
     problems = [check.name for check in checks if check.state == "problem"]
     warnings = [check.name for check in checks if check.state == "warning"]
@@ -62,7 +60,7 @@ def verdict(checks: list[Check]) -> str:
     return "usable" + (f"; worth a look: {', '.join(warnings)}" if warnings else ", and nothing is wrong")
 
 
-def _print(console: Console, check: Check) -> None:
+def _print(console: "Console", check: "Check") -> None:
     """A line for the part, and one for what to type."""
     from rich.table import Table
     from rich.text import Text

@@ -1,7 +1,5 @@
 """`dbrx download`: a checkpoint from the Hub, resumable and checked."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

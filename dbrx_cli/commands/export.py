@@ -1,7 +1,5 @@
 """`dbrx export`: any model -> a GGUF file for llama.cpp."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """`dbrx generate`: one prompt and one reply, or a file of prompts."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

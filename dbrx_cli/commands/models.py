@@ -1,7 +1,5 @@
 """`dbrx models`: which models are on this machine, where, and how to be rid of one."""
 
-from __future__ import annotations
-
 import os
 import sys
 from datetime import UTC, datetime
@@ -113,7 +111,7 @@ def _list(json_output: bool = False, speed: bool = False) -> None:
             say("\t".join(map(str, columns)))
 
 
-def _row(model: CachedModel) -> dict[str, Any]:
+def _row(model: "CachedModel") -> dict[str, Any]:
     return {
         "name": model.name,
         "revision": model.commit,

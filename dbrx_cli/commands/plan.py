@@ -1,7 +1,5 @@
 """`dbrx plan`: what would lie where, and how fast it could be, before anything is downloaded or loaded."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +49,7 @@ def plan(
     show(PlainConsole(), question, told)
 
 
-def to_dict(question: Question, advice: list[str]) -> dict[str, Any]:
+def to_dict(question: "Question", advice: list[str]) -> dict[str, Any]:
     """The plan as JSON; bytes, seconds, tokens a second."""
     from model.speed import load_s, tiers, tokens_per_s
 

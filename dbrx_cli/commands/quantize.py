@@ -1,7 +1,5 @@
 """`dbrx quantize`: a checkpoint in fewer bits, made once."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -102,7 +100,7 @@ def _require(flag: str, to: str, fitting: list[str]) -> None:
         raise InputError(f"{flag} is for --to {', '.join(fitting)}", "leave it out")
 
 
-def _calibration(weights: Weights, folder: Path, file: Path) -> tuple[Calibration, list[int] | None]:
+def _calibration(weights: "Weights", folder: Path, file: Path) -> "tuple[Calibration, list[int] | None]":
     """From a text, less the part that is held out to measure on; or from an importance matrix, which has none."""
     from model.calibration import ImatrixCalibration, TextCalibration
     from model.formats.imatrix import is_importance_matrix

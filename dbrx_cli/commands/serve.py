@@ -1,7 +1,5 @@
 """`dbrx serve`: an OpenAI-compatible server, by this program or by vLLM."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -12,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dbrx_cli import running
-from dbrx_cli.addresses import listen
 from dbrx_cli.engine.follower import needs_one_process
 from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, given_key, option, refuse_typed, takes
 from dbrx_cli.report import Report
@@ -90,6 +87,7 @@ def serve(
 
 
 def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
+    from dbrx_cli.addresses import listen
     from dbrx_cli.engine.load import find_model
     from dbrx_cli.server import background
     from dbrx_cli.server.run import Ends, serve, url_of
@@ -108,7 +106,7 @@ def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
             report.notice(background.told(background.wait_until_ready(pid, port, report)))
             return 0
 
-        def load() -> LocalEngine:
+        def load() -> "LocalEngine":
             from dbrx_cli.engine.local import LocalEngine
 
             return LocalEngine.load(model, report)
@@ -131,6 +129,7 @@ def _become_vllm(
 ) -> None:
     if more and not more[0].startswith("-"):
         raise InputError(f"{more[0]} is no flag of vLLM's", "-m names the model; flags of vLLM's own stand behind --")
+    from dbrx_cli.addresses import listen
     from dbrx_cli.engine.load import find_model
     from dbrx_cli.vllm_plugin import launch
     from model.config import DbrxConfig

@@ -1,7 +1,5 @@
 """`dbrx sessions`: what was said before: list it, read it, search it, take it elsewhere, remove it."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
@@ -193,14 +191,14 @@ def remove(
 
 
 @contextmanager
-def _store(report: Report) -> Iterator[Store]:
+def _store(report: Report) -> "Iterator[Store]":
     from dbrx_cli.store import Store
 
     with Store.open(notify=report.notice) as store:
         yield store
 
 
-def _exported(session: Session, form: Literal["json", "markdown"]) -> str:
+def _exported(session: "Session", form: Literal["json", "markdown"]) -> str:
     from dbrx_cli.store import export_json, export_markdown
 
     return export_json(session) if form == "json" else export_markdown(session)
@@ -214,7 +212,7 @@ def _ask(question: str) -> None:
         raise DbrxError("nothing was removed")
 
 
-def _print_entries(found: list[tuple[Entry, str | None]], json_output: bool) -> None:
+def _print_entries(found: "list[tuple[Entry, str | None]]", json_output: bool) -> None:
     """A list of sessions; in place of the title, where a search found its words."""
     if json_output:
         rows = [asdict(entry) | ({} if excerpt is None else {"excerpt": excerpt}) for entry, excerpt in found]
@@ -227,7 +225,7 @@ def _print_entries(found: list[tuple[Entry, str | None]], json_output: bool) -> 
             say("\t".join(" ".join(str(column).split()) for column in columns))
 
 
-def _print_table(found: list[tuple[Entry, str | None]]) -> None:
+def _print_table(found: "list[tuple[Entry, str | None]]") -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -1,7 +1,5 @@
 """`dbrx tokenize`: text to ids and back, without loading a network."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -78,7 +76,7 @@ class Span:
     special: bool
 
 
-def spans(tokenizer: Tokenizer, ids: list[int]) -> list[Span]:
+def spans(tokenizer: "Tokenizer", ids: list[int]) -> list[Span]:
     """Each token with its bytes and its place in the text that all of them make."""
     special = set(tokenizer.special_tokens.values())
     found, start = [], 0
@@ -102,7 +100,7 @@ def _input(text: str | None, errors: InputErrors) -> str:
     return read_piped(errors) or ""
 
 
-def _find_tokenizer(model: WhichModel, report: Report) -> Tokenizer:
+def _find_tokenizer(model: WhichModel, report: Report) -> "Tokenizer":
     """The model's tokenizer; DBRX's own where no model was named. Of a Hub id only the tokenizer is fetched."""
     from dbrx_cli.engine.load import find_model
     from model.hub import resolve
@@ -122,13 +120,13 @@ def _find_tokenizer(model: WhichModel, report: Report) -> Tokenizer:
     return Tokenizer.from_source(folder)
 
 
-def _encode(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
+def _encode(text: str, tokenizer: "Tokenizer", chat: bool) -> list[int]:
     if not chat:
         return tokenizer.encode(text)
     return tokenizer.encode_segments(tokenizer.chat_template.segments([Message("user", text)]))
 
 
-def _ids_in(text: str, tokenizer: Tokenizer) -> list[int]:
+def _ids_in(text: str, tokenizer: "Tokenizer") -> list[int]:
     """Ids apart by blanks, lines or commas, also as a JSON list."""
     ids = []
     for word in re.split(r"[\s,]+", text.strip().removeprefix("[").removesuffix("]").strip()):

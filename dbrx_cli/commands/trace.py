@@ -1,7 +1,5 @@
 """`dbrx trace`: which experts each token of a prompt chose."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,8 +72,8 @@ def trace(
 
 
 def _show(
-    recorded: Trace,
-    tokenizer: Tokenizer,
+    recorded: "Trace",
+    tokenizer: "Tokenizer",
     prompt_tokens: int,
     model: ModelOptions,
     report: Report,
@@ -104,7 +102,7 @@ def _show(
         console.print(routing.figures(recorded))
 
 
-def describe(tokenizer: Tokenizer, ids: tuple[int, ...], prompt_tokens: int) -> list[dict[str, Any]]:
+def describe(tokenizer: "Tokenizer", ids: tuple[int, ...], prompt_tokens: int) -> list[dict[str, Any]]:
     """Each token as the JSON has it."""
     from dbrx_cli.render.routing import token_texts
 
@@ -132,13 +130,13 @@ def _messages(text: str, system: str | None) -> list[Message]:
     return [*first, Message("user", text)]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | list[Message]) -> list[int]:
+def _encode(tokenizer: "Tokenizer", prompt: str | list[Message]) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     return tokenizer.encode_segments(tokenizer.chat_template.segments(prompt))
 
 
-def _reply(engine: LocalEngine, ids: list[int], new_tokens: int) -> list[int]:
+def _reply(engine: "LocalEngine", ids: list[int], new_tokens: int) -> list[int]:
     """The likeliest reply; what the engine's options say of sampling would only blur the picture."""
     import torch
 

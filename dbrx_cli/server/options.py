@@ -1,7 +1,5 @@
 """The flags of `dbrx serve`, and their values."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
