@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from textwrap import fill
 from typing import Any, TextIO
 
 from model.foreign_text import escaped, on_one_line
@@ -35,9 +37,17 @@ def place(text: str) -> None:
     print(f"\r\x1b[K{dimmed}", end="", file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
-    """A line on stderr."""
-    tell_lines(on_one_line(text))
+def tell(text: str, *, dim: bool = False) -> None:
+    """A line on stderr; on a terminal wrapped by words."""
+    tell_lines(_by_words(on_one_line(text)), dim=dim)
+
+
+def _by_words(text: str) -> str:
+    """The line as a terminal shows it. What is longer than a row (a path, an address) stays whole, to be copied."""
+    columns = shutil.get_terminal_size().columns
+    if len(text) <= columns or sys.stderr is None or not sys.stderr.isatty():
+        return text
+    return fill(text, max(20, columns - 1), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def tell_lines(text: str, end: str = "\n", *, dim: bool = False) -> None:

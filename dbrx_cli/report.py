@@ -47,7 +47,7 @@ class Report:
     def notice(self, text: str) -> None:
         """A line that the user should know of."""
         if not self.quiet:
-            tell(f"dbrx: {text}")
+            self.tell(text)
 
     def line(self, text: str) -> None:
         """An answer to the user's own question, quiet or not."""
@@ -55,12 +55,16 @@ class Report:
 
     def error(self, fault: DbrxError) -> None:
         """A fault after which the program goes on."""
-        tell(f"dbrx: {fault.one_line}")
+        self.tell(fault.one_line)
 
     def detail(self, text: str) -> None:
         """A line for those who asked with --verbose."""
         if self.verbose and not self.quiet:
-            tell(f"dbrx: {text}")
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """The line of each of these."""
+        tell(f"dbrx: {text}")
 
     @property
     def bars(self) -> bool:

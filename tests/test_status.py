@@ -101,6 +101,18 @@ def test_what_is_printed_meanwhile_stands_above_it_and_nothing_is_left(monkeypat
     assert [row.rstrip() for row in screen.display[:3]] == ["dbrx: a notice", "then", ""]
 
 
+def test_a_notice_breaks_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than a row the terminal breaks, so that it can be copied whole."""
+    err = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    path = f"/models/{'deep/' * 9}weights"
+    output.tell(f"dbrx: the weights become int8 as they are read from {path}")
+    assert err.getvalue() == f"dbrx: the weights become int8 as they\n  are read from\n  {path}\n"
+    monkeypatch.setattr(sys, "stderr", piped := io.StringIO())
+    output.tell("word " * 20)
+    assert piped.getvalue() == "word " * 20 + "\n"
+
+
 @pytest.mark.parametrize("variable, value", [("TERM", "dumb"), ("DBRX_PLAIN", "1")])
 def test_without_a_cursor_that_moves_it_is_one_line(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     err = terminal(monkeypatch)
