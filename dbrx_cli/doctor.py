@@ -406,7 +406,7 @@ def _backend(title: str, name: str, device: torch.device) -> Iterator[Check]:
     difference = golden.largest_difference(device, name)
     facts = {"difference": difference}
     if difference <= golden.TOLERANCE:
-        text = f"computes what the reference does (difference {difference:.0e})"
+        text = f"computes what the reference does (difference {difference:.0e}, at most {golden.TOLERANCE:.0e})"
         yield Check(title, "ok", text, facts=facts)
     else:
         yield Check(
@@ -420,4 +420,5 @@ def kernels() -> Iterator[Check]:
     from model.kernels import probe
 
     kinds = probe()
-    yield Check("kernels", "ok", ", ".join(f"{kind}: {name}" for kind, name in kinds.items()), facts=dict(kinds))
+    named = (name if name.startswith(kind) else f"{kind} by {name}" for kind, name in kinds.items())
+    yield Check("kernels", "ok", ", ".join(named), facts=dict(kinds))

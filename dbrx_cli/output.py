@@ -37,6 +37,12 @@ def place(text: str) -> None:
     print(f"\r\x1b[K{dimmed}", end="", file=sys.stderr, flush=True)
 
 
+def restore() -> None:
+    """Before the process ends without a word: no line of what is waited for stays, and the cursor shows."""
+    if moves_cursor(sys.stderr):
+        os.write(2, b"\r\x1b[K\x1b[?25h")
+
+
 def tell(text: str, *, dim: bool = False) -> None:
     """A line on stderr; on a terminal wrapped by words."""
     tell_lines(_by_words(on_one_line(text)), dim=dim)
@@ -53,7 +59,7 @@ def _by_words(text: str) -> str:
 def tell_lines(text: str, end: str = "\n", *, dim: bool = False) -> None:
     """Text on stderr that may have several lines."""
     text = escaped(text)
-    with _room():
+    with room():
         print(f"\x1b[2m{text}\x1b[0m" if dim else text, end=end, file=sys.stderr, flush=True)
 
 
@@ -61,17 +67,18 @@ def say(text: str, end: str = "\n") -> None:
     """Text on stdout: on a terminal escaped, into a pipe as it is."""
     if sys.stdout.isatty():
         text = escaped(text)
-    with _room():
+    with room():
         print(text, end=end, flush=True)
 
 
-def _room() -> AbstractContextManager[None]:
+def room() -> AbstractContextManager[None]:
+    """Inside, the line that says what is waited for gives its place to what is printed."""
     return above[-1]() if above else nullcontext()
 
 
 def say_json(value: Any, indent: int | None = None) -> None:
     """A value as JSON on stdout."""
-    with _room():
+    with room():
         print(to_json(value, indent), flush=True)
 
 

@@ -32,10 +32,11 @@ def against_floats(floats: Path, folder: Path, options: ModelOptions, report: Re
     from dbrx_cli.engine.load import load_network
     from model.quality import compare, log_probabilities
 
-    whole = load_network(floats, replace(options, quantize="none", dtype="float32"), report)
-    reference = log_probabilities(whole, ids)
-    del whole
-    return compare(load_network(folder, options, report), reference, ids)
+    with report.status(f"comparing with float32 on {len(ids):,} tokens"):
+        whole = load_network(floats, replace(options, quantize="none", dtype="float32"), report)
+        reference = log_probabilities(whole, ids)
+        del whole
+        return compare(load_network(folder, options, report), reference, ids)
 
 
 def in_words(quality: Quality) -> str:

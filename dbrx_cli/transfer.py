@@ -14,21 +14,25 @@ if TYPE_CHECKING:
     from model.hub import DownloadPlan
 
 
+ASKS = "asking the Hub"
+
+
 class Transfer:
     """`model.hub.Progress` on stderr; without a terminal, only a line at the start."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
+        self._asking = report.status(ASKS)
         self._bars = progress(stderr_console(), "bytes", transient=True) if report.bars else None
         self._all: TaskID | None = None
         self._files: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
+        self._asking.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._asking.end()
         if self._bars:
             self._bars.stop()
 
@@ -36,8 +40,10 @@ class Transfer:
         from rich.filesize import decimal
 
         here = f", {decimal(done_bytes)} of them here" if done_bytes else ""
+        self._asking.end()
         self._report.notice(f"{files} files, {decimal(total_bytes)}{here}")
         if self._bars:
+            self._bars.start()
             self._all = self._bars.add_task("all files", total=total_bytes, completed=done_bytes)
 
     def file(self, name: str, size: int, done: int) -> None:

@@ -26,6 +26,7 @@ from dbrx_cli.report import Report
 from dbrx_cli.session_cache import keep_cache
 from dbrx_cli.status import Status
 from dbrx_cli.store import Recorder, Store
+from model.errors import InputError
 from model.messages import Message
 from model.sampling import SamplingParams
 from tests.cli import Cli
@@ -217,6 +218,41 @@ def test_the_first_sign_of_life_comes_before_the_engine_and_within_a_tenth_of_a_
     monkeypatch.setattr(sys, "stderr", Watched())
     keep_cache(repl.engine, repl.recorder, repl.report)
     assert cast(Late, repl.engine).cache == 1
+
+
+SEEN = "what takes its time"
+WAITS = (
+    ("dbrx_cli.planning.Question.of", "plan fake"),
+    ("dbrx_cli.engine.load.find_model", "bench fake"),
+    ("dbrx_cli.engine.load.find_model", "quantize fake out --to int8"),
+    ("dbrx_cli.engine.load.find_model", "convert fake out"),
+    ("dbrx_cli.engine.load.find_model", "export out.gguf -m fake"),
+    ("dbrx_cli.engine.local.LocalEngine.load", "trace -m fake hi"),
+    ("dbrx_cli.addresses.listen", "serve -m fake"),
+    ("model.hub.download", "download fake/fake"),
+    ("model.hub.plan_download", "download fake/fake --dry-run"),
+    ("dbrx_cli.doctor.examine", "doctor"),
+    ("dbrx_cli.engine.load.find_model", "generate -m fake --batch BATCH"),
+    ("dbrx_cli.engine.remote.RemoteEngine.open", "generate --url http://127.0.0.1:9 hi"),
+)
+
+
+@pytest.mark.parametrize("work, command", WAITS, ids=[command for _, command in WAITS])
+def test_every_command_that_waits_shows_something_first(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, work: str, command: str
+) -> None:
+    """Before its work begins; a fault there leaves nothing of it."""
+
+    def begins(*args: object, **named: object) -> None:
+        after_a_sign()
+        raise InputError(SEEN)
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
+    terminal(monkeypatch)
+    monkeypatch.setattr(work, begins)
+    monkeypatch.setattr(sys, "stderr", err := Watched())
+    cli(*command.replace("BATCH", str(tmp_path / "prompts.jsonl")).split())
+    assert err.getvalue().endswith(f"\r\x1b[Kdbrx: {SEEN}\n") and "Ctrl-C stops" in err.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from dbrx_cli.commands.doctor import verdict
 from dbrx_cli.conversation import Conversation
 from dbrx_cli.doctor import Check
 from dbrx_cli.options import OutputOptions
+from dbrx_cli.render.console import PlainConsole, figures
 from dbrx_cli.repl import loop
 from dbrx_cli.repl.commands import COMMANDS
 from dbrx_cli.repl.prompt import dropped_file
@@ -127,6 +129,17 @@ def test_a_plot_has_round_marks_and_one_length_is_a_level(lengths: tuple[int, ..
     marks = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', picture)]
     steps = {round(b - a, 9) for a, b in pairwise(marks)}
     assert len(marks) >= 3 and len(steps) == 1 and steps.pop() in (1, 2, 5)
+
+
+@pytest.mark.parametrize("width", [100, 40])
+def test_a_table_of_numbers_breaks_none(width: int) -> None:
+    console = PlainConsole(width=width, file=io.StringIO())
+    titles = [f"title {i}" for i in range(8)]
+    rows = [[f"{i}{n},000.125" for i in range(8)] for n in (1, 2)]
+    console.print(figures(console, titles, rows))
+    shown = [line.split("  ") for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in shown]
+    assert cells == ([titles, *rows] if width == 100 else [list(row) for row in zip(titles, *rows, strict=True)])
 
 
 def test_config_get_and_edit(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,14 @@ def bench(
     options = replace(options, model=name or options.model)
     lengths = sorted(set(prompt_tokens or [PROMPT_TOKENS]))
     report = Report(output)
-    configure_openmp()
-    from dbrx_cli import bench as measuring
-    from dbrx_cli.engine.damage import damage_named
-    from dbrx_cli.engine.load import find_model, load_network
+    with report.status("measuring this machine"):
+        configure_openmp()
+        from dbrx_cli import bench as measuring
+        from dbrx_cli.engine.damage import damage_named
+        from dbrx_cli.engine.load import find_model, load_network
 
-    folder = find_model(options, report)
-    machine = measuring.measure_machine(options.threads)  # before the model's memory counts
+        folder = find_model(options, report)
+        machine = measuring.measure_machine(options.threads)  # before the model's memory counts
     with damage_named(folder):
         ids = read_ids(quality, folder)[:quality_tokens] if quality is not None else None
         compared = against_floats(folder, folder, options, report, ids) if ids is not None else None
@@ -69,7 +70,10 @@ def bench(
     if longest > network.config.max_seq_len:
         raise InputError(f"{longest} tokens are more than the model's {network.config.max_seq_len}", "ask for fewer")
     with damage_named(folder):
-        results = [measuring.measure(network, length, new_tokens, machine, load_s) for length in lengths]
+        results = []
+        for length in lengths:
+            with report.status(f"measuring {length:,} + {new_tokens:,} tokens"):
+                results.append(measuring.measure(network, length, new_tokens, machine, load_s))
     if plot is not None:
         write_private(plot, measuring.plot(results, machine), over=True)
     if json_output:
@@ -80,9 +84,7 @@ def bench(
 
 
 def _show(machine: "Machine", results: "list[Result]", quality: "Quality | None") -> None:
-    from rich.table import Table
-
-    from dbrx_cli.render.console import PlainConsole
+    from dbrx_cli.render.console import PlainConsole, figures
     from dbrx_cli.repl.phrases import card_in_words
 
     console = PlainConsole()
@@ -94,14 +96,13 @@ def _show(machine: "Machine", results: "list[Result]", quality: "Quality | None"
     console.print(f"loaded in {first.load_s:.1f} s, at most {results[-1].peak_rss_bytes / 1e9:.2f} GB of memory")
     if results[-1].card is not None:
         console.print(f"on the card: {card_in_words(results[-1].card)}")
-    table = Table(box=None, pad_edge=False)
-    for title in ("prompt", "prefill/s", "decode/s", "ms p50", "p95", "GB/token", "GB/s", "of limit"):
-        table.add_column(title, justify="right")
+    titles = ("prompt", "prefill/s", "decode/s", "ms p50", "ms p95", "GB/token", "GB/s", "of limit")
+    rows = []
     for r in results:
         speeds = (f"{r.prefill_tokens_per_s:.0f}", f"{r.decode_tokens_per_s:.1f}")
         times = (f"{r.decode_ms_p50:.1f}", f"{r.decode_ms_p95:.1f}")
         memory = (f"{r.bytes_per_token / 1e9:.3f}", f"{r.bandwidth_gb_s:.1f}", f"{r.fraction_of_limit:.0%}")
-        table.add_row(str(r.prompt_tokens), *speeds, *times, *memory)
-    console.print(table)
+        rows.append((str(r.prompt_tokens), *speeds, *times, *memory))
+    console.print(figures(console, titles, rows))
     if quality is not None:
         console.print(in_words(quality))

@@ -32,17 +32,17 @@ def convert(
 
     dbrx convert dbrx-Q4_K_M-00001-of-00002.gguf ./dbrx-instruct
     """
-    from dbrx_cli.engine.damage import damage_named
-    from dbrx_cli.engine.load import find_model
-
     report = Report(output)
-    folder = find_model(ModelOptions(model=source), report)
-    import torch
+    with report.status(f"opening {source}"):
+        import torch
 
-    from model.formats import open_weights
-    from model.formats.write_checkpoint import companions, write_checkpoint
-    from model.load_plan import Stored
+        from dbrx_cli.engine.damage import damage_named
+        from dbrx_cli.engine.load import find_model
+        from model.formats import open_weights
+        from model.formats.write_checkpoint import companions, write_checkpoint
+        from model.load_plan import Stored
 
+        folder = find_model(ModelOptions(model=source), report)
     with open_weights(folder) as weights, damage_named(folder), report.bar("Converting") as advance:
         finish = companions(folder, weights.config.vocab_size)
         if to in SCHEMES:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dbrx_cli.options import OutputOptions, WhichModel, switch, takes
-from dbrx_cli.output import say_json
+from dbrx_cli.output import room, say_json
+from dbrx_cli.report import Report
 from model.foreign_text import on_one_line
 
 if TYPE_CHECKING:
@@ -30,17 +31,19 @@ def doctor(
 
     dbrx doctor -m org/name
     """
-    from rich.text import Text
-
-    from dbrx_cli.doctor import examine
-    from dbrx_cli.render.console import PlainConsole
-
-    console = PlainConsole()
     checks: list[Check] = []
-    for check in examine(model):
-        checks.append(check)
-        if not json_output and not (output.quiet and check.state in ("ok", "note")):
-            _print(console, check)
+    with Report(output).status("examining"):
+        from rich.text import Text
+
+        from dbrx_cli.doctor import examine
+        from dbrx_cli.render.console import PlainConsole
+
+        console = PlainConsole()
+        for check in examine(model):
+            checks.append(check)
+            if not json_output and not (output.quiet and check.state in ("ok", "note")):
+                with room():
+                    _print(console, check)
     code = next((check.exit_code for check in checks if check.state == "problem"), 0)
     if json_output:
         values = {"usable": code == 0, "exit_code": code, "checks": [asdict(check) for check in checks]}

@@ -31,7 +31,7 @@ def download(
 
     dbrx download org/name --to ./dbrx-instruct
     """
-    from dbrx_cli.transfer import Transfer, print_plan
+    from dbrx_cli.transfer import ASKS, Transfer, print_plan
     from model import hub
 
     report = Report(output)
@@ -39,7 +39,9 @@ def download(
         raise InputError("--to is empty", "name a folder: --to DIR")
     plain = None if to is None else Path(to)
     if dry_run:
-        print_plan(hub.plan_download(model, revision=revision, to=plain))
+        with report.status(ASKS):
+            found = hub.plan_download(model, revision=revision, to=plain)
+        print_plan(found)
         return
     with Transfer(report) as progress:
         folder = hub.download(model, revision=revision, to=plain, verify=verify, progress=progress)

@@ -29,20 +29,21 @@ def export(
 
     dbrx export dbrx.gguf --type q8_0 -m ./dbrx-instruct
     """
-    from dbrx_cli.engine.damage import damage_named
-    from dbrx_cli.engine.load import find_model
     from model.machine import parse_size
 
     if out.suffix != ".gguf":
         raise InputError(f"{out} does not end in .gguf", f"name it {out}.gguf")
     size = parse_size(split, "--split") if split is not None else None
     report = Report(output)
-    source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
-    from model.formats import open_weights
-    from model.formats.write_gguf import write_gguf
-    from model.tokenizer import AutoTokenizer
+    with report.status(f"opening {model.model}"):
+        from dbrx_cli.engine.damage import damage_named
+        from dbrx_cli.engine.load import find_model
+        from model.formats import open_weights
+        from model.formats.write_gguf import write_gguf
+        from model.tokenizer import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+        source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     with open_weights(source) as weights, damage_named(source), report.bar("Writing") as advance:
         files = write_gguf(weights, tokenizer, out, kind, size, advance)
     for file in files:

@@ -381,7 +381,8 @@ def _answer_batch(
     constraint, stop = form.constraint(), sampling.stop_strings
     # A server says which model it has; one here is not loaded before it is known that something is to be asked.
     engine = open_engine(model, report) if model.url is not None else None
-    flags = _asked(given, model, sampling, form, constraint, report)
+    with report.status(f"starting {model.model}"):
+        flags = _asked(given, model, sampling, form, constraint, report)
     wanted = {key(job.id, job.index): job.wanted(flags) for job in first}
     name = engine.name if engine else model.model
     answers = AnswerFile(batch.output_file, wanted, name) if batch.output_file else StandardOutput()

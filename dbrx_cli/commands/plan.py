@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dbrx_cli.options import ModelOptions, option, switch, takes
+from dbrx_cli.options import ModelOptions, OutputOptions, option, switch, takes
 from dbrx_cli.output import say_json
+from dbrx_cli.report import Report
 
 if TYPE_CHECKING:
     from dbrx_cli.planning import Question
@@ -36,10 +37,12 @@ def plan(
 
     dbrx plan -m demo
     """
-    from dbrx_cli.planning import Question, advice
+    name = name or options.model
+    with Report(OutputOptions()).status(f"planning {name}"):
+        from dbrx_cli.planning import Question, advice
 
-    question = Question.of(name or options.model, options, devices)
-    told = list(advice(question))
+        question = Question.of(name, options, devices)
+        told = list(advice(question))
     if json_output:
         say_json(to_dict(question, told))
         return

@@ -68,16 +68,16 @@ def quantize(
         _require("--calibrate", to, [name for name, scheme in SCHEMES.items() if scheme.groups])
     if group is not None:
         _require(f"--group {group}", to, [name for name, scheme in SCHEMES.items() if int(group) in scheme.groups])
-    from dbrx_cli.engine.damage import damage_named
-    from dbrx_cli.engine.load import find_model
-
     report = Report(output)
-    folder = find_model(ModelOptions(model=source), report)
-    from model.formats import open_weights
-    from model.formats.write_checkpoint import companions
-    from model.formats.write_quantized import Writer
+    with report.status(f"opening {source}"):
+        from dbrx_cli.engine.damage import damage_named
+        from dbrx_cli.engine.load import find_model
+        from model.formats import open_weights
+        from model.formats.write_checkpoint import companions
+        from model.formats.write_quantized import Writer
 
-    ids = read_ids(quality, folder)[:HELD_OUT] if quality is not None else None
+        folder = find_model(ModelOptions(model=source), report)
+        ids = read_ids(quality, folder)[:HELD_OUT] if quality is not None else None
     with open_weights(folder) as weights, damage_named(folder), report.bar(f"Quantizing to {to}") as advance:
         finish = companions(folder, weights.config.vocab_size)
         calibration: Calibration | None = None

@@ -4,20 +4,19 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from dbrx_cli import running
+from dbrx_cli.engine.choose import load_engine
 from dbrx_cli.engine.follower import needs_one_process
 from dbrx_cli.options import ModelOptions, OutputOptions, WhichModel, given_key, option, refuse_typed, takes
 from dbrx_cli.report import Report
 from dbrx_cli.server.options import ServerOptions, seconds_of
 from model.errors import InputError
-
-if TYPE_CHECKING:
-    from dbrx_cli.engine.local import LocalEngine
 
 EngineName = Literal["dbrx", "vllm"]
 VLLM = "With --engine vllm"
@@ -87,12 +86,13 @@ def serve(
 
 
 def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
-    from dbrx_cli.addresses import listen
-    from dbrx_cli.engine.load import find_model
-    from dbrx_cli.server import background
-    from dbrx_cli.server.run import Ends, serve, url_of
-    from dbrx_cli.server.safety import Guard
-    from dbrx_cli.server.service import Limits
+    with report.status(f"starting {model.model}"):
+        from dbrx_cli.addresses import listen
+        from dbrx_cli.engine.load import find_model
+        from dbrx_cli.server import background
+        from dbrx_cli.server.run import Ends, serve, url_of
+        from dbrx_cli.server.safety import Guard
+        from dbrx_cli.server.service import Limits
 
     key = given_key()
     guard = Guard(options.host, key, options.allow_origin or ())
@@ -106,15 +106,10 @@ def _serve(options: ServerOptions, model: ModelOptions, report: Report) -> int:
             report.notice(background.told(background.wait_until_ready(pid, port, report)))
             return 0
 
-        def load() -> "LocalEngine":
-            from dbrx_cli.engine.local import LocalEngine
-
-            return LocalEngine.load(model, report)
-
         name, *aliases = _names(model, options)
         settings = running.settings_of(vars(model))
         record = running.Record(os.getpid(), url_of(options.host, port), name, settings, key is not None)
-        return serve(load, record, aliases, ends, listening, limits, guard, report)
+        return serve(partial(load_engine, model, report), record, aliases, ends, listening, limits, guard, report)
 
 
 def _names(model: WhichModel, options: ServerOptions) -> list[str]:

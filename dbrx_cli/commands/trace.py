@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dbrx_cli.engine.choose import load_engine
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
 from dbrx_cli.private import write_private
@@ -54,11 +55,10 @@ def trace(
         raise InputError("--raw has no system message", "leave out -s")
     text = _prompt(prompt, input_errors)
     report = Report(output)
+    engine = load_engine(model, report)
     from dbrx_cli.engine.damage import damage_named
-    from dbrx_cli.engine.local import LocalEngine
     from model.trace import record
 
-    engine = LocalEngine.load(model, report)
     ids = _encode(engine.tokenizer, text if raw else _messages(text, system))
     if len(ids) + new_tokens > engine.context:
         raise ContextError(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dbrx_cli.engine import Engine
-from dbrx_cli.options import EngineOptions
+from dbrx_cli.options import EngineOptions, ModelOptions
 from dbrx_cli.report import Report
+
+if TYPE_CHECKING:
+    from dbrx_cli.engine.local import LocalEngine
 
 
 def open_engine(options: EngineOptions, report: Report) -> Engine:
@@ -14,6 +19,11 @@ def open_engine(options: EngineOptions, report: Report) -> Engine:
 
         with report.status("asking the server for its models"):
             return RemoteEngine.open(options, report)
+    return load_engine(options, report)
+
+
+def load_engine(options: ModelOptions, report: Report) -> LocalEngine:
+    """Load the model into this process."""
     with report.status(f"starting {options.model}"):
         from dbrx_cli.engine.local import LocalEngine
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 
 from model.foreign_text import escaped
+
+ENDLESS = 100_000  # columns
 
 
 class PlainConsole(Console):
@@ -23,3 +26,20 @@ class PlainConsole(Console):
                 yield segment
             else:
                 yield segment._replace(text=escaped(segment.text))
+
+
+def figures(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of numbers, none of which is broken: where it is too wide, each of `rows` is a column."""
+    table = Table(*titles, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns:
+        column.justify = "right"
+    if console.measure(table, options=console.options.update(max_width=ENDLESS)).maximum <= console.width:
+        return table
+    turned = Table.grid(padding=(0, 2))
+    for beside in zip(titles, *rows, strict=True):
+        turned.add_row(*beside)
+    for column in turned.columns[1:]:
+        column.justify = "right"
+    return turned

@@ -43,7 +43,9 @@ def show(console: Console, question: Question, advice: Iterable[str]) -> None:
         reach = f"at most {speed} tokens/s; loading takes at least {load}"
         console.print(Text(f"{about}{reach}; room for a context of {plan.context} tokens"))
     for sentence in advice:
-        console.print(Text(f"- {sentence}"))
+        item = Table.grid(padding=(0, 1))
+        item.add_row("-", Text(sentence))
+        console.print(item)
 
 
 def picture(plan: LoadPlan, width: int) -> RenderableType:

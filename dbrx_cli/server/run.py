@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.types import ASGIApp, Scope
 
-from dbrx_cli import early
+from dbrx_cli import early, output
 from dbrx_cli.running import Record, recorded
 from dbrx_cli.server.app import create_app
 from dbrx_cli.server.safety import Guard
@@ -129,6 +129,7 @@ class _Life:
         """At the first signal take no more requests and let replies end; at the second, or while loading, end."""
         code = early.INTERRUPTED if number == signal.SIGINT else 0
         if self._service.draining or self._service.worker.engine is None:
+            output.restore()
             os._exit(code or 128 + number)
         self._service.draining, self._server.should_exit, self._code = True, True, code
         if self._service.open:
