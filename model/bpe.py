@@ -308,6 +308,8 @@ def added_token(content: str, token_id: int, flags: Mapping[str, Any]) -> AddedT
     """Read one of a checkpoint's added tokens; `ModelError` for what would swallow text around it."""
     if not isinstance(content, str):
         raise ModelError(f"the content of an added token is {content!r}, which is no text")
+    if not content:
+        raise ModelError("the content of an added token is empty")
     for flag in ("lstrip", "rstrip", "single_word"):
         if flags.get(flag):
             raise ModelError(f"the added token {content!r} with {flag} is not supported")

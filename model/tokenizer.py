@@ -375,8 +375,8 @@ def _with_configured_tokens(vocabulary: Vocabulary, config: dict[str, Any], fold
             token_id, name = int(key), str(flags["content"])
             if name not in added and token_id not in taken:
                 added[name] = added_token(name, token_id, flags)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}: added_tokens_decoder cannot be read: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(f"{path}: added_tokens_decoder must map ids to objects with a content") from None
     except ModelError as error:
         raise ModelError(f"{path}: {error.message}", error.hint) from None
     return Vocabulary(vocabulary.pattern, vocabulary.merged, vocabulary.ids, added)

@@ -183,6 +183,24 @@ def test_a_bad_default_is_named_and_a_flag_replaces_it(cli: Cli, tiny_checkpoint
     assert "--temperature" not in ran.fault and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "code", "message"),
+    [
+        ("{{ messages[0].nothing }}", 3, "makes no prompt of this conversation"),
+        ("{% for i in range(700) %}a {% endfor %}", 6, "all but 2 from "),
+    ],
+)
+def test_a_template_that_makes_nothing_or_too_much_is_named(
+    cli: Cli, small_checkpoint: Path, tmp_path: Path, template: str, code: int, message: str
+) -> None:
+    folder = linked(small_checkpoint, tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    ran = cli("generate", "-m", folder, "hi")
+    assert (
+        ran.code == code and message in ran.fault and f"{folder / 'tokenizer_config.json'}: chat_template" in ran.fault
+    )
+
+
 def test_a_tokenizer_of_another_network_is_refused(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = linked(tiny_checkpoint, tmp_path / "m")
     (folder / "tokenizer_config.json").write_text(

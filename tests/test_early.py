@@ -47,7 +47,11 @@ def test_ctrl_c_in_imports_is_quiet(count: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux counts addresses")
 @pytest.mark.parametrize(
-    "limits", [(20,), pytest.param((*range(12, 120, 4), *range(120, 1400, 40)), marks=[pytest.mark.soak])]
+    "limits",
+    [
+        (20,),
+        pytest.param((*range(12, 120, 4), *range(120, 1400, 40)), marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_too_few_addresses_are_told_in_one_line(tiny_checkpoint: Path, limits: tuple[int, ...]) -> None:
     """Where a library of C++ finds none, it ends the process by signal 11: so they are counted before."""

@@ -311,6 +311,18 @@ def test_a_fault_is_told_as_it_is(server: Server, cli: Cli, name: str) -> None:
     assert "\x1b" not in result.err and "internal error" not in fault
 
 
+def test_a_reply_without_an_end(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(handler: Handler) -> None:
+        handler.begin()
+        while True:
+            handler.piece("more " * 100)
+
+    monkeypatch.setattr("dbrx_cli.engine.remote.LARGEST_ANSWER", 10_000)
+    server.reply = endless
+    result = cli("generate", "--no-log", "-m", "dbrx-a", "--url", server.url, "-n", "5", "hi")
+    assert (result.code, len(result.out.strip())) == (7, 10_499) and "does not end its reply" in result.fault
+
+
 def test_no_server_at_all(cli: Cli) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

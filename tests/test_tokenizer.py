@@ -434,6 +434,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("added_tokens", [{"id": 10**12, "content": "<a>"}], "'<a>'"),
         ("added_tokens", [{"id": 256, "content": 5}], "content of an added token is 5"),
         ("added_tokens", [{"id": 256, "content": None}], "content of an added token is None"),
+        ("added_tokens", [{"id": 256, "content": ""}], "content of an added token is empty"),
         ("added_tokens", 3, "added_tokens: holds a value"),
         ("model", None, "model: holds a value"),
         ("pre_tokenizer", None, "there is no pre_tokenizer"),

@@ -27,7 +27,7 @@ class Job:
         prompt, begun, before = engine.parts(request)
         if (known := len(prompt) + len(begun)) >= engine.context:
             raise ContextError(
-                f"the prompt has {known} tokens, and the context is {engine.context}",
+                f"the prompt has {known} tokens{_from_template(engine, request)}, and the context is {engine.context}",
                 "shorten the prompt, or raise --context if the model allows",
             )
         self._engine = engine
@@ -152,3 +152,11 @@ class Job:
             self._on_read(total - left, total)
         if self._journal is not None and 0 < left < total:
             self._journal.note(self.reply, kv, None)
+
+
+def _from_template(engine: LocalEngine, request: Request) -> str:
+    """Says so where it is the template that makes a prompt too long for the context, not what was asked."""
+    if isinstance(request.prompt, str):
+        return ""
+    own = sum(len(engine.tokenizer.encode(message.content)) for message in request.prompt)
+    return f", all but {own} from {engine.tokenizer.chat_template.name}" if own < engine.context // 2 else ""

@@ -16,7 +16,7 @@ from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.options import ModelOptions, require_context
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
-from model.errors import InputError, ResourceError
+from model.errors import InputError, ModelError, ResourceError
 from model.messages import Message
 
 if TYPE_CHECKING:
@@ -189,15 +189,16 @@ class LocalEngine:
 
     def _encode_anew(self, prompt: Sequence[Message] | str, continue_final: bool) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            segments = self.tokenizer.chat_template.segments(
-                prompt, add_generation_prompt=not continue_final, continue_final_message=continue_final
-            )
-            ids = self.tokenizer.encode_segments(segments)
-        if not ids:
+            if ids := self.tokenizer.encode(prompt):
+                return ids
             raise InputError("the prompt is empty", "type a prompt, or pipe one to stdin")
-        return ids
+        template = self.tokenizer.chat_template
+        segments = template.segments(
+            prompt, add_generation_prompt=not continue_final, continue_final_message=continue_final
+        )
+        if ids := self.tokenizer.encode_segments(segments):
+            return ids
+        raise ModelError(f"{template.name}: makes no prompt of this conversation", "generate --raw goes without it")
 
     def journal(self, request: Request, prompt: list[int]) -> Journal | None:
         """The file of `Request.resume`, opened."""

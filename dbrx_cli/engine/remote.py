@@ -13,7 +13,17 @@ from typing import Any
 from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
-from dbrx_cli.engine.http_client import LARGEST_COUNT, TRY_AGAIN, Answer, NoPath, OneReply, Refused, Server, persist
+from dbrx_cli.engine.http_client import (
+    LARGEST_ANSWER,
+    LARGEST_COUNT,
+    TRY_AGAIN,
+    Answer,
+    NoPath,
+    OneReply,
+    Refused,
+    Server,
+    persist,
+)
 from dbrx_cli.engine.listing import Listing, context_of
 from dbrx_cli.options import DEFAULT_MODEL, EngineOptions
 from dbrx_cli.report import Report
@@ -289,6 +299,8 @@ class RemoteEngine:
                 if reply.pieces > pieces:
                     answer.spoke()
                 yield from deltas
+                if len(reply.text) + len(reply.ids) > LARGEST_ANSWER:
+                    raise OneReply(f"{self.server.host} does not end its reply", TRY_AGAIN)
                 reason = reason_of(self.server, choice) or reason
         if rest := reply.finish():
             yield Delta(rest, None)
