@@ -98,8 +98,8 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
     return Result(
         attn=network.transformer.attention,
         dtype=str(network.kv_dtype).removeprefix("torch."),
-        quantize=network.packing.quantize if network.packing else "none",
-        kernel=network.packing.name if network.packing else "float",
+        quantize=network.kernels.quantize if network.kernels else "none",
+        kernel=network.kernels.name if network.kernels else "float",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         load_s=load_s,
@@ -119,11 +119,11 @@ def measure(network: DbrxForCausalLM, prompt_tokens: int, new_tokens: int, machi
 def bytes_per_token(network: DbrxForCausalLM, context: int) -> int:
     """Bytes that a decode step must read: active weights as they are held, and keys and values of `context` tokens."""
     config, ffn = network.config, network.config.ffn_config
-    packing, itemsize = network.packing, network.kv_dtype.itemsize
+    kernels, itemsize = network.kernels, network.kv_dtype.itemsize
     d, kv = config.d_model, 2 * config.attn_config.kv_n_heads * config.head_dim
     matrices = config.n_layers * [(d + kv, d), (d, d)] + [(config.vocab_size, d)]
-    if packing is not None:
-        dense = sum(packing.dense.nbytes(*shape) for shape in matrices)
+    if kernels is not None:
+        dense = sum(kernels.dense.nbytes(*shape) for shape in matrices)
     else:
         dense = sum(outputs * inputs for outputs, inputs in matrices) * itemsize
     router = config.n_layers * ffn.moe_num_experts * d * network.dtype.itemsize

@@ -43,7 +43,7 @@ class DbrxForCausalLM(nn.Module):
         self.expert_store: ExpertStore | None = None  # where streamed experts come from
         self.bus: Bus | None = None  # to a card, beside which the CPU computes experts
         self.load_plan: LoadPlan | None = None  # what was decided when it was loaded
-        self.packing: KernelChoice | None = None  # kernels that the weights were packed for
+        self.kernels: KernelChoice | None = None  # kernels that the weights were packed for
         self.prefill_chunk = PREFILL_CHUNK  # tokens a step of prefill
 
     @property
@@ -65,8 +65,8 @@ class DbrxForCausalLM(nn.Module):
     def expert_bytes(self) -> int:
         """Bytes of one expert in the form that it is computed with."""
         hidden, d_model, itemsize = self.config.ffn_config.ffn_hidden_size, self.config.d_model, self.kv_dtype.itemsize
-        if self.packing is not None:
-            return self.packing.experts.nbytes(hidden, d_model, itemsize)
+        if self.kernels is not None:
+            return self.kernels.experts.nbytes(hidden, d_model, itemsize)
         return 3 * hidden * d_model * itemsize
 
     def on_card(self) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ class DbrxForCausalLM(nn.Module):
         if plan is None or not plan.machine.gpus:
             return None
         return {
-            "kernels": self.packing.name if self.packing else "float",
+            "kernels": self.kernels.name if self.kernels else "float",
             "graph": getattr(self.transformer.at_once, "graph", "none"),
             "experts": dict(plan.experts_by_place),
             "bus_bytes": {"down": bus.down, "up": bus.up} if bus else None,

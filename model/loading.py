@@ -29,7 +29,7 @@ from .load_planner import plan_load
 from .machine import free_memory
 from .model_files import ModelFiles
 from .offload import stream_experts, strip_experts
-from .packing import pack_into, packing_of, strip_dense
+from .packing import kernels_of, pack_into, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
 from .quantization import GGUF
 from .weights import Weights
@@ -110,7 +110,7 @@ def from_pretrained(
         _read(network, plan, weights if ranks is None else ShardedWeights(weights, ranks), progress)
         if not (changes and beside):  # what lies beside a layer, a native step would not see
             decode_natively(network)
-            if plan.layers[0].device.startswith("cuda") and network.packing is not None:
+            if plan.layers[0].device.startswith("cuda") and network.kernels is not None:
                 from .kernels.cuda_block import decode_on_card
 
                 decode_on_card(network, graph)
@@ -172,19 +172,19 @@ def _read(
     network: DbrxForCausalLM, plan: LoadPlan, weights: Weights, progress: Callable[[int, int], None] | None
 ) -> None:
     """Every weight to the place that the plan gives it."""
-    packing = packing_of(plan, weights)
+    kernels = kernels_of(plan, weights)
     resident = not plan.streamed
     reading = Reading(weights, progress, experts=resident)
     if isinstance(weights, BlockWeights) and (embedding := weights.block_matrix(EMBEDDING)):
         network.transformer.wte = BlockEmbedding(embedding)
         reading.advance(weights.nbytes_of(EMBEDDING))
     _read_tensors(network, plan, reading)
-    if packing is not None:
-        pack_into(network, weights, packing, reading.advance, plan)
-        network.packing = packing
-        network.transformer.set_kv_dtype(packing.kv_dtype)
+    if kernels is not None:
+        pack_into(network, weights, kernels, reading.advance, plan)
+        network.kernels = kernels
+        network.transformer.set_kv_dtype(kernels.kv_dtype)
     if not resident:
-        stream_experts(network, weights, plan, packing)
+        stream_experts(network, weights, plan, kernels)
 
 
 def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int | str) -> None:
@@ -194,7 +194,7 @@ def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int 
 
     if network.expert_store is not None:
         raise ValueError("the experts are streamed, and not here to be saved: load the network without offload")
-    if network.packing is not None:
+    if network.kernels is not None:
         raise ValueError("the weights were packed for a kernel, and cannot be saved: load the network without")
     network.config.save_pretrained(folder)
     (network.generation_config or GenerationConfig()).save(folder)

@@ -60,7 +60,7 @@ class KernelChoice(NamedTuple):
         return " + ".join([*names, *([f"{self.on_cpu.name} on the CPU"] if self.on_cpu else [])])
 
 
-def packing_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
+def kernels_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
     """The kernels that a plan packs weights for; None where they are computed with as tensors."""
     if plan.kernel is None:
         return None

@@ -121,12 +121,12 @@ def _experts(
 
 def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
     """Bytes a second of the kernel of attention and head."""
-    packing, width = network.packing, config.d_model
-    itemsize = 1 if packing and packing.quantize != "none" else network.kv_dtype.itemsize
+    kernels, width = network.kernels, config.d_model
+    itemsize = 1 if kernels and kernels.quantize != "none" else network.kv_dtype.itemsize
     matrix = _random(max(1, nbytes // 2 // itemsize // width), width)
     run: Callable[[Tensor], Tensor] = partial(linear, weight=matrix.to(network.dtype))
-    if packing is not None:
-        run = PackedLinear(packing.dense, packing.dense.pack(matrix))
+    if kernels is not None:
+        run = PackedLinear(kernels.dense, kernels.dense.pack(matrix))
     x = torch.randn(1, width, dtype=network.dtype)
     return matrix.numel() * itemsize / _median(lambda _: run(x))
 

@@ -24,25 +24,25 @@ Floats = NDArray[np.float64]
 class Trace:
     """The routing of each token in each layer.
 
-    chosen [layers, tokens, top_k]: ids of experts, the heaviest first; weights: like it, what each counts for.
+    expert_ids [layers, tokens, top_k]: the heaviest first; router_weights: like it, what each counts for.
     foreseen [layers - 1, tokens, top_k]: what a layer's router would choose for the state that the layer before it
     gave its own router, so before that layer's experts have computed.
     """
 
     ids: tuple[int, ...]
-    chosen: Ids
-    weights: NDArray[np.float32]
+    expert_ids: Ids
+    router_weights: NDArray[np.float32]
     foreseen: Ids
     n_experts: int  # a layer
     expert_bytes: int  # one expert, in the form that it is computed with
 
     @property
     def top_k(self) -> int:
-        return int(self.chosen.shape[2])
+        return int(self.expert_ids.shape[2])
 
     @property
     def n_layers(self) -> int:
-        return int(self.chosen.shape[0])
+        return int(self.expert_ids.shape[0])
 
     @property
     def chooses(self) -> bool:
@@ -65,13 +65,13 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
     with _listening([m for m in network.modules() if isinstance(m, DbrxRouter)]) as heard:
         cache = KVCache(network.config.n_layers)
         finite(prefill(network, torch.tensor([list(ids)], device=network.device), cache, whole=True).float())
-    weights, chosen, foreseen = (
+    router_weights, expert_ids, foreseen = (
         torch.stack([torch.cat([said[part] for said in layer]) for layer in heard]) for part in range(3)
     )
     return Trace(
         tuple(ids),
-        chosen.numpy().astype(np.int16),
-        weights.float().numpy(),
+        expert_ids.numpy().astype(np.int16),
+        router_weights.float().numpy(),
         foreseen.numpy()[:-1].astype(np.int16),
         network.config.ffn_config.moe_num_experts,
         network.expert_bytes,
@@ -80,7 +80,7 @@ def record(network: DbrxForCausalLM, ids: Sequence[int]) -> Trace:
 
 @contextmanager
 def _listening(routers: Sequence[DbrxRouter]) -> Iterator[list[list[tuple[Any, Any, Any]]]]:
-    """A list a router; each call adds (weights, chosen, what the next router would choose), on the CPU.
+    """A list a router; each call adds (router_weights, expert_ids, what the next router would choose), on the CPU.
 
     The last router has no next one: it is asked itself.
     """
@@ -106,8 +106,8 @@ def _listening(routers: Sequence[DbrxRouter]) -> Iterator[list[list[tuple[Any, A
 
 def usage(trace: Trace) -> Floats:
     """[layers, experts]: the share of tokens that chose an expert. Each row sums to top_k."""
-    counts = [np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in trace.chosen]
-    shares: Floats = np.stack(counts) / trace.chosen.shape[1]
+    counts = [np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in trace.expert_ids]
+    shares: Floats = np.stack(counts) / trace.expert_ids.shape[1]
     return shares
 
 
@@ -118,14 +118,14 @@ def entropy(shares: Floats) -> Floats:
     return bits
 
 
-def reuse(chosen: Ids) -> Floats:
+def reuse(expert_ids: Ids) -> Floats:
     """[layers]: the share of a token's experts that the token before it chose, too; 0 for a single token.
 
     By chance it would be top_k / experts.
     """
-    if chosen.shape[1] < 2:
-        return np.zeros(len(chosen))
-    return _in_common(chosen[:, :-1], chosen[:, 1:])
+    if expert_ids.shape[1] < 2:
+        return np.zeros(len(expert_ids))
+    return _in_common(expert_ids[:, :-1], expert_ids[:, 1:])
 
 
 def lookahead(trace: Trace) -> Floats:
@@ -133,7 +133,7 @@ def lookahead(trace: Trace) -> Floats:
 
     By chance it would be top_k / experts. A cache that reads ahead by such a guess would find so many.
     """
-    return _in_common(trace.foreseen, trace.chosen[1:])
+    return _in_common(trace.foreseen, trace.expert_ids[1:])
 
 
 def _in_common(a: Ids, b: Ids) -> Floats:
@@ -163,11 +163,11 @@ def hit_rates(requests: Iterable[int], n_experts: int) -> Floats:
 
 def layer_hit_rates(trace: Trace) -> Floats:
     """[layers, experts + 1]: `hit_rates` of a cache for each layer."""
-    return np.stack([hit_rates(layer.ravel().tolist(), trace.n_experts) for layer in trace.chosen])
+    return np.stack([hit_rates(layer.ravel().tolist(), trace.n_experts) for layer in trace.expert_ids])
 
 
 def whole_hit_rates(trace: Trace) -> Floats:
     """[layers * experts + 1]: `hit_rates` of one cache that all layers share, asked token by token, layer by layer."""
     offsets = np.arange(trace.n_layers)[:, None, None] * trace.n_experts
-    order = (trace.chosen + offsets).transpose(1, 0, 2)
+    order = (trace.expert_ids + offsets).transpose(1, 0, 2)
     return hit_rates(order.ravel().tolist(), trace.n_layers * trace.n_experts)

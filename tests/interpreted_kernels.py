@@ -273,7 +273,7 @@ def networks(
     monkeypatch.setattr(packing, "choose", lambda name, group, device: linear(name, group or 0))
     monkeypatch.setattr(packing, "experts_of", CudaGlu)
     network = DbrxForCausalLM.from_pretrained(folder / form, dtype="float32")
-    assert network.packing is not None and "triton" in network.packing.name and network.dtype == torch.float32
+    assert network.kernels is not None and "triton" in network.kernels.name and network.dtype == torch.float32
     decode_on_card(network)
     assert isinstance(network.transformer.at_once, CudaBlocks)
     return network, plain

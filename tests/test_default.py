@@ -55,7 +55,7 @@ def test_what_is_stored_in_few_bits_keeps_them(cli: Cli, tiny_checkpoint: Path, 
     with open_weights(tiny_checkpoint) as weights:
         Writer(weights, tmp_path / "int4", "int4", 32).write(lambda written: None)
     network = DbrxForCausalLM.from_pretrained(tmp_path / "int4", quantize="auto")
-    assert network.packing is not None and network.packing.quantize == "int4" and not network.packing.converts
+    assert network.kernels is not None and network.kernels.quantize == "int4" and not network.kernels.converts
 
 
 def test_the_plan_names_the_form(cli: Cli, tiny_checkpoint: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_plan_names_the_form(cli: Cli, tiny_checkpoint: Path) -> None:
 
 def test_the_library_stays_exact(tiny_checkpoint: Path) -> None:
     network = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
-    assert network.packing is None and network.dtype == network.lm_head.weight.dtype
+    assert network.kernels is None and network.dtype == network.lm_head.weight.dtype
 
 
 def test_compile_is_taken_with_a_notice(cli: Cli, tiny_checkpoint: Path) -> None:

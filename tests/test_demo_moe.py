@@ -199,16 +199,16 @@ def test_its_routers_choose(network: DbrxForCausalLM, tokenizer: Any, capsys: py
     hook = router.register_forward_pre_hook(lambda _, x: states.append(x[0]))
     trace = record(network, ids)
     hook.remove()
-    shares = np.stack([(trace.chosen == e).any(-1).mean(1) for e in range(EXPERTS)], 1)
-    sets = [len({tuple(sorted(token)) for token in layer.tolist()}) for layer in trace.chosen]
-    once = (np.sort(trace.chosen // 2 % GROUPS, -1) == np.arange(GROUPS)).all(-1)
+    shares = np.stack([(trace.expert_ids == e).any(-1).mean(1) for e in range(EXPERTS)], 1)
+    sets = [len({tuple(sorted(token)) for token in layer.tolist()}) for layer in trace.expert_ids]
+    once = (np.sort(trace.expert_ids // 2 % GROUPS, -1) == np.arange(GROUPS)).all(-1)
     used = (shares > 0).mean(1)
     with capsys.disabled():
         print(f"\nover {len(ids)} tokens, a layer: experts used {used.min():.0%} to {used.max():.0%}, by at most "
               f"{shares.max():.0%} of the tokens; {min(sets)} to {max(sets)} sets; each group once {once.mean():.2%}; "
               f"foreseen {lookahead(trace).mean():.0%}; LRU of 4, 8 experts "
               f"{layer_hit_rates(trace)[:, 4].mean():.0%}, {layer_hit_rates(trace)[:, 8].mean():.0%}; "
-              f"weights {trace.weights.min():.3f} to {trace.weights.max():.3f}")  # fmt: skip
+              f"weights {trace.router_weights.min():.3f} to {trace.router_weights.max():.3f}")  # fmt: skip
     assert used.min() >= 0.7 and shares.max() <= 0.75 and min(sets) >= 8
     assert once.mean() > 0.98
     # One layer by plain loops: the products in float64, as far as bfloat16 tells them apart.
@@ -218,7 +218,7 @@ def test_its_routers_choose(network: DbrxForCausalLM, tokenizer: Any, capsys: py
         fourth, fifth = sorted(scores, reverse=True)[3:5]
         if fourth - fifth > 2**-7 * abs(fourth):
             agree += 1
-            assert {e for e in range(EXPERTS) if scores[e] >= fourth} == set(trace.chosen[7, token].tolist())
+            assert {e for e in range(EXPERTS) if scores[e] >= fourth} == set(trace.expert_ids[7, token].tolist())
     assert agree > len(ids) // 2
 
 

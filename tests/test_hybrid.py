@@ -20,7 +20,7 @@ from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels import experts_of, kernel_facts
 from model.kernels.registry import KERNELS
-from model.kernels.torch_int4 import PlainInt4
+from model.kernels.torch_plain import PlainKernel
 from model.load_layout import ARRIVING
 from model.load_plan import LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
@@ -91,7 +91,7 @@ def test_the_same_tokens_and_activations_alone_cross(split: str, folder: Path, m
         assert on_card == 48 and told["bus_bytes"] is None and alone.on_card() is None
         return
     assert told["bus_bytes"] == {"down": network.bus.down, "up": network.bus.up}
-    assert "on the CPU" in network.packing.name if network.packing else False
+    assert "on the CPU" in network.kernels.name if network.kernels else False
     # 20 tokens of the prompt, of which the last layer's experts see one, and 39 of the 40 new ones, in float32.
     tokens = (LAYERS - 1) * 20 + 1 + LAYERS * 39
     assert network.bus.up == tokens * 4 * D_MODEL
@@ -142,7 +142,7 @@ def test_a_fault_on_the_cpu_is_raised() -> None:
 def test_experts_that_lie_elsewhere_add_nothing(kernel: str, rows: int) -> None:
     """Of both halves the sum is that of all, whichever tokens choose one, and for rows that choose none here."""
     torch.manual_seed(rows)
-    glu = experts_of(KERNELS["int4"][0]() if kernel == "native" else PlainInt4(), "silu")
+    glu = experts_of(KERNELS["int4"][0]() if kernel == "native" else PlainKernel("int4"), "silu")
     packed = [glu.pack(FloatExpert(*(torch.randn(64, 32) for _ in range(3)))) for _ in range(6)]
     x, weights = torch.randn(rows, 32), torch.rand(rows, 2)
     ids = torch.stack([torch.randperm(6)[:2] for _ in range(rows)])

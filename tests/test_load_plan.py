@@ -105,10 +105,10 @@ def check(network: DbrxForCausalLM, plan: LoadPlan) -> None:
     assert str(network.dtype) == f"torch.{plan.dtype}" and str(network.kv_dtype) == f"torch.{plan.kv_dtype}"
     assert all(tensor.device.type == "cpu" for tensor in network.state_dict().values())
     assert set(plan.device_map.values()) == {"cpu"} and network.prefill_chunk == plan.chunk
-    packing = network.packing
-    assert (packing is None) == (plan.kernel is None)
-    if packing is not None and plan.kernel is not None:
-        assert (packing.name, packing.quantize, packing.converts) == (plan.kernel.name, plan.scheme, plan.converts)
+    kernels = network.kernels
+    assert (kernels is None) == (plan.kernel is None)
+    if kernels is not None and plan.kernel is not None:
+        assert (kernels.name, kernels.quantize, kernels.converts) == (plan.kernel.name, plan.scheme, plan.converts)
     for block, layer in zip(network.transformer.blocks, plan.layers, strict=True):
         attention, experts = block.get_submodule("norm_attn_norm.attn"), block.get_submodule("ffn.experts")
         assert isinstance(attention.Wqkv, PackedLinear) == (plan.kernel is not None)

@@ -230,7 +230,7 @@ def hidden(network: DbrxForCausalLM, ids: Tensor, chunk: int) -> Tensor:
 def test_a_quantized_checkpoint_computes_what_quantizing_on_load_does(tiny_checkpoint: Path, quantized: Path) -> None:
     stored = DbrxForCausalLM.from_pretrained(quantized)
     loaded = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize=quantized.name)
-    assert stored.packing is not None and stored.packing.quantize == quantized.name
+    assert stored.kernels is not None and stored.kernels.quantize == quantized.name
     ids = torch.randint(0, 100_000, (1, 21))
     assert torch.equal(stored(ids).logits, loaded(ids).logits)
 
@@ -255,7 +255,7 @@ def test_packed_bfloat16_is_as_near_as_bfloat16(tiny_checkpoint: Path) -> None:
     whole = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
     plain = DbrxForCausalLM.from_pretrained(tiny_checkpoint)
     packed = DbrxForCausalLM.from_pretrained(tiny_checkpoint, pack=True)
-    assert packed.packing is not None and packed.packing.quantize == "none"
+    assert packed.kernels is not None and packed.kernels.quantize == "none"
     ids = torch.randint(0, 100_000, (1, 40))
     exact = hidden(whole, ids, 40)
     bound = (hidden(plain, ids, 40) - exact).norm()

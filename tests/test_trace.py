@@ -99,9 +99,9 @@ def test_what_is_recorded_is_what_the_network_says(tiny_checkpoint: Path) -> Non
     for layer, probabilities in enumerate(routers):
         best = probabilities.topk(4)
         weights = best.values / best.values.sum(-1, keepdim=True)
-        assert np.abs(trace.weights[layer] - weights.numpy()).max() < 1e-5
+        assert np.abs(trace.router_weights[layer] - weights.numpy()).max() < 1e-5
         clear = (probabilities.topk(5).values.diff().abs() > 1e-6).all(-1).numpy()  # no ties within rounding
-        assert clear.mean() > 0.9 and (trace.chosen[layer] == best.indices.numpy())[clear].all()
+        assert clear.mean() > 0.9 and (trace.expert_ids[layer] == best.indices.numpy())[clear].all()
 
 
 def test_what_is_foreseen_is_what_the_next_router_makes_of_this_state(tiny_checkpoint: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_is_foreseen_is_what_the_next_router_makes_of_this_state(tiny_check
         for token, row in enumerate(rows):
             best = set(row.argsort(descending=True)[:4].tolist())
             assert set(trace.foreseen[layer, token].tolist()) == best
-            found += len(best & set(trace.chosen[layer + 1, token].tolist()))
+            found += len(best & set(trace.expert_ids[layer + 1, token].tolist()))
     assert lookahead(trace).mean() == pytest.approx(found / (2 * 40 * 4))
     assert lookahead(fake([[[0, 1]], [[1, 2]], [[1, 2]]], 4)).tolist() == [0.5, 1.0]
 
@@ -159,37 +159,37 @@ def lru(requests: list[int], size: int) -> float:
 @given(trace=traces)
 def test_figures_against_brute_force(trace: Trace) -> None:
     for layer in range(trace.n_layers):
-        tokens = [set(map(int, token)) for token in trace.chosen[layer]]
+        tokens = [set(map(int, token)) for token in trace.expert_ids[layer]]
         shares = [sum(e in token for token in tokens) / len(tokens) for e in range(trace.n_experts)]
         assert usage(trace)[layer] == pytest.approx(shares)
         parts = [share / sum(shares) for share in shares if share]
         assert entropy(usage(trace))[layer] == pytest.approx(-sum(p * math.log2(p) for p in parts))
         overlaps = [len(a & b) / trace.top_k for a, b in itertools.pairwise(tokens)]
-        assert reuse(trace.chosen)[layer] == pytest.approx(sum(overlaps) / len(overlaps))
-        requests = [int(e) for token in trace.chosen[layer] for e in token]
+        assert reuse(trace.expert_ids)[layer] == pytest.approx(sum(overlaps) / len(overlaps))
+        requests = [int(e) for token in trace.expert_ids[layer] for e in token]
         expected = [lru(requests, size) for size in range(trace.n_experts + 1)]
         assert layer_hit_rates(trace)[layer] == pytest.approx(expected)
     whole = [
         layer * trace.n_experts + int(e)
-        for token in range(trace.chosen.shape[1])
+        for token in range(trace.expert_ids.shape[1])
         for layer in range(trace.n_layers)
-        for e in trace.chosen[layer, token]
+        for e in trace.expert_ids[layer, token]
     ]
     assert whole_hit_rates(trace) == pytest.approx([lru(whole, s) for s in range(trace.n_layers * trace.n_experts + 1)])
 
 
 def test_figures_at_the_edges() -> None:
     one = fake([[[0, 1]]], 4)
-    assert reuse(one.chosen) == [0] and entropy(usage(one)) == [1] and hit_rates([], 3).tolist() == [0, 0, 0, 0]
+    assert reuse(one.expert_ids) == [0] and entropy(usage(one)) == [1] and hit_rates([], 3).tolist() == [0, 0, 0, 0]
     everything = fake([[[0, 1], [1, 0]]], 2)
-    assert not everything.chooses and reuse(everything.chosen) == [1]
+    assert not everything.chooses and reuse(everything.expert_ids) == [1]
 
 
 def test_planted_routing_is_recorded(planted_trace: tuple[Trace, list[str]]) -> None:
     trace, pieces = planted_trace
     assert {kind_of(piece) for piece in pieces} == {DIGITS, WORDS, SIGNS, SPECIAL}
     for layer in range(3):
-        assert trace.chosen[layer].tolist() == [planted_experts(kind_of(piece), layer) for piece in pieces]
+        assert trace.expert_ids[layer].tolist() == [planted_experts(kind_of(piece), layer) for piece in pieces]
 
 
 def drawn(trace: Trace, width: int, **options: Any) -> str:
@@ -379,7 +379,7 @@ def test_no_script_in_the_text_runs(chromium: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer(cl100k_vocabulary())
     ids = tokenizer.encode(HOSTILE)
     trace = fake(np.zeros((2, len(ids), 1)), 4)
-    page = page_of(Trace(tuple(ids), trace.chosen, trace.weights, trace.chosen[:-1], 4, 1), tokenizer)
+    page = page_of(Trace(tuple(ids), trace.expert_ids, trace.router_weights, trace.expert_ids[:-1], 4, 1), tokenizer)
     (tmp_path / "page.html").write_text(page, "utf-8")
     dom = browse(chromium, tmp_path / "page.html")
     assert "<title>Routing: &lt;/script&gt;" in dom and "<img" not in dom and dom.count("<script") == 2

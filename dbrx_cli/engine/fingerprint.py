@@ -41,7 +41,7 @@ def fingerprint(engine: LocalEngine) -> dict[str, str]:
         "tokenizer": _tokenizer(engine.tokenizer),
         "dtype": str(network.kv_dtype),
         "quantization": engine.quantize,
-        "kernels": network.packing.name if network.packing is not None else "plain",
+        "kernels": network.kernels.name if network.kernels is not None else "plain",
         "attention": network.transformer.attention,
         "device": str(network.device),
     }

@@ -66,7 +66,7 @@ class LocalEngine:
         self.defaults = (network.generation_config or GenerationConfig()).sampling()
         self.source = source
         self.notice = notice
-        self.quantize = network.packing.quantize if network.packing is not None else "none"
+        self.quantize = network.kernels.quantize if network.kernels is not None else "none"
         self.pool = pool or KVPool(network, self.kv_budget(1))
         self.session = Session(network, self.pool)  # the conversation that was read last
         self._encoded: tuple[object, list[int]] | None = None  # the last prompt: a turn is counted, then answered

@@ -47,7 +47,7 @@ def figures(trace: Trace) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", overflow="fold")
     table.add_column(overflow="fold")
-    effective, again = 2 ** entropy(usage(trace)), reuse(trace.chosen)
+    effective, again = 2 ** entropy(usage(trace)), reuse(trace.expert_ids)
     low = int(effective.argmin())
     table.add_row("experts in use", f"{effective.mean():.1f} a layer, fewest {effective[low]:.1f} in layer {low}")
     if trace.chooses:
@@ -87,11 +87,11 @@ def to_dict(trace: Trace, tokens: Sequence[dict[str, Any]], model: str, revision
         "top_k": trace.top_k,
         "expert_bytes": trace.expert_bytes,
         "tokens": list(tokens),
-        "chosen": trace.chosen.tolist(),
-        "weights": _rounded(trace.weights),
+        "chosen": trace.expert_ids.tolist(),
+        "weights": _rounded(trace.router_weights),
         "usage": _rounded(shares),
         "entropy_bits": _rounded(entropy(shares)),
-        "reuse": _rounded(reuse(trace.chosen)),
+        "reuse": _rounded(reuse(trace.expert_ids)),
         "lookahead": _rounded(lookahead(trace)),
         "hit_rate": {"layer": _rounded(layer_hit_rates(trace)), "whole": _rounded(whole_hit_rates(trace))},
     }
@@ -141,7 +141,7 @@ class _Map:
         yield Segment(_heads([str(start) for start in starts], cell), dim)
         yield Segment("".join(name.rjust(FIGURE_WIDTH) for name in FIGURES) if beside else "", dim)
         yield Segment.line()
-        effective, again = 2 ** entropy(self.shares), reuse(self.trace.chosen)
+        effective, again = 2 ** entropy(self.shares), reuse(self.trace.expert_ids)
         for layer in range(layers):
             yield Segment(str(layer).rjust(label - 1) + " ", dim)
             for share in shown[layer]:

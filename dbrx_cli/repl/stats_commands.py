@@ -71,8 +71,8 @@ def trace(repl: Repl, argument: str) -> None:
     reply = replace(
         whole,
         ids=whole.ids[start:],
-        chosen=whole.chosen[:, start:],
-        weights=whole.weights[:, start:],
+        expert_ids=whole.expert_ids[:, start:],
+        router_weights=whole.router_weights[:, start:],
         foreseen=whole.foreseen[:, start:],
     )
     console = PlainConsole(stderr=True)
