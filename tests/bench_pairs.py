@@ -66,17 +66,17 @@ def main() -> None:
 
 
 def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians of the rates, of the ratios, and the ratios' intervals."""
-    lines = ["| | rounds | | old, tokens/s | new | new / old | old / old |", "|---|---|---|---|---|---|---|"]
+    """Medians of the rates in tokens/s and of the seconds to load, of the ratios, and the ratios' intervals."""
+    lines = ["| | rounds | | old | new | new / old | old / old |", "|---|---|---|---|---|---|---|"]
     for name, done in rounds.items():
-        for key in KEYS:
+        for key in (*KEYS, *(["load_s"] if "load_s" in done[0]["old"] else [])):
             old, new = (statistics.median(each[which][key] for each in done) for which in ("old", "new"))
             told = []
             for which in ("new", "again"):
                 found = ratios(done, which, key)
                 low, high = interval(found)
                 told.append(f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f})")
-            what = key.removesuffix("_tokens_per_s")
+            what = key.removesuffix("_tokens_per_s").removesuffix("_s")
             lines.append(f"| {name} | {len(done)} | {what} | {old:.1f} | {new:.1f} | {told[0]} | {told[1]} |")
     return "\n".join(lines)
 
