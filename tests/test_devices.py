@@ -97,11 +97,11 @@ def test_layers_move_in_order_and_change_nothing(
 
 
 @pytest.mark.slow
-def test_a_map_from_a_file(cli: Cli, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_map_from_a_file(cli: Cli, small_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "map.json"
-    plan = json.loads(cli("plan", tiny_checkpoint, "--json").out)
+    plan = json.loads(cli("plan", small_checkpoint, "--json").out)
     file.write_text(json.dumps(plan["device_map"]))
-    args = ("generate", "-m", tiny_checkpoint, "-t", "0", "-n", "4", "hi")
+    args = ("generate", "-m", small_checkpoint, "-t", "0", "-n", "4", "hi")
     assert cli(*args, "--device-map", file).out == cli(*args).out
 
 

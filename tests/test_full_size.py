@@ -75,7 +75,7 @@ def test_a_wrong_slice_shows(
         return tuple(replace(e, start=e.start - shift * (expert > 0)) for e in (w1, v1, w2))
 
     monkeypatch.setattr(DatabricksWeights, "expert_extents", wrong)
-    assert max(np.abs(logits(small, numbers, t) - numbers.logits(t)).max() for t in numbers.tokens) > 1e-2
+    assert any(np.abs(logits(small, numbers, t) - numbers.logits(t)).max() > 1e-2 for t in numbers.tokens)
 
 
 # The real shapes: 263 GB of addresses, 9.5 GB of memory and more; one after the other, with nothing else running.
