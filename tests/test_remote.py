@@ -375,6 +375,12 @@ except SystemExit: pass
     assert not {"torch", "accelerate", "tiktoken", "huggingface_hub", "numpy"} & loaded_by(code)
 
 
+def test_a_chat_says_nothing_of_what_a_server_does_not_tell(server: Server, cli: Cli) -> None:
+    told = cli("chat", "--url", server.url, "--no-log", stdin="hi\n/show\n/stats\n/set\n").err
+    assert "the server's default: likeliest tokens; 0 for all" in told and "last reply" in told
+    assert "remote" not in told and "was loaded" not in told
+
+
 @pytest.mark.slow
 def test_the_prompt_of_a_chat_is_there_at_once(server: Server) -> None:
     terminal = spawn("chat", "--url", server.url)

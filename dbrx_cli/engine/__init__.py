@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NOTHING = Message("assistant", "")
 FinishReason = Literal["stop", "length", "stop_string", "interrupted"]
+REMOTE = "remote"  # of a reply's attention and types: a server does not say them
 UNLIKELY = -9999.0  # OpenAI's spelling of minus infinity, which JSON has no number for
 
 

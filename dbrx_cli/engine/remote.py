@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dbrx_cli.engine import Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
+from dbrx_cli.engine import REMOTE, Delta, Done, FinishReason, Request, Timings, TokenLogprob, Usage
 from dbrx_cli.engine.chunks import ids_of, logprobs_of, read_chunk, reason_of, text_of, thinks, whole
 from dbrx_cli.engine.fitting import Undecided, misfit
 from dbrx_cli.engine.http_client import (
@@ -354,9 +354,9 @@ class RemoteEngine:
             ),
             model=self.name,
             revision=None,
-            attn="remote",
-            dtype="remote",
-            quantize="remote",
+            attn=REMOTE,
+            dtype=REMOTE,
+            quantize=REMOTE,
             seed=request.params.seed,
             logprobs=reply.logprobs or None,
             error=fault,

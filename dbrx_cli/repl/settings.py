@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from dbrx_cli.engine import REMOTE
 from dbrx_cli.options import lookup_length
 from dbrx_cli.repl.phrases import quote, words
 from model.errors import InputError
@@ -38,7 +39,7 @@ NAMES = tuple(MEANINGS)
 def assign(repl: Repl, argument: str) -> None:
     if not argument:
         rows = {name: (current(repl, name), MEANINGS[name]) for name in NAMES}
-        repl.table({name: f"{value:<12} {meaning}" for name, (value, meaning) in rows.items()})
+        repl.table({name: f"{f'{value}:':<12} {meaning}" for name, (value, meaning) in rows.items()})
         return
     given, _, value = (part.strip() for part in re.sub(r"^([\w-]+)\s*=", r"\1 ", argument).partition(" "))
     name = given.replace("-", "_")
@@ -79,7 +80,7 @@ def current(repl: Repl, name: str) -> str:
 
 def show(repl: Repl, argument: str) -> None:
     rows = {"model": on_one_line(repl.name), "context": f"{repl.engine.context} tokens"}
-    if repl.last:
+    if repl.last and repl.last.attn != REMOTE:  # a server does not say how it computes
         rows |= {"attention": repl.last.attn, "dtype": repl.last.dtype, "quantize": repl.last.quantize}
     if repl.recorder.id is not None:
         rows["session"] = str(repl.recorder.id)

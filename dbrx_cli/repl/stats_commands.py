@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dbrx_cli.engine import REMOTE
 from dbrx_cli.repl.phrases import card_in_words, count
 from model.errors import InputError
 
@@ -40,8 +41,8 @@ def stats(repl: Repl, argument: str) -> None:
             "last reply": repl.last.summary(),
             replies: f"read {prompt - cached} of {prompt} prompt tokens ({cached} cached) in {prefill:.1f} s, "
             f"made {count(made, 'token')} in {decode:.1f} s",
-            "the model": f"was loaded in {repl.last.timings.load_s:.1f} s",
         }
+        | ({"the model": f"was loaded in {repl.last.timings.load_s:.1f} s"} if repl.last.attn != REMOTE else {})
         | ({"the card": card_in_words(repl.last.card)} if repl.last.card else {})
     )
 

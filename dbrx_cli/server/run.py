@@ -127,9 +127,9 @@ class _Life:
 
     def _end(self, number: int) -> None:
         """At the first signal take no more requests and let replies end; at the second, or while loading, end."""
+        output.restore()  # the terminal has shown ^C
         code = early.INTERRUPTED if number == signal.SIGINT else 0
         if self._service.draining or self._service.worker.engine is None:
-            output.restore()
             os._exit(code or 128 + number)
         self._service.draining, self._server.should_exit, self._code = True, True, code
         if self._service.open:
