@@ -88,7 +88,7 @@ def check_forges_nothing(contents: list[str]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(forgeries, min_size=1, max_size=4))
 def test_text_forges_no_turn(contents: list[str]) -> None:
     check_forges_nothing(contents)
