@@ -379,7 +379,7 @@ def test_a_disk_that_fills_up(server: FakeHub, monkeypatch: pytest.MonkeyPatch, 
     for module, name in ((os, "pwrite"), (os, "fsync"), (os, "symlink"), (Path, "write_text"), (Path, "mkdir")):
         monkeypatch.setattr(module, name, full(getattr(module, name)))
     whole = checkpoint(shards=1, shard_bytes=20_000)
-    wanted = {"config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}  # each costs ten writes
+    wanted = {"config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"}
     content = {name: whole[name] for name in wanted}
     server.add(NAME, content)
     failures, done = 0, False
