@@ -1,6 +1,7 @@
 """A checkpoint of DBRX's real shapes that takes no disk: sparse files, in which almost everything is a hole of zeros.
 
     python -m tests.full_size FOLDER        263 GB of addresses in 61 shards, about 25 MB of disk
+    python -m tests.full_size FOLDER int3   57 GB in 12 shards, in the layout of `dbrx quantize`, about 120 MB
 
 What is not zero is enough to tell experts apart. A few tokens have embeddings (random signs) and rows in the head.
 Each router sends each of these tokens to four experts of its own. Each expert has one block of numbers in each of its
@@ -21,9 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.config import DbrxConfig
+from model.formats.quantized import layout
 from tests.weights import parameter_shapes
 
 Vector = NDArray[np.float64]
+Pieces = Iterator[tuple[str, int, bytes]]  # name of a tensor, a byte of it, and what lies there from it on
+WIDTHS = {"BF16": 2, "F32": 4, "I8": 1, "U8": 1}
 
 REAL: dict[str, Any] = {
     "model_type": "dbrx",
@@ -41,6 +46,8 @@ SHARD = 4_950_000_000  # bytes: what makes 61 of them
 TOKENS = (9906, 1917, 374, 264, 3446, 315, 279, 1296)  # of cl100k_base: "Hello", " world", ...
 CHOSEN, OTHERS = 3.0, -3.0  # router logits of the experts of a token, and of all others
 SHARE = 0.15  # of an embedding's size: what one expert adds
+GROUP = 128  # inputs of int3 that share scale and zero point
+OUTPUTS = 32  # that an expert in int3 writes: each lies in a block of the disk of its own
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,19 @@ class Numbers:
         gate = strength * self.embeddings[:, column : column + block].sum(0)
         return Sentinel(row, column, bfloat16(gate), bfloat16(SHARE / 1.2 * rng.choice([-1.0, 1.0], block)))
 
-    def pieces(self) -> Iterator[tuple[str, int, Vector]]:
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of every tensor."""
+        return {name: ("BF16", shape) for name, shape in parameter_shapes(self.config).items()}
+
+    def settings(self) -> dict[str, Any]:
+        """config.json."""
+        return self.config
+
+    def pieces(self) -> Pieces:
+        for name, index, values in self._floats():
+            yield name, 2 * index, _bits(values).tobytes()
+
+    def _floats(self) -> Iterator[tuple[str, int, Vector]]:
         """Name of a tensor, index of an element, and what lies there from it on."""
         d, hidden = self.config["d_model"], self.config["ffn_config"]["ffn_hidden_size"]
         for token, embedding, row in zip(self.tokens, self.embeddings, self.head, strict=True):
@@ -138,6 +157,72 @@ class Numbers:
         return ids
 
 
+class Int3Numbers(Numbers):
+    """The same in int3, by numbers that it holds exactly: holes are levels, scales and zero points of 0."""
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        few = layout(DbrxConfig.from_dict(self.config), "int3", GROUP)
+        floats = {
+            name: ("BF16", shape)
+            for name, shape in parameter_shapes(self.config).items()
+            if ".ffn.experts." not in name and f"{name.removesuffix('weight')}scale" not in few
+        }
+        return floats | few
+
+    def settings(self) -> dict[str, Any]:
+        few = {"quant_method": "dbrx", "version": 1, "kind": "int3", "group": GROUP}
+        return self.config | {"torch_dtype": "float32", "quantization_config": few}
+
+    def sentinel(self, layer: int, expert: int) -> Sentinel:
+        whole = super().sentinel(layer, expert)
+        scale, levels = self._gate(whole)
+        out = bfloat16(np.sign(whole.out) * 8 * SHARE / 1.2)
+        out[OUTPUTS:] = 0
+        return Sentinel(whole.row, whole.column, scale * (levels - 3.0), out)
+
+    @staticmethod
+    def _gate(sentinel: Sentinel) -> tuple[float, NDArray[np.uint8]]:
+        """Scale and levels around zero point 3: of sums of eight signs, the least one is lifted."""
+        scale = bfloat16(np.abs(sentinel.gate).max() / 4).item()
+        return scale, np.clip(np.rint(sentinel.gate / scale) + 3, 0, 7).astype(np.uint8)
+
+    def pieces(self) -> Pieces:
+        d, hidden = self.config["d_model"], self.config["ffn_config"]["ffn_hidden_size"]
+        for name, index, values in self._floats():
+            if name == "lm_head.weight":  # halves of 512: 1.5 or 0.5 of either sign
+                yield name, index, np.rint(values * 1024).astype(np.int8).tobytes()
+                yield "lm_head.scale", index // d * 4, np.float32(1 / 1024).tobytes()
+            elif ".ffn.experts." not in name:
+                yield name, 2 * index, _bits(values).tobytes()
+        for layer, router in enumerate(self.routers):
+            for expert in range(len(router)):
+                sentinel = self.sentinel(layer, expert)
+                scale, levels = self._gate(super().sentinel(layer, expert))
+                prefix = f"transformer.blocks.{layer}.ffn.experts.{expert}."
+                for matrix in ("w1", "v1"):
+                    yield from _int3(f"{prefix}{matrix}.", sentinel.row, d, sentinel.column, levels, scale, 3)
+                first = sentinel.row // GROUP * GROUP
+                for output, value in enumerate(sentinel.out[:OUTPUTS], sentinel.column):
+                    levels = np.ones(min(GROUP, hidden - first), np.uint8)  # 1 is nothing
+                    levels[sentinel.row - first] = 1 + np.sign(value)
+                    yield from _int3(f"{prefix}w2.", output, hidden, first, levels, abs(value), 1)
+
+
+def _int3(
+    prefix: str, row: int, inputs: int, first: int, levels: NDArray[np.uint8], scale: float, zero: float
+) -> Pieces:
+    """Levels of whole groups of a row, from an input on."""
+    bits = np.unpackbits(levels[:, None], axis=1, bitorder="little")[:, :3]
+    low, third = (np.packbits(part.reshape(-1), bitorder="little") for part in (bits[:, :2], bits[:, 2]))
+    start = row * inputs * 3 // 8
+    yield f"{prefix}weight", start + first // 4, low.tobytes()
+    yield f"{prefix}weight", start + inputs // 4 + first // 8, third.tobytes()
+    groups = -(-len(levels) // GROUP)
+    for part, value in (("scale", scale), ("zero", zero)):
+        at = 2 * (row * -(-inputs // GROUP) + first // GROUP)
+        yield f"{prefix}{part}", at, _bits(np.full(groups, value)).tobytes()
+
+
 def normalized(x: Vector) -> Vector:
     """LayerNorm with weight 1."""
     return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
@@ -157,10 +242,10 @@ def _bits(values: Vector) -> NDArray[np.uint16]:
 def make(folder: Path, numbers: Numbers, shard_size: int = SHARD) -> Path:
     """Write the checkpoint: headers, index, configuration, and the pieces; the rest are holes."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = parameter_shapes(numbers.config)
+    entries = numbers.entries()
     shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        nbytes = 2 * int(np.prod(shape))
+    for name, (dtype, shape) in entries.items():
+        nbytes = WIDTHS[dtype] * int(np.prod(shape))
         if shards[-1] and sum(shards[-1].values()) + nbytes > shard_size:
             shards.append({})
         shards[-1][name] = nbytes
@@ -170,22 +255,22 @@ def make(folder: Path, numbers: Numbers, shard_size: int = SHARD) -> Path:
         header, position = {}, 0
         for name, nbytes in sizes.items():
             offsets = [position, position := position + nbytes]
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": offsets}
+            header[name] = {"dtype": entries[name][0], "shape": list(entries[name][1]), "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(file.tell() + position)
         places |= {name: (path, 8 + len(text) + header[name]["data_offsets"][0]) for name in sizes}
-    for name, index, values in numbers.pieces():
+    for name, at, written in numbers.pieces():
         path, start = places[name]
         fd = os.open(path, os.O_WRONLY)
-        os.pwrite(fd, _bits(values).tobytes(), start + 2 * index)
+        os.pwrite(fd, written, start + at)
         os.close(fd)
     total = sum(sum(sizes.values()) for sizes in shards)
     weight_map = {name: path.name for name, (path, _) in places.items()}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", numbers.config)
+    write_json(folder / "config.json", numbers.settings())
     write_json(folder / "generation_config.json", {"eos_token_id": [100257, 100279]})
     return folder
 
@@ -201,7 +286,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    made = Numbers.of(REAL)
+    made = (Int3Numbers if sys.argv[2:] == ["int3"] else Numbers).of(REAL)
     files = sorted(make(Path(sys.argv[1]), made).glob("*.safetensors"))
     addressed, stored = (sum(n) for n in zip(*map(size, files), strict=True))
     print(f"{len(files)} shards, {addressed / 1e9:.1f} GB, {stored / 1e6:.0f} MB on disk")

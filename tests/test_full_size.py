@@ -43,6 +43,15 @@ def numbers() -> full_size.Numbers:
     return full_size.Numbers.of(SMALL, tokens=(3, 60, 17, 8))
 
 
+def test_int3_answers_what_the_few_numbers_say(tmp_path: Path) -> None:
+    numbers = full_size.Int3Numbers.of(SMALL, tokens=(3, 60, 17, 8))
+    folder = full_size.make(tmp_path / "int3", numbers, shard_size=2 * 10**6)
+    for token in numbers.tokens:
+        assert np.abs(logits(folder, numbers, token) - numbers.logits(token)).max() < 1e-3
+    whole = full_size.Numbers.of(SMALL, numbers.tokens)
+    assert any(np.abs(whole.logits(t) - numbers.logits(t)).max() > 1e-2 for t in numbers.tokens)  # experts count
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, numbers: full_size.Numbers) -> Path:
     return full_size.make(tmp_path_factory.mktemp("full") / "size", numbers, shard_size=12 * 10**6)
@@ -88,6 +97,11 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return full_size.make(tmp_path_factory.mktemp("real") / "dbrx", full_size.Numbers.of(full_size.REAL))
 
 
+@pytest.fixture(scope="session")
+def real_int3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return full_size.make(tmp_path_factory.mktemp("real") / "dbrx-int3", full_size.Int3Numbers.of(full_size.REAL))
+
+
 def generate(folder: Path, *more: str) -> subprocess.Popen[str]:
     """`dbrx generate` on the rehearsal, under GNU time where there is one."""
     command = [sys.executable, "-m", "dbrx_cli", "generate", "-m", str(folder), "--raw", "-t", "0", PROMPT]
@@ -98,14 +112,15 @@ def generate(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.bench
 @pytest.mark.timeout(600)
-def test_the_first_tokens_at_full_size(real: Path) -> None:
-    process = generate(real, "-n", "3", "--logprobs", "8")
+@pytest.mark.parametrize("form", ["real", "real_int3"])
+def test_the_first_tokens_at_full_size(form: str, request: pytest.FixtureRequest) -> None:
+    process = generate(request.getfixturevalue(form), "-n", "3", "--logprobs", "8")
     peak = max(_resident(process))
     out, err = process.communicate()
     assert process.returncode == 0, err
     reply = json.loads(out)
     print(f"peak {peak / 1e9:.2f} GB", json.dumps(reply["timings"]), json.dumps(reply["experts"]), err, sep="\n")
-    numbers = full_size.Numbers.of(full_size.REAL)
+    numbers = (full_size.Int3Numbers if form == "real_int3" else full_size.Numbers).of(full_size.REAL)
     token = full_size.TOKENS[-1]
     assert reply["token_ids"] == numbers.greedy(token, 3)
     for told in reply["logprobs"]:
