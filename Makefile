@@ -53,11 +53,19 @@ record: $(DEV)  ## record docs/session.svg, a chat with the demo model
 soak: $(DEV)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest -n 2 -m soak
 
-gpu: $(DEV)  ## the tests that need a card
-	$(BIN)/python -m pytest -n 0 -m gpu
+CARD_PAGE = docs/notebook/$(shell date +%F)-card
 
-gpu-rehearsal: $(DEV)  ## the kernels for cards without one: interpreted at full counts, and compiled for five kinds (long)
-	$(BIN)/python -m pytest -n 0 -o addopts= -m "not gpu" tests/test_cuda_kernels.py
+gpu: $(DEV)  ## the tests that need a card, then what its kernels reach: a page and JSON in docs/notebook/ (6 minutes at most)
+	timeout 210 $(BIN)/python -m pytest -n 0 -m gpu || echo "gpu: some tests failed, see above"
+	timeout 150 $(BIN)/python -m tests.bench_card $(CARD_PAGE)
+	@echo "gpu: figures are in $(CARD_PAGE).md and .json"
+
+gpu-rehearsal: $(DEV)  ## the same without a card: kernels interpreted at full counts, compiled for five kinds, experts on both sides (long)
+	$(BIN)/python -m pytest -n 0 -o addopts= -m "not gpu" tests/test_cuda_kernels.py tests/test_hybrid.py
+	TRITON_INTERPRET=1 $(BIN)/python -m tests.bench_card $(REHEARSED)
+	@echo "gpu-rehearsal: kernels interpreted and compiled, both sides computed; figures are in $(REHEARSED).md"
+
+REHEARSED = $(shell $(BIN)/python -c "import tempfile; print(tempfile.gettempdir())")/dbrx-card-rehearsal
 
 test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py
