@@ -66,7 +66,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.float() - theirs.float()).abs().max())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def logits(case: Case) -> dict[str, float]:
     """Largest difference of the logits, by the way they were computed."""
     data, network = case.data, case.network
@@ -100,7 +100,7 @@ def _decoded(case: Case) -> Tensor:
     return torch.stack(steps[-len(case.data["greedy_last_logits"]) :])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def internals(case: Case) -> dict[str, float]:
     """Largest difference of what lies inside: last hidden state, router probabilities, attention weights."""
     data, ids = case.data, case.data["input_ids"][None]
@@ -115,7 +115,7 @@ def internals(case: Case) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def losses(case: Case) -> dict[str, float]:
     """Largest difference of cross-entropy, auxiliary and total loss: alone, padded with and without a mask."""
     data = case.data
@@ -148,7 +148,7 @@ def greedy(case: Case) -> int:
     return int((ours == expected).long().cumprod(0).sum())
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bfloat16(name: str, attention: str) -> dict[str, float]:
     """Distance of our bfloat16 logits from the float32 reference, beside the reference's own."""
     case = load(name, attention, torch.bfloat16)
