@@ -103,6 +103,32 @@ def test_what_a_command_does_not_know_is_refused(cli: Cli, monkeypatch: pytest.M
         assert cli("chat", "-m", "fake", stdin=f"say one\n{line}\n").code == 2, line
 
 
+def test_small_slips_of_a_chat(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mistyped command is told with -q, too; /read takes a name in quotes; /trace knows at once that it cannot."""
+    monkeypatch.setattr(chat, "open_engine", lambda options, report: FakeEngine())
+    monkeypatch.chdir(tmp_path)
+    Path("with space.txt").write_text("words of the sea")
+    script = '/foo\n/read "with space.txt"\n/read\n/trace\n'
+    told = cli("chat", "-m", "fake", "-q", "--no-log", stdin=script).err
+    assert "there is no command /foo" in told and "with space.txt" in told and "cannot be read" not in told
+    assert "/trace needs the model" in told
+
+
+def test_a_prompt_cache_that_is_none_is_refused_before_a_model_is_looked_for(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes of mine")
+    assert "notes.txt" in cli("generate", "-m", "none", "--prompt-cache", tmp_path / "notes.txt", "hi").fault
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_the_legend_of_a_plan_breaks_no_name(
+    columns: int, cli: Cli, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = cli("plan", tiny_checkpoint, "--devices", "24GiB,cpu=64GiB@80GB/s,disk=7GB/s").out
+    for name in ("█ weights", "KV cache", "· free"):
+        assert name in shown.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_doctor_ends_with_a_verdict() -> None:
     good, odd, bad = (Check(name, state, "") for name, state in (("a", "ok"), ("b", "warning"), ("c", "problem")))  # type: ignore[arg-type]
     assert verdict([good]) == "usable, and nothing is wrong"
