@@ -22,6 +22,7 @@ from model.errors import DbrxError, ModelError
 from model.hub import partial, retry
 from model.hub.layout import make_folder
 
+from .cli import Cli
 from .hub_server import FakeHub, checkpoint
 from .test_hub import NAME, WANTED, Recorder, same
 from .test_hub import server as hub_of_this_process
@@ -166,6 +167,24 @@ def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.Monk
             usual.setattr(retry, "STALL_SECONDS", 5)
             same(models.download(repo), content, WANTED)
     assert told > count // 4
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "code"),
+    [
+        ("http://h\x1b", 2),
+        ("http://a b", 2),
+        ("http://[", 2),
+        ("http://h:99999", 2),
+        ("ftp://h", 2),
+        ("http://a..b", 7),
+    ],
+)
+def test_an_endpoint_that_is_no_address(cli: Cli, monkeypatch: pytest.MonkeyPatch, endpoint: str, code: int) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    ran = cli("download", "acme/dbrx")
+    assert ran.code == code and "HF_ENDPOINT" in ran.fault
 
 
 def test_a_wrong_listing_that_another_program_kept(server: FakeHub, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import AccessError, ConnectionFault, DbrxError, InputError, ModelError
@@ -126,6 +126,11 @@ class Hub:
                 yield response
         except HTTPError as error:
             raise _network_fault(error, url) from None
+        except Exception as error:
+            # A name that is none, as the client says it or, in IDNA, Python: neither is an HTTPError.
+            if not isinstance(error, UnicodeError) and type(error).__name__ != "InvalidURL":
+                raise
+            raise self._not_a_hub() from None
 
     @property
     def _api(self) -> str:
@@ -217,7 +222,8 @@ def _origin(url: str) -> tuple[str, str, int | None] | None:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return None
-    return (parts.scheme, parts.hostname, port) if parts.scheme in ("http", "https") and parts.hostname else None
+    fits = parts.scheme in ("http", "https") and parts.hostname and url.isprintable() and " " not in url
+    return (parts.scheme, cast(str, parts.hostname), port) if fits else None
 
 
 def _network_fault(error: Exception, url: str) -> Transient:
