@@ -25,7 +25,7 @@ from tests import make_native_vectors
 
 BUILT = [path.stem.removeprefix("dbrx-") for path in sorted(build.LIB.glob("dbrx-*.so"))]
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
-needs_library = pytest.mark.skipif(not BUILT, reason="needs native kernels: python -m model.native.build")
+needs_library = pytest.mark.skipif(not BUILT, reason="needs native kernels: python -m model.native")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_library_that_computes_wrong_numbers_is_not_used(
     assert native.library() is None
     assert "computes wrong numbers here" in (native.why_not() or "") and native.status().faults
     (check,) = doctor.native_kernels()
-    assert "wrong numbers" in check.text and "model.native.build" in (check.hint or "")
+    assert "wrong numbers" in check.text and "-m model.native" in (check.hint or "")
 
 
 @needs_library

@@ -14,7 +14,7 @@ from model.native.tensors import Experts, matrix
 from model.quantization import int4, int8
 from model.weights import QuantizedMatrix
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="needs native kernels: python -m model.native.build")
+pytestmark = pytest.mark.skipif(native.library() is None, reason="needs native kernels: python -m model.native")
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 

@@ -89,7 +89,7 @@ def _load(forced: str) -> _Loaded:
 
 
 def _build() -> str:
-    return f"{sys.executable} -m model.native.build"
+    return f"{sys.executable} -m model.native"
 
 
 class _Unusable(Exception):

@@ -1,6 +1,6 @@
 """Builds the native kernels with this machine's C++ compiler: one library for each set of instructions, side by side.
 
-    python -m model.native.build [--all] [--sanitize address|undefined|thread] [--target aarch64]
+    python -m model.native [--all] [--sanitize address|undefined|thread] [--target aarch64]
 
 Only the standard library is used: a build runs before anything is installed. Without a compiler there is nothing to
 build, and that is no fault: the program then computes with PyTorch's kernels.
@@ -223,7 +223,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m model.native.build", description="Build the native kernels.")
+    parser = argparse.ArgumentParser(prog="python -m model.native", description="Build the native kernels.")
     parser.add_argument("--all", action="store_true", help="all variants of this architecture, as for a wheel")
     parser.add_argument("--sanitize", choices=SANITIZERS, help="with this sanitizer, and the driver of the tests")
     parser.add_argument("--target", choices=TARGETS, help="for another architecture, and the driver of the tests")
