@@ -330,7 +330,10 @@ def _model(model: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
             raise ModelError(f"the token {token!r} has no usable id")
     merges: dict[tuple[str, str], None] = {}
     for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2:
+            raise ModelError(f"the merge {merge!r} is not of two tokens")
+        left, right = pair
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelError(f"the merge of {left!r} and {right!r} is not in the vocabulary")
         merges.pop((left, right), None)  # of a merge that is there twice, tokenizers takes the last

@@ -261,7 +261,7 @@ TOKENIZERS: dict[str, tuple[dict[str, bytes | None], str]] = {
         "same token twice",
     ),
     "merge_of_unknown": ({"merges": struct.pack("<IQ", STRING, 1) + text("a b")}, "not in the vocabulary"),
-    "merge_of_three": ({"merges": struct.pack("<IQ", STRING, 1) + text("a b c")}, "not a usable"),
+    "merge_of_three": ({"merges": struct.pack("<IQ", STRING, 1) + text("a b c")}, "'a b c' is not of two tokens"),
 }
 
 
