@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import ModelError
-from .json_text import CONFIG, Limits, parse
+from .json_text import CONFIG, Limits, parse_file
 
 # safetensors itself allows 100 MB, which Python's JSON parser turns into gigabytes. DBRX's own headers have a few KB,
 # those of a layout with every expert's matrices in four pieces about 1 MB; 13 entries a tensor.
@@ -80,7 +80,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path, limits: Limits = CONFIG) -> dict[str, Any]:
     """A JSON object (configuration, tokenizer) from such a file, within its kind's limits."""
     try:
-        values = parse(read_bytes(path, limits.nbytes), limits)
+        values = parse_file(read_bytes(path, limits.nbytes), limits)
     except ValueError as error:
         raise ModelError(f"{path}: {error}") from None
     if not isinstance(values, dict):
@@ -210,7 +210,7 @@ def _check_ranges(infos: list[TensorInfo], data_start: int, size: int, path: Pat
 def parse_json(content: bytes, path: Path, part: str) -> dict[str, Any]:
     """A JSON object with the names of tensors: a header, or an index."""
     try:
-        parsed = parse(content, HEADER)
+        parsed = parse_file(content, HEADER)
     except ValueError as error:
         raise disguised(path, content) or damaged(path, f"{part}{error}") from None
     if not isinstance(parsed, dict):

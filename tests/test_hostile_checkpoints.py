@@ -184,7 +184,7 @@ DEFECTS: dict[str, tuple[Callable[[Path], str], str]] = {
     "hidden": (file_name(".model.safetensors"), "weight_map names"),
     "nul_in_name": (file_name("a\0.safetensors"), "weight_map names"),
     "escape_in_name": (file_name("\x1b]0;x\x07.safetensors"), r"weight_map names '\\x1b"),
-    "surrogate_in_name": (file_name("\ud800.safetensors"), "weight_map names"),
+    "surrogate_in_name": (file_name("\ud800.safetensors"), "half of a surrogate pair"),
     "long_name": (file_name("a" * 5000 + ".safetensors"), "weight_map names"),
     "pickle_in_index": (file_name("pytorch_model.bin"), "weight_map names"),
     "name_is_a_number": (edit_index(lambda i: i["weight_map"].update({FIRST: 7})), "weight_map names"),

@@ -19,10 +19,11 @@ from model.adapter_config import LoraConfig
 from model.bpe import CHARACTER_OF_BYTE
 from model.checkpoint import Checkpoint
 from model.config import DbrxConfig
-from model.errors import DbrxError
+from model.errors import DbrxError, ModelError
 from model.generation_config import GenerationConfig
 from model.json_text import CONFIG, DEEPEST, TOKENIZER, Limits, parse
 from model.messages import Message
+from model.safetensors_file import read_json
 from model.tokenizer import Tokenizer
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -106,7 +107,7 @@ def millions(limits: Limits) -> Iterator[bytes]:
     """Texts within the limit of bytes, and of far more entries than a file of that kind has."""
     room = limits.nbytes
     yield b'{"a":[' + b"[]," * (room // 3 - 4) + b"[]]}"
-    yield b"{" + b",".join(b'"%06d":0' % i for i in range(room // 11)) + b"}"
+    yield b"{" + b",".join(b'"%06d":0' % i for i in range(room // 12)) + b"}"
     yield b"[" * (room // 2) + b"]" * (room // 2)
     yield b'{"a":' * (room // 8)
     yield b"0," * (room // 2)
@@ -141,6 +142,17 @@ def test_what_is_no_json_is_told_in_our_words(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text.encode())
     assert parse(("[" * DEEPEST + "]" * DEEPEST).encode()) is not None
+
+
+def test_half_of_a_surrogate_pair_is_no_text_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    for text in ('{"a": "\\ud800"}', '{"\\uDC00": 1}', '{"a": ["x\\ud83d"]}'):
+        path.write_text(text)
+        with pytest.raises(ModelError, match=r"config\.json: holds half of a surrogate pair"):
+            read_json(path)
+    path.write_text('{"a": "\\ud83d\\ude00 \\\\ud800"}')
+    assert read_json(path) == {"a": "\U0001f600 \\ud800"}
+    assert parse(b'"\\ud83d"') == "\ud83d"  # a piece of a stream, whose next one begins with the other half
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(700, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
