@@ -7,8 +7,10 @@ the user; who reads a file puts its name before them.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NamedTuple
 
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 DEEPEST = 64  # lists and objects inside each other; DBRX's own files have 6
 
 
@@ -28,12 +30,20 @@ TOKENIZER = LISTING = Limits(20 * 2**20, 1_200_000)
 def parse_file(content: bytes, limits: Limits = CONFIG) -> Any:
     """What `parse` gives, of a file, where no other half of a surrogate pair comes later, as it may in a stream."""
     value = parse(content, limits)
-    if b"\\ud" in content or b"\\uD" in content:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("holds half of a surrogate pair, which is no character") from None
+    if holds_half_a_pair(content, value):
+        raise ValueError("holds half of a surrogate pair, which is no character")
     return value
+
+
+def holds_half_a_pair(content: bytes, value: Any) -> bool:
+    """Whether a string of the value is no Unicode, since the text spells half of a surrogate pair."""
+    if not SURROGATE.search(content):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def parse(content: bytes, limits: Limits = CONFIG) -> Any:

@@ -11,14 +11,13 @@ from typing import Any
 from dbrx_cli.engine import Constraint, Request
 from dbrx_cli.server.errors import ApiError
 from dbrx_cli.server.schemas import CHAT, TEXT, check
-from model.json_text import Limits, parse
+from model.json_text import Limits, holds_half_a_pair, parse
 from model.messages import Message
 from model.sampling import DISTRIBUTION, MIN_TEMPERATURE, SamplingParams
 
 LARGEST_BODY = 8 * 2**20  # bytes
 LARGEST_SCHEMA = 64 * 1024  # of a response_format, as it was sent
 BODY = Limits(LARGEST_BODY, 500_000)
-LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -41,24 +40,9 @@ def read_json(content: bytes) -> dict[str, Any]:
         raise ApiError(f"the body {error}") from None
     if not isinstance(body, dict):
         raise ApiError("the body must be an object")
-    if LONE_SURROGATE.search(content):
-        try:
-            _encodes(body)
-        except UnicodeEncodeError:
-            raise ApiError("the body is not valid Unicode: it holds half of a surrogate pair") from None
+    if holds_half_a_pair(content, body):
+        raise ApiError("the body is not valid Unicode: it holds half of a surrogate pair")
     return body
-
-
-def _encodes(value: Any) -> None:
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            value.encode()
-        elif isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
 
 
 def read_chat(content: bytes, defaults: SamplingParams) -> Asked:
