@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..weights import QuantizedMatrix
-from . import affine
+from . import SCHEMES, affine
 
-GROUP = 128  # inputs that share scale and zero point: 3.25 bits a weight all in
+GROUP = SCHEMES["int3"].group  # inputs that share scale and zero point: 3.25 bits a weight all in
 
 
 def quantize(weight: Tensor, group: int = GROUP, moments: Tensor | None = None) -> QuantizedMatrix:
