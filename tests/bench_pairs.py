@@ -4,7 +4,7 @@
 
 SPEC.json: {"name": {"old": ["command", ...], "new": ["command", ...]}, ...}; commands as in bench_peers.py. A round
 is old, new, old of one name, or the reverse: new / old, and beside it old / old, which shows what the machine does by
-itself. Rounds are made until the intervals of both median ratios are narrower than 5 %, of prefill and of decoding, or
+itself. Rounds are made until the intervals of new / old are narrower than 5 % of it, of prefill and of decoding, or
 there are ROUNDS of them (40 unless given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
 """
 
@@ -43,8 +43,8 @@ def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float
 
 
 def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
-    ends = [interval(ratios(rounds, which, key)) for which in ("new", "again") for key in KEYS]
-    return all(high - low < NARROW for low, high in ends)
+    ends = [interval(ratios(rounds, "new", key)) for key in KEYS]
+    return all(high - low < NARROW * low for low, high in ends)
 
 
 def main() -> None:
