@@ -2,18 +2,21 @@
 
     python -m tests.bench_pairs SPEC.json RUNS.jsonl [ROUNDS]
 
-SPEC.json: {"name": {"old": ["command", ...], "new": ["command", ...]}, ...}; commands as in bench_peers.py. A round
-is old, new, old of one name, or the reverse: new / old, and beside it old / old, which shows what the machine does by
-itself. Rounds are made until the intervals of new / old are narrower than 5 % of it, of prefill and of decoding, or
-there are ROUNDS of them (40 unless given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
+SPEC.json: {"name": {"old": ["command", ...], "new": ["command", ...]}, ...}; commands as in bench_peers.py, or with
+"turns": N beside them as bench_turns.py: started once for N rounds. A round is old, new, old of one name, or the
+reverse: new / old, and beside it old / old, which shows what the machine does by itself. Rounds are made until the
+intervals of new / old are narrower than 5 % of it, of prefill and of decoding, or there are ROUNDS of them (40 unless
+given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -47,21 +50,59 @@ def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
     return all(high - low < NARROW * low for low, high in ends)
 
 
+def sitting(name: str, forward: bool, old: list[str], new: list[str], turns: int = 0) -> Iterator[dict[str, Any]]:
+    """A round; or `turns` rounds of programs that stay loaded, in turn."""
+    commands = {"old": old, "new": new, "again": old}
+    order = list(commands)[:: 1 if forward else -1]
+    if not turns:
+        yield {"name": name} | {which: figures(commands[which]) for which in order}
+        return
+    with ExitStack() as stack:
+        asked = {which: stack.enter_context(Loaded(commands[which])) for which in order}
+        for _ in range(turns):
+            yield {"name": name} | {which: asked[which].figures() for which in order}
+            order.reverse()
+
+
+class Loaded:
+    """A program like bench_turns.py, waiting for its turn."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._load = self._read()
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate()
+
+    def figures(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._load | self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return found
+
+
 def main() -> None:
-    spec: dict[str, dict[str, list[str]]] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    spec: dict[str, dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     runs, most = Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 40
     lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
     rounds = {name: [row for row in map(json.loads, lines) if row["name"] == name] for name in spec}
     while unclear := [name for name, done in rounds.items() if len(done) < most and not is_clear(done)]:
         for name in unclear:
-            order = ("old", "new", "again") if len(rounds[name]) % 2 else ("again", "new", "old")
-            row = {"name": name} | {which: figures(spec[name]["new" if which == "new" else "old"]) for which in order}
-            rounds[name].append(row)
-            with runs.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                name, len(rounds[name]), *(f"{row['new'][key] / row['old'][key]:.3f}" for key in KEYS), file=sys.stderr
-            )
+            for row in sitting(name, len(rounds[name]) % 2 == 0, **spec[name]):
+                rounds[name].append(row)
+                with runs.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(
+                    name, len(rounds[name]), *(f"{ratios([row], 'new', key)[0]:.3f}" for key in KEYS), file=sys.stderr
+                )
     print(table(rounds))
 
 
