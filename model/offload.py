@@ -22,13 +22,13 @@ def strip_experts(network: DbrxForCausalLM) -> None:
         block.get_submodule("ffn").experts = torch.nn.Identity()
 
 
-def stream_experts(network: DbrxForCausalLM, weights: Weights, plan: LoadPlan, packing: KernelChoice | None) -> None:
+def stream_experts(network: DbrxForCausalLM, weights: Weights, plan: LoadPlan, kernels: KernelChoice | None) -> None:
     """Give a network whose other weights are read the experts of `weights`, as many in memory as the plan says.
 
     They are packed if they are quantized on their way. Else they compute as they were read, where a kernel can.
     """
     config = network.config
-    experts = packing.experts if packing is not None else None
+    experts = kernels.experts if kernels is not None else None
     kernel = streamed_experts_of(experts, str(config.ffn_config.activation), weights.quantization)
     dtype = getattr(torch, plan.kv_dtype)  # of floats that are not quantized
     store = open_store(weights, kernel, dtype, network.device, plan.kept, host=plan.offload == "cpu")

@@ -99,7 +99,7 @@ def strip_dense(network: DbrxForCausalLM) -> None:
 def pack_into(
     network: DbrxForCausalLM,
     weights: Weights,
-    packing: KernelChoice,
+    kernels: KernelChoice,
     advance: Callable[[int], None],
     plan: LoadPlan,
 ) -> None:
@@ -111,17 +111,17 @@ def pack_into(
     ffn = weights.config.ffn_config
     every: list[list[Packed]] = [[()] * ffn.moe_num_experts for _ in range(weights.config.n_layers)]
     here = [ffn.moe_num_experts - layer.on_cpu for layer in plan.layers]
-    mapped = reads_mapped(packing.experts, weights)
+    mapped = reads_mapped(kernels.experts, weights)
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
-        packed = _pack_dense(weights, packing.dense, name)
-        setattr(module, attribute, PackedLinear(packing.dense, packed, last=module is network))
+        packed = _pack_dense(weights, kernels.dense, name)
+        setattr(module, attribute, PackedLinear(kernels.dense, packed, last=module is network))
         if not mapped:
             weights.give_back()  # each at once: all of them together would be in memory twice
         return weights.nbytes_of(name)
 
     def expert(layer: int, i: int) -> int:
-        kernel = packing.experts if i < here[layer] else packing.on_cpu
+        kernel = kernels.experts if i < here[layer] else kernels.on_cpu
         assert kernel is not None
         data = None if reads_mapped(kernel, weights) else read_expert(weights, layer, i)
         every[layer][i] = packed_expert(kernel, weights, layer, i, data)
@@ -131,25 +131,25 @@ def pack_into(
     if not plan.streamed:
         jobs += [partial(expert, layer, i) for layer, held in enumerate(every) for i in range(len(held))]
     # A dense matrix counts as an expert: there are few.
-    size = len(jobs) * packing.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
-    most = MOST_ON_CARD if packing.dense.device.type == "cuda" else len(jobs)
+    size = len(jobs) * kernels.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
+    most = MOST_ON_CARD if kernels.dense.device.type == "cuda" else len(jobs)
     with threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if not plan.streamed:
-        network.bus = Bus(packing.dense.device) if packing.on_cpu else None
+        network.bus = Bus(kernels.dense.device) if kernels.on_cpu else None
         for block, held, count in zip(_blocks(network), every, here, strict=True):
-            block.ffn.experts = _placed(packing, held, count, network.bus)
+            block.ffn.experts = _placed(kernels, held, count, network.bus)
 
 
-def _placed(packing: KernelChoice, held: list[Packed], here: int, bus: Bus | None) -> nn.Module:
+def _placed(kernels: KernelChoice, held: list[Packed], here: int, bus: Bus | None) -> nn.Module:
     """A layer's experts, of which so many lie where all else computes."""
     absent: list[Packed] = [()]
     away = len(held) - here
-    if not away or bus is None or packing.on_cpu is None:
-        return PackedExperts(packing.experts, held)
-    on_card = PackedExperts(packing.experts, held[:here] + absent * away) if here else None
-    return HybridExperts(on_card, PackedExperts(packing.on_cpu, absent * here + held[here:]), bus)
+    if not away or bus is None or kernels.on_cpu is None:
+        return PackedExperts(kernels.experts, held)
+    on_card = PackedExperts(kernels.experts, held[:here] + absent * away) if here else None
+    return HybridExperts(on_card, PackedExperts(kernels.on_cpu, absent * here + held[here:]), bus)
 
 
 def reads_mapped(kernel: GluExpertKernel, weights: Weights) -> bool:

@@ -54,12 +54,12 @@ def measure(config: DbrxConfig, format: str, streamed: bool = False, nbytes: int
         else:
             kernel = cast(GluExpertKernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
             dense = _dense(config, network, nbytes)
-        experts, packing = _experts(config, format, kernel, network.dtype, nbytes)
+        experts, arrival = _experts(config, format, kernel, network.dtype, nbytes)
         return Rates(
             dense=dense,
             experts=experts,
             layer=_step(network) / LAYERS,
-            arrival=packing if streamed else 0.0,
+            arrival=arrival if streamed else 0.0,
         )
 
 
@@ -103,7 +103,7 @@ def _experts(
     floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
     stored = kernel.quantize(floats) if format.startswith("int") else None
     sides = (hidden, width), (hidden, width), (width, hidden)
-    held, packing = [], []
+    held, arrivals = [], []
     for _ in range(max(top_k, int(nbytes / size))):
         mine: FloatExpert | QuantizedExpert | BlockExpert
         if block:
@@ -112,11 +112,11 @@ def _experts(
             mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)
         start = time.perf_counter()
         held.append(kernel.pack(mine) if isinstance(mine, FloatExpert) else kernel.load(mine))
-        packing.append(time.perf_counter() - start)
+        arrivals.append(time.perf_counter() - start)
     experts, x = PackedExperts(kernel, held), torch.randn(1, width, dtype=dtype)
     even = torch.full((1, top_k), 1 / top_k, dtype=dtype)
     seconds = _median(lambda i: experts(x, torch.arange(i * top_k, (i + 1) * top_k)[None] % len(held), even))
-    return top_k * size / seconds, statistics.median(packing) / size
+    return top_k * size / seconds, statistics.median(arrivals) / size
 
 
 def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:

@@ -29,13 +29,13 @@ class AtenInt4(QuantizedFirst, RowByRow):
         return outputs * groups * (self.group // 2 + 4)
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
-        levels = torch.cat([unpack(part.values) for part in stored]).int()
-        levels = pad(levels, (0, -levels.shape[1] % self.group))
+        quantized = torch.cat([unpack(part.values) for part in stored]).int()
+        quantized = pad(quantized, (0, -quantized.shape[1] % self.group))
         check_scales(stored)
-        matrix = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        matrix = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized, 1)
         scale = torch.cat([part.scale for part in stored]).float()
         zero = torch.cat([part.zero for part in stored if part.zero is not None]).float()
-        # The kernel computes (level - 8) * scale + base.
+        # The kernel computes (quantized - 8) * scale + base.
         ranges = torch.stack((scale, (8 - zero) * scale), dim=-1)
         return matrix, ranges.transpose(0, 1).to(torch.bfloat16).contiguous()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..quantization import BLOCKS, SCHEMES
 from .abi import Expert, Format, Matrix
 
-AFFINE = {4: Format.INT4, 3: Format.INT3}  # bits of levels with scale and zero point for each group of inputs
+AFFINE = {4: Format.INT4, 3: Format.INT3}  # bits, with a scale and a zero point for each group of inputs
 LARGEST = 2**31 - 1  # of a side; with it no product of sizes leaves 64 bits
 
 

@@ -1,4 +1,4 @@
-"""Levels with a scale and a zero point for each group of inputs of an output: how int4 and int3 are fitted."""
+"""Affine quantization, a scale and a zero point for each group of inputs of an output: how int4 and int3 are fitted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BLOCK = 128  # inputs whose errors are handed on to all later ones at once
 
 
 class Ranges(NamedTuple):
-    """Of each group [outputs, groups, 1]: value = (level - zero) * scale, both in bfloat16."""
+    """Of each group [outputs, groups, 1]: value = (quantized - zero) * scale, both in bfloat16."""
 
     scale: Tensor
     zero: Tensor
 
 
-def fit(weight: Tensor, most: int, group: int, moments: Tensor | None = None) -> tuple[Tensor, Ranges]:
-    """Floats [outputs, inputs] -> levels 0 ... most as uint8 and their ranges; the last group may be short.
+def fit(weight: Tensor, qmax: int, group: int, moments: Tensor | None = None) -> tuple[Tensor, Ranges]:
+    """Floats [outputs, inputs] -> uint8 from 0 to qmax, and the ranges; the last group may be short.
 
     moments: what is known of the inputs x: nothing, their mean squares [inputs], or the means of x_i x_j
     [inputs, inputs]. The error of a weight counts with its input's square; with products known, each weight's error is
@@ -43,30 +43,30 @@ def fit(weight: Tensor, most: int, group: int, moments: Tensor | None = None) ->
     rows = torch.split(padded.view(outputs, -1, group), max(1, PIECE // inputs))
     # Made anew for each step, it took four fifths of the time.
     scratch = torch.empty(3, *rows[0].shape, device=weight.device)
-    fitted = [_fit(part, share, most, *scratch[:, : len(part)]) for part in rows]
+    fitted = [_fit(part, share, qmax, *scratch[:, : len(part)]) for part in rows]
     ranges = Ranges(*(torch.cat(parts) for parts in zip(*fitted, strict=True)))
     if moments is not None and moments.dim() == 2:
-        return feed_back(weight, ranges, most, group, moments), ranges
-    levels = _levels(padded.view(outputs, -1, group), ranges.scale, ranges.zero, most)
-    return levels.to(torch.uint8).view(outputs, -1)[:, :inputs], ranges
+        return feed_back(weight, ranges, qmax, group, moments), ranges
+    quantized = _round(padded.view(outputs, -1, group), ranges.scale, ranges.zero, qmax)
+    return quantized.to(torch.uint8).view(outputs, -1)[:, :inputs], ranges
 
 
 def quantize(
     scheme: str, pack: Callable[[Tensor], Tensor], weight: Tensor, group: int, moments: Tensor | None
 ) -> QuantizedMatrix:
-    """Floats [outputs, inputs] fitted as `fit` says, their levels packed by the scheme."""
+    """Floats [outputs, inputs] fitted as `fit` says, packed by the scheme."""
     form = SCHEMES[scheme]
     form.check(weight.shape[1])
-    levels, ranges = fit(weight, (1 << form.bits) - 1, group, moments)
-    return QuantizedMatrix(pack(levels), *(part[..., 0].contiguous() for part in ranges))
+    quantized, ranges = fit(weight, (1 << form.bits) - 1, group, moments)
+    return QuantizedMatrix(pack(quantized), *(part[..., 0].contiguous() for part in ranges))
 
 
 def dequantize(unpack: Callable[[Tensor], Tensor], matrix: QuantizedMatrix, group: int) -> Tensor:
     """The float32 matrix [outputs, inputs] that is meant."""
     assert matrix.zero is not None
-    levels = unpack(matrix.values)
-    scale, zero = (spread(part, group, levels.shape[1]) for part in (matrix.scale, matrix.zero))
-    return (levels - zero) * scale
+    quantized = unpack(matrix.values)
+    scale, zero = (spread(part, group, quantized.shape[1]) for part in (matrix.scale, matrix.zero))
+    return (quantized - zero) * scale
 
 
 def spread(numbers: Tensor, group: int, inputs: int) -> Tensor:
@@ -74,8 +74,8 @@ def spread(numbers: Tensor, group: int, inputs: int) -> Tensor:
     return numbers.float().repeat_interleave(group, dim=1)[:, :inputs]
 
 
-def feed_back(weight: Tensor, ranges: Ranges, most: int, group: int, moments: Tensor) -> Tensor:
-    """Levels uint8 [outputs, inputs] of little error in the outputs, for inputs of these mean products.
+def feed_back(weight: Tensor, ranges: Ranges, qmax: int, group: int, moments: Tensor) -> Tensor:
+    """Quantized, uint8 [outputs, inputs], with little error in the outputs, for inputs of these mean products.
 
     GPTQ (arXiv 2210.17323): inputs are rounded one after the other, those with the largest squares first; what the
     rounding of one changes in the output, the weights of those to come take up, as far as their inputs go along with
@@ -88,17 +88,17 @@ def feed_back(weight: Tensor, ranges: Ranges, most: int, group: int, moments: Te
     shares = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(products)), upper=True)
     w = weight[:, order].t().contiguous()  # an input's weights lie together
     scale, zero = (spread(part[..., 0], group, inputs)[:, order].t().contiguous() for part in ranges)
-    levels = torch.empty_like(w)
+    quantized = torch.empty_like(w)
     for first in range(0, inputs, BLOCK):
         block = slice(first, min(first + BLOCK, inputs))
         errors = torch.empty_like(w[block])
         for i in range(block.start, block.stop):
-            levels[i] = _levels(w[i], scale[i], zero[i], most)
-            error = torch.sub(w[i], (levels[i] - zero[i]) * scale[i], out=errors[i - first]).div_(shares[i, i])
+            quantized[i] = _round(w[i], scale[i], zero[i], qmax)
+            error = torch.sub(w[i], (quantized[i] - zero[i]) * scale[i], out=errors[i - first]).div_(shares[i, i])
             w[i + 1 : block.stop].addr_(shares[i, i + 1 : block.stop], error, alpha=-1)
         w[block.stop :].addmm_(shares[block, block.stop :].t(), errors, alpha=-1)
     found = torch.empty(outputs, inputs, dtype=torch.uint8, device=weight.device)
-    found[:, order] = levels.t().to(torch.uint8)
+    found[:, order] = quantized.t().to(torch.uint8)
     return found
 
 
@@ -109,11 +109,11 @@ def _shares(squares: Tensor, group: int) -> Tensor:
     return groups / groups.sum(-1, keepdim=True)
 
 
-def _fit(w: Tensor, share: Tensor | None, most: int, q: Tensor, centred: Tensor, product: Tensor) -> Ranges:
+def _fit(w: Tensor, share: Tensor | None, qmax: int, q: Tensor, centred: Tensor, product: Tensor) -> Ranges:
     """Ranges of groups [rows, groups, group] of least squared error, each weight's with its share [groups, group].
 
-    Levels and range are improved in turn: the nearest levels for a range, then the range of least squares for these
-    levels. Plain rounding between minimum and maximum errs a fifth more. q, centred, product: like w, written over.
+    Weights are rounded to a range, then the range of least squares for what they became is taken, in turn. Plain
+    rounding between minimum and maximum errs a fifth more. q, centred, product: like w, written over.
     """
 
     def total(numbers: Tensor) -> Tensor:
@@ -127,15 +127,15 @@ def _fit(w: Tensor, share: Tensor | None, most: int, q: Tensor, centred: Tensor,
     best_scale, best_base = torch.ones_like(low), low.clone()
     middle_of_w = mean(w)
     for part in FIRST_RANGES:
-        scale = ((high - low) * part / most).clamp(min=1e-12)
-        base = (low + high) / 2 - scale * most / 2
+        scale = ((high - low) * part / qmax).clamp(min=1e-12)
+        base = (low + high) / 2 - scale * qmax / 2
         for _ in range(ROUNDS):
-            middle = mean(_nearest(w, scale, base, most, q))
+            middle = mean(_nearest(w, scale, base, qmax, q))
             torch.sub(q, middle, out=centred)
             covariance = total(torch.mul(centred, w, out=product))
             scale = (covariance / total(centred.square_()).clamp(min=1e-12)).clamp(min=1e-12)
             base = middle_of_w - scale * middle
-        error = total(_nearest(w, scale, base, most, q).mul_(scale).add_(base).sub_(w).square_())
+        error = total(_nearest(w, scale, base, qmax, q).mul_(scale).add_(base).sub_(w).square_())
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_base = torch.where(better, scale, best_scale), torch.where(better, base, best_base)
@@ -143,11 +143,11 @@ def _fit(w: Tensor, share: Tensor | None, most: int, q: Tensor, centred: Tensor,
     return Ranges(scale, (-best_base / scale).bfloat16())
 
 
-def _nearest(w: Tensor, scale: Tensor, base: Tensor, most: int, out: Tensor) -> Tensor:
-    """The levels whose scale * level + base is nearest to w."""
-    return torch.sub(w, base, out=out).div_(scale).round_().clamp_(0, most)
+def _nearest(w: Tensor, scale: Tensor, base: Tensor, qmax: int, out: Tensor) -> Tensor:
+    """The integers 0 to qmax whose scale * integer + base is nearest to w."""
+    return torch.sub(w, base, out=out).div_(scale).round_().clamp_(0, qmax)
 
 
-def _levels(w: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-    """The nearest levels for the ranges as they are kept."""
-    return torch.div(w, scale).add_(zero).round_().clamp_(0, most)
+def _round(w: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
+    """The nearest integers 0 to qmax for the ranges as they are kept."""
+    return torch.div(w, scale).add_(zero).round_().clamp_(0, qmax)

@@ -12,7 +12,7 @@ GROUP = SCHEMES["int3"].group  # inputs that share scale and zero point: 3.25 bi
 
 
 def quantize(weight: Tensor, group: int = GROUP, moments: Tensor | None = None) -> QuantizedMatrix:
-    """Floats [outputs, inputs] -> levels, scales and zero points of least squared error; the last group may be short.
+    """Floats [outputs, inputs] -> values, scales and zero points of least squared error; the last group may be short.
 
     moments: of the inputs, as `affine.fit` takes them.
     """
@@ -24,13 +24,13 @@ def dequantize(matrix: QuantizedMatrix, group: int = GROUP) -> Tensor:
     return affine.dequantize(unpack, matrix, group)
 
 
-def pack(levels: Tensor) -> Tensor:
-    """Levels, one a byte [outputs, inputs] -> as they are stored [outputs, inputs * 3 / 8].
+def pack(quantized: Tensor) -> Tensor:
+    """Numbers 0 to 7, one a byte [outputs, inputs] -> as they are stored [outputs, inputs * 3 / 8].
 
-    Two bits of all inputs come first, then the third bit of all; in a byte the first input has the lowest bits. Levels
-    0 1 2 3 4 5 6 7 are three bytes: 0 1 2 3 and 0 1 2 3 in two bits each, 0 0 0 0 1 1 1 1 in one: E4 E4 F0.
+    Two bits of all inputs come first, then the third bit of all; in a byte the first input has the lowest bits. The
+    numbers 0 1 2 3 4 5 6 7 are three bytes: 0 1 2 3 and 0 1 2 3 in two bits each, 0 0 0 0 1 1 1 1 in one: E4 E4 F0.
     """
-    return torch.cat((_pack(levels & 3, 2), _pack(levels >> 2, 1)), dim=1)
+    return torch.cat((_pack(quantized & 3, 2), _pack(quantized >> 2, 1)), dim=1)
 
 
 def unpack(values: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ GROUP = SCHEMES["int4"].group  # inputs that share scale and zero point; 128 tak
 
 
 def quantize(weight: Tensor, group: int = GROUP, moments: Tensor | None = None) -> QuantizedMatrix:
-    """Floats [outputs, inputs] -> levels, scales and zero points of least squared error; the last group may be short.
+    """Floats [outputs, inputs] -> values, scales and zero points of least squared error; the last group may be short.
 
     moments: of the inputs, as `affine.fit` takes them.
     """
-    return affine.quantize("int4", lambda levels: levels[:, 0::2] | levels[:, 1::2] << 4, weight, group, moments)
+    return affine.quantize("int4", lambda q: q[:, 0::2] | q[:, 1::2] << 4, weight, group, moments)
 
 
 def dequantize(matrix: QuantizedMatrix, group: int = GROUP) -> Tensor:
@@ -25,5 +25,5 @@ def dequantize(matrix: QuantizedMatrix, group: int = GROUP) -> Tensor:
 
 
 def unpack(values: Tensor) -> Tensor:
-    """Two levels a byte [outputs, inputs / 2] -> one a byte [outputs, inputs]."""
+    """Two numbers a byte [outputs, inputs / 2] -> one a byte [outputs, inputs]."""
     return torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
