@@ -25,7 +25,7 @@ from model.placement import Device, Machine, capacity
 from model.quantization import SCHEMES
 from tests.weights import make_checkpoint
 
-LOADED, DESCRIBED = 120, 200
+LOADED, DESCRIBED = 200, 200
 FORMS = ("float32", "bfloat16", "float16", *SCHEMES)
 Case = tuple[str, int, dict[str, Any]]  # a stored form, bytes of free memory, options
 
