@@ -21,17 +21,19 @@ MACHINES = {
     "1 x 80 GB, 128 GB of memory": "1xH100,cpu=128GiB@80GB/s,disk=7GB/s",
     "1 x 24 GB, 64 GB of memory": "RTX4090,cpu=64GiB@80GB/s,disk=7GB/s",
     "no GPU, 128 GB of memory": "cpu=128GiB@80GB/s,disk=7GB/s",
+    "no GPU, 64 GB of memory": "cpu=64GiB@80GB/s,disk=7GB/s",
     "no GPU, 32 GB of memory": "cpu=32GiB@80GB/s,disk=7GB/s",
 }
 
 
 def table() -> str:
     """Markdown: a row a machine, a column a format, the most tokens a second of what can be run there."""
-    lines = ["| machine | bfloat16 | int8 | int4 |", "|---|---|---|---|"]
+    lines = ["| machine | bfloat16 | int8 | int4 | int3 |", "|---|---|---|---|---|"]
     for name, words in MACHINES.items():
         options = LoadOptions(pack=True, device_map="auto", offload="auto")
         question = Question("dbrx", official(), Stored(), parse_devices(words), options)
-        lines.append(f"| {name} | " + " | ".join(_cell(question, form) for form in ("none", "int8", "int4")) + " |")
+        cells = [_cell(question, form) for form in ("none", "int8", "int4", "int3")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
