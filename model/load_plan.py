@@ -41,11 +41,11 @@ class Stored:
     """What the files of a checkpoint hold, as far as a plan depends on it."""
 
     dtype: str = "BF16"  # of most bytes, under safetensors' name
-    scheme: str = "none"  # of the experts: a key of `SCHEMES`, or `GGUF`
+    scheme: str = "none"  # of the experts: a key of `SCHEMES`, or one of `KEPT`
     group: int | None = None  # inputs that share a scale, where the scheme has groups
     plain_experts: bool = True  # see `Weights`
     slot: int | None = None  # bytes that hold any expert as it is read; None where the files are not here
-    blocks: Format | None = None  # see `Weights`
+    kept: Format | None = None  # see `Weights`
 
     @classmethod
     def of(cls, weights: Weights) -> Stored:
@@ -56,9 +56,7 @@ class Stored:
         ids = range(config.ffn_config.moe_num_experts)
         extents = (weights.expert_extents(layer, expert) for layer in range(config.n_layers) for expert in ids)
         dtype = weights.dtypes().most_common(1)[0][0]
-        return cls(
-            dtype, weights.quantization, weights.group, weights.plain_experts, slot_size(extents), weights.blocks
-        )
+        return cls(dtype, weights.quantization, weights.group, weights.plain_experts, slot_size(extents), weights.kept)
 
     @property
     def float_type(self) -> str | None:
@@ -107,7 +105,7 @@ class LoadPlan:
     format: str  # of the weights, such as int4-g128
     dtype: str  # of the activations
     kv_dtype: str  # of cached keys and values
-    scheme: str  # a key of `SCHEMES`, `GGUF`, or none
+    scheme: str  # a key of `SCHEMES`, one of `KEPT`, or none
     kernel: KernelFacts | None  # that the weights are packed for; None: they are tensors, for PyTorch
     converts: bool  # the experts are quantized as they are read
     as_stored: bool  # the experts are computed with in the form that the files hold

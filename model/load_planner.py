@@ -16,7 +16,7 @@ from .load_layout import ON_THE_CPU, device_name, lay_out
 from .load_plan import AUTOMATIC, CONTEXT, LoadOptions, LoadPlan, Stored
 from .machine import limited
 from .placement import FLOAT_BYTES, Device, Format, KernelFacts, Machine, format_of, sizes
-from .quantization import DENSE, GGUF, SCHEMES
+from .quantization import DENSE, SCHEMES
 
 
 def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions) -> LoadPlan:
@@ -33,8 +33,8 @@ def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: Loa
     stored = replace(stored, slot=stored.slot or _stored_bytes(config, stored))
     machine = _computing(limited(machine, options.max_memory or {}), options.device_map)
     quantize = options.quantize
-    if stored.blocks is not None and _keeps_blocks(stored, machine, options):
-        stored = replace(stored, scheme=GGUF)
+    if stored.kept is not None and _keeps_form(stored.kept, machine, options):
+        stored = replace(stored, scheme=stored.kept.kept_as)
         quantize = "none"
     if quantize == "auto":
         quantize = "none"
@@ -101,8 +101,8 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     kv_dtype = dtype if scheme == "none" else activations
     kept_dtype = stored.float_type if kernel and packs else None  # the embedding's, of which rows are read
     embedding: float = FLOAT_BYTES[kept_dtype or dtype]
-    if scheme == GGUF and stored.blocks is not None:
-        layout, embedding = stored.blocks, stored.blocks.rest
+    if stored.kept is not None and scheme == stored.kept.kept_as:
+        layout, embedding = stored.kept, stored.kept.rest
     else:
         layout = format_of(scheme, group) if scheme != "none" else Format.floats(dtype)
     parts = sizes(config, layout, FLOAT_BYTES[activations], FLOAT_BYTES[kv_dtype], embedding)
@@ -138,10 +138,10 @@ def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int
     return replace(machine, gpus=(card,)), kernel
 
 
-def _keeps_blocks(stored: Stored, machine: Machine, options: LoadOptions) -> bool:
-    """Whether a GGUF file's blocks are computed in: who names a type, or another form, asks for its numbers."""
+def _keeps_form(kept: Format, machine: Machine, options: LoadOptions) -> bool:
+    """Whether another program's form is computed with: who names a type, or another form, asks for its numbers."""
     free = options.quantize in ("auto", "none") and options.dtype == "auto" and options.pack and options.ranks == 1
-    return free and _packs(machine, options) and machine.kernel(GGUF, None, GGUF) is not None
+    return free and _packs(machine, options) and machine.kernel(kept.kept_as, None, kept.kept_as) is not None
 
 
 def _stored_bytes(config: DbrxConfig, stored: Stored) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
@@ -18,12 +18,11 @@ from .config import DbrxConfig
 from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
 from .formats import open_weights
-from .formats.dbrx_gguf import BlockWeights, GgufWeights
 from .generation_config import GenerationConfig
 from .hub import resolve
 from .kernels.native_block import decode_natively
 from .kernels.native_call import set_threads
-from .kernels.native_gguf import BlockEmbedding
+from .kernels.native_kept import KeptEmbedding
 from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
 from .load_planner import plan_load
 from .machine import free_memory
@@ -31,8 +30,8 @@ from .model_files import ModelFiles
 from .offload import stream_experts, strip_experts
 from .packing import kernels_of, pack_into, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
-from .quantization import GGUF
-from .weights import Weights
+from .quantization import KEPT
+from .weights import CanBeKept, KeptWeights, Weights
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -102,7 +101,7 @@ def from_pretrained(
                 ranks=ranks.size if ranks is not None else 1,
             ),
         )
-        weights: Weights = BlockWeights(opened) if plan.scheme == GGUF and isinstance(opened, GgufWeights) else opened
+        weights = KeptWeights(cast("CanBeKept", opened), plan.scheme) if plan.scheme in KEPT else opened
         beside = weights.quantization != "none"  # a change that is merged into a coarse grid would be lost
         if changes and not beside:
             weights = AdaptedWeights(weights, changes)
@@ -175,8 +174,8 @@ def _read(
     kernels = kernels_of(plan, weights)
     resident = not plan.streamed
     reading = Reading(weights, progress, experts=resident)
-    if isinstance(weights, BlockWeights) and (embedding := weights.block_matrix(EMBEDDING)):
-        network.transformer.wte = BlockEmbedding(embedding)
+    if isinstance(weights, KeptWeights) and (embedding := weights.kept_matrix(EMBEDDING)):
+        network.transformer.wte = KeptEmbedding(embedding)
         reading.advance(weights.nbytes_of(EMBEDDING))
     _read_tensors(network, plan, reading)
     if kernels is not None:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .experts import Bus, HybridExperts, PackedExperts, packed_expert
-from .formats.dbrx_gguf import BlockWeights
 from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
-from .kernels.native_gguf import NativeGguf
-from .quantization import DENSE, GGUF, SCHEMES
+from .kernels.native_kept import NativeKept
+from .quantization import DENSE, KEPT, SCHEMES
 from .safetensors_file import damaged
+from .weights import KeptWeights
 
 if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
@@ -35,13 +35,13 @@ UNDER_WAY = 0.1  # of the packed weights' size: what experts that are being pack
 MOST_ON_CARD = 2  # experts whose floats lie there at the same time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SMALL, LARGE = 2**16, 2**25  # bytes that are mapped by themselves; the larger is the most that glibc takes
-KEPT = 2**27  # bytes that may stay free at the end of the heap
+SPARE = 2**27  # bytes that may stay free at the end of the heap
 
 
 class KernelChoice(NamedTuple):
     """The kernels of a network: one for the experts, one for attention and head."""
 
-    quantize: str  # none, `GGUF`, or a key of `SCHEMES`
+    quantize: str  # none, one of `KEPT`, or a key of `SCHEMES`
     experts: GluExpertKernel
     dense: LinearKernel
     kv_dtype: torch.dtype | None = None  # of the cached keys and values, where not the activations'
@@ -70,8 +70,8 @@ def kernels_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
     beside: LinearKernel | None = None
     if plan.scheme == "none":
         dense = experts = choose(plan.format)
-    elif plan.scheme == GGUF and weights.blocks is not None:
-        dense, experts = NativeGguf(weights.blocks.linear), NativeGguf(weights.blocks.experts)
+    elif plan.scheme in KEPT and weights.kept is not None:
+        dense, experts = (NativeKept(plan.scheme, part) for part in (weights.kept.linear, weights.kept.experts))
     else:
         kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
         device = torch.device(plan.layers[0].device)
@@ -168,8 +168,8 @@ def at_once(weights: Weights, room: int) -> int:
 def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any, ...]:
     if isinstance(weights, QuantizedWeights) and kernel.quantization == DENSE:
         return kernel.load(weights.quantized_matrix(name))
-    if isinstance(weights, BlockWeights):
-        stored = weights.block_matrix(name)
+    if isinstance(weights, KeptWeights):
+        stored = weights.kept_matrix(name)
         return kernel.load(stored) if stored else kernel.pack(weights.read_exactly(name))
     return kernel.pack(weights.read(name))
 
@@ -208,7 +208,7 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)  # what a thread sets reaches MKL in all of them
-        _set_heap(LARGE, KEPT)
+        _set_heap(LARGE, SPARE)
 
 
 def _set_heap(mapped: int, kept: int) -> None:

@@ -23,11 +23,13 @@ class Format:
     experts: float
     linear: float  # attention's projections and the head
     rest: float  # embedding, router, norms, where they are not told apart
+    kept_as: str = "none"  # a scheme in `KEPT`, where another program packed them so
 
     @classmethod
     def floats(cls, dtype: str) -> Format:
         """All in one float type."""
-        return cls(dtype, *[FLOAT_BYTES[dtype]] * 3)
+        size = FLOAT_BYTES[dtype]
+        return cls(dtype, size, size, size)
 
 
 def format_of(scheme: str, group: int | None = None) -> Format:

@@ -30,9 +30,9 @@ from .kernels import GluExpertKernel, LinearKernel, PackedLinear, choose, expert
 from .kv_cache import KVCache
 from .placement import FORMATS
 from .prefill import prefill
-from .quantization import BLOCKS, DENSE, GGUF
+from .quantization import BLOCKS, DENSE, GGUF, GROUP_FORMS
 from .speed import Rates
-from .weights import BlockExpert, BlockMatrix, FloatExpert, QuantizedExpert, QuantizedMatrix
+from .weights import BlockMatrix, FloatExpert, GroupMatrix, KeptExpert, KeptMatrix, QuantizedExpert, QuantizedMatrix
 
 LAYERS, WIDTH, HIDDEN, VOCAB, PROMPT = 6, 128, 32, 256, 16  # of the tiny network
 NBYTES = 2**27  # of the weights that are read: much more than a processor's cache holds
@@ -40,17 +40,18 @@ ROUNDS = 12
 
 
 def measure(config: DbrxConfig, format: str, streamed: bool = False, nbytes: int = NBYTES) -> Rates:
-    """The rates of a format in `placement.FORMATS` or of a GGUF file's blocks.
+    """The rates of a format in `placement.FORMATS`, or of one that another program made: in `BLOCKS` or `GROUP_FORMS`.
 
     For networks like `config`, with experts in memory or streamed.
     """
     with tempfile.TemporaryDirectory(prefix="dbrx-plan-") as folder, torch.inference_mode():
-        # A file's blocks are computed with like int8, but for the products.
-        network = _tiny(config, DENSE if format in BLOCKS else format, streamed, Path(folder))
-        if format in BLOCKS:
-            linear = choose(GGUF)
+        # What another program packed is computed with like int8, but for the products.
+        is_kept = format in BLOCKS or format in GROUP_FORMS
+        network = _tiny(config, DENSE if is_kept else format, streamed, Path(folder))
+        if is_kept:
+            linear = choose(GGUF if format in BLOCKS else GROUP_FORMS[format].scheme)
             assert linear is not None  # the plan asked the same
-            kernel, dense = experts_of(linear, "silu"), _dense_blocks(config, format, linear, nbytes)
+            kernel, dense = experts_of(linear, "silu"), _dense_kept(config, format, linear, nbytes)
         else:
             kernel = cast(GluExpertKernel, network.transformer.blocks[0].get_submodule("ffn.experts").kernel)
             dense = _dense(config, network, nbytes)
@@ -91,13 +92,13 @@ def _experts(
     config: DbrxConfig, format: str, kernel: GluExpertKernel, dtype: torch.dtype, nbytes: int
 ) -> tuple[float, float]:
     """Bytes a second of the experts of a token, and the seconds a byte that it takes to pack one."""
-    top_k, block = config.ffn_config.moe_top_k, BLOCKS.get(format)
-    per_weight = block.nbytes / block.inputs if block else FORMATS[format].experts
+    top_k, block, groups = config.ffn_config.moe_top_k, BLOCKS.get(format), GROUP_FORMS.get(format)
+    per_weight = _kept_bytes(format) if block or groups else FORMATS[format].experts
     width, hidden = config.d_model, config.ffn_config.ffn_hidden_size
     largest = nbytes / top_k / per_weight
     if 3 * width * hidden > largest:
         width = max(256, int(width * sqrt(largest / (3 * width * hidden))) // 256 * 256)
-        least = block.inputs if block else 32
+        least = block.inputs if block else groups.group if groups else 32
         hidden = max(least, config.ffn_config.ffn_hidden_size * width // config.d_model // least * least)
     size = 3 * width * hidden * per_weight
     floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
@@ -105,9 +106,9 @@ def _experts(
     sides = (hidden, width), (hidden, width), (width, hidden)
     held, arrivals = [], []
     for _ in range(max(top_k, int(nbytes / size))):
-        mine: FloatExpert | QuantizedExpert | BlockExpert
-        if block:
-            mine = BlockExpert(*(_blocks(format, *each) for each in sides))
+        mine: FloatExpert | QuantizedExpert | KeptExpert
+        if block or groups:
+            mine = KeptExpert(*(_kept(format, *each) for each in sides))
         else:
             mine = FloatExpert(*map(torch.clone, floats)) if stored is None else _copy(stored)
         start = time.perf_counter()
@@ -131,17 +132,27 @@ def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
     return matrix.numel() * itemsize / _median(lambda _: run(x))
 
 
-def _dense_blocks(config: DbrxConfig, kind: str, kernel: LinearKernel, nbytes: int) -> float:
-    """The same of a file's blocks of one kind."""
-    matrix = _blocks(kind, nbytes * BLOCKS[kind].inputs // BLOCKS[kind].nbytes // config.d_model, config.d_model)
+def _dense_kept(config: DbrxConfig, format: str, kernel: LinearKernel, nbytes: int) -> float:
+    """The same of a form that another program made."""
+    matrix = _kept(format, int(nbytes / _kept_bytes(format)) // config.d_model, config.d_model)
     run, x = PackedLinear(kernel, kernel.load(matrix)), torch.randn(1, config.d_model)
-    return matrix.values.numel() / _median(lambda _: run(x))
+    return len(matrix.values) * config.d_model * _kept_bytes(format) / _median(lambda _: run(x))
 
 
-def _blocks(kind: str, rows: int, columns: int) -> BlockMatrix:
+def _kept_bytes(format: str) -> float:
+    """Of a weight."""
+    block = BLOCKS.get(format)
+    return block.nbytes / block.inputs if block else GROUP_FORMS[format].bytes_per_weight
+
+
+def _kept(format: str, rows: int, columns: int) -> KeptMatrix:
     """Bytes that are in memory, as zeros need not be."""
-    values = torch.ones(rows, columns // BLOCKS[kind].inputs * BLOCKS[kind].nbytes, dtype=torch.uint8)
-    return BlockMatrix(values, kind)
+    if block := BLOCKS.get(format):
+        return BlockMatrix(torch.ones(rows, columns // block.inputs * block.nbytes, dtype=torch.uint8), format)
+    form = GROUP_FORMS[format]
+    values = torch.ones(rows, columns * form.bits // 8, dtype=torch.uint8)
+    scale = torch.ones(rows, -(-columns // form.group), dtype=torch.bfloat16)
+    return GroupMatrix(values, scale, scale.clone(), form.bits, form.group)
 
 
 def _random(rows: int, columns: int) -> Tensor:

@@ -62,12 +62,30 @@ class BlockMatrix(NamedTuple):
     kind: str
 
 
-class BlockExpert(NamedTuple):
-    """One expert in ggml's blocks, each matrix by its outputs, like `QuantizedExpert`."""
+class GroupMatrix(NamedTuple):
+    """A matrix [out, in] as MLX, GPTQ and AWQ mean it: scale * value + offset, or scale * (value - offset).
 
-    w1: BlockMatrix
-    v1: BlockMatrix
-    w2: BlockMatrix
+    values: uint8 [out, in * bits / 8], bit by bit, the first input in the lowest bits; scale, offset: of one float
+    type, [out, in / group], the last group maybe shorter.
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor
+    bits: int
+    group: int
+    zero_points: bool = False  # what `offset` has
+
+
+KeptMatrix = BlockMatrix | GroupMatrix
+
+
+class KeptExpert(NamedTuple):
+    """One expert as another program packed it, each matrix by its outputs, like `QuantizedExpert`."""
+
+    w1: KeptMatrix
+    v1: KeptMatrix
+    w2: KeptMatrix
 
 
 class Weights(Protocol):
@@ -79,8 +97,8 @@ class Weights(Protocol):
     plain_experts: bool  # `expert` gives views of the stored bytes: who keeps these has the expert
 
     @property
-    def blocks(self) -> Format | None:
-        """Bytes a weight in a GGUF file's blocks, if kernels can compute in them (`formats.dbrx_gguf`)."""
+    def kept(self) -> Format | None:
+        """Bytes a weight as another program packed them, if kernels can compute with that (`KeptWeights`)."""
 
     @property
     def group(self) -> int | None:
@@ -102,7 +120,7 @@ class Weights(Protocol):
 
     def quantized_expert(
         self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
-    ) -> QuantizedExpert | BlockExpert:
+    ) -> QuantizedExpert | KeptExpert:
         """The same as it is stored, in the scheme that `quantization` names; `ValueError` where it names none."""
 
     def dtypes(self) -> Counter[str]:
@@ -122,9 +140,12 @@ class Weights(Protocol):
 class CheckpointWeights:
     """What formats share whose tensors lie in a folder of safetensors."""
 
-    blocks: Format | None = None
     group: int | None = None
     _checkpoint: Checkpoint
+
+    @property
+    def kept(self) -> Format | None:
+        return None
 
     def dtypes(self) -> Counter[str]:
         return self._checkpoint.dtypes()
@@ -151,7 +172,7 @@ class WrappedWeights:
         self.quantization = whole.quantization
         self.group = whole.group
         self.plain_experts = whole.plain_experts
-        self.blocks = whole.blocks
+        self.kept = whole.kept
         self._whole = whole
 
     def nbytes_of(self, name: str) -> int:
@@ -165,7 +186,7 @@ class WrappedWeights:
 
     def quantized_expert(
         self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
-    ) -> QuantizedExpert | BlockExpert:
+    ) -> QuantizedExpert | KeptExpert:
         return self._whole.quantized_expert(layer, expert, data)
 
     def dtypes(self) -> Counter[str]:
@@ -182,3 +203,40 @@ class WrappedWeights:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class CanBeKept(Weights, Protocol):
+    """Weights whose `kept` may tell of a form."""
+
+    def kept_matrix(self, name: str) -> KeptMatrix | None:
+        """A matrix of attention, the head or the embedding as it is stored; None where it is read as floats."""
+
+    def kept_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> KeptExpert:
+        """One expert as it is stored; `data` as in `Weights.expert`."""
+
+    def read_exactly(self, name: str) -> Tensor:
+        """A tensor in bfloat16 if the file has it so, else in float32."""
+
+
+class KeptWeights(WrappedWeights):
+    """The same for kernels that compute with what another program packed, as it lies in the file."""
+
+    _whole: CanBeKept
+
+    def __init__(self, whole: CanBeKept, scheme: str) -> None:
+        super().__init__(whole)
+        self.quantization = scheme
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        return self._whole.read(name, dtype, device, owned)
+
+    def kept_matrix(self, name: str) -> KeptMatrix | None:
+        return self._whole.kept_matrix(name)
+
+    def read_exactly(self, name: str) -> Tensor:
+        return self._whole.read_exactly(name)
+
+    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> KeptExpert:
+        return self._whole.kept_expert(layer, expert, data)

@@ -20,12 +20,13 @@ import gguf
 import numpy as np
 import torch
 
-from model.native.abi import Format
-from model.quantization import BLOCKS, int3, int4, int8
+from model.native.abi import Format, Ranges
+from model.quantization import BLOCKS, GROUP_BITS, int3, int4, int8
 
 PATH = Path(__file__).parent.parent / "model" / "native" / "vectors.bin"
 F32, BF16, INT8, INT4, INT3 = range(5)
-BITS = {INT4: 4, INT3: 3}  # of levels, with ranges for each group
+GROUPS = {bits: int(Format[f"GROUPS_{bits}"]) for bits in GROUP_BITS}
+BITS = {INT4: 4, INT3: 3} | {form: bits for bits, form in GROUPS.items()}  # of levels, with ranges for each group
 NAMES = {int(form): form.name.lower() for form in Format}
 HALVES = {  # bytes of a block in which a float of 16 bits begins
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
@@ -36,7 +37,7 @@ LINEAR, HEAD, EXPERTS, STEP, QUANTIZE, ROW = range(6)
 # may be rounded to bfloat16, or to 8 bits. A number that is left out, or taken twice, is 5 % or more, but for peaks.
 GEMV_ROWS = 16
 TOLERANCE = {F32: (1e-5, 1e-5), BF16: (1e-5, 5e-3), INT8: (1e-3, 1e-2), INT4: (1e-2, 1e-2), INT3: (1e-2, 1e-2)}
-TOLERANCE |= {int(Format[kind]): (1e-3, 1e-3) for kind in BLOCKS}
+TOLERANCE |= dict.fromkeys([*(int(Format[kind]) for kind in BLOCKS), *GROUPS.values()], (1e-3, 1e-3))
 _streams = count(1000, 1000)
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -84,9 +85,10 @@ class Shape:
     inputs: int
     transposed: bool = False
     group: int = 0
+    ranges: int = 0
 
     def pack(self) -> bytes:
-        return struct.pack("<5i", self.format, self.transposed, self.group, self.outputs, self.inputs)
+        return struct.pack("<6i", self.format, self.transposed, self.group, self.ranges, self.outputs, self.inputs)
 
     def __str__(self) -> str:
         return f"{NAMES[self.format]} {self.outputs}x{self.inputs}" + ", transposed" * self.transposed
@@ -108,20 +110,22 @@ class Shape:
         groups = -(-self.inputs // self.group)
         bits = BITS[self.format]
         packed = (random(stream, n * bits // 8) >> np.uint64(56)).astype(np.uint8).reshape(self.outputs, -1)
-        levels, middle = levels_of(packed, bits, self.inputs), np.float32(2 ** (bits - 1))
+        levels, middle = levels_of(packed, bits, self.inputs, self.format == INT3), np.float32(2 ** (bits - 1))
         scale = cut((np.float32(2) + uniform(stream + 1, self.outputs, groups)) / np.float32(16))
         zero = cut(middle + middle / 2 * uniform(stream + 2, self.outputs, groups))
+        if self.format in GROUPS.values() and not self.ranges & Ranges.ZERO_POINTS:
+            return levels * self._spread(scale) - self._spread(zero) / 8
         return (levels - self._spread(zero)) * self._spread(scale)
 
     def _spread(self, parts: Any) -> Floats:
         return np.repeat(parts.astype(np.float64), self.group, axis=1)[:, : self.inputs]
 
 
-def levels_of(packed: Any, bits: int, inputs: int) -> Floats:
-    """Bit by bit: of 3 the lower two of all inputs come first, then the third of all; the first input lies lowest."""
-    found, low = np.unpackbits(packed, axis=1, bitorder="little"), 2 if bits == 3 else bits
+def levels_of(packed: Any, bits: int, inputs: int, planes: bool = False) -> Floats:
+    """Bit by bit, the first input lowest; planes: of 3 bits the lower two of all inputs come first, then the third."""
+    found, low = np.unpackbits(packed, axis=1, bitorder="little"), 2 if planes else bits
     levels = found[:, : inputs * low].reshape(len(packed), inputs, low) @ 2.0 ** np.arange(low)
-    return levels + 4 * found[:, 2 * inputs :] if bits == 3 else levels
+    return levels + 4 * found[:, 2 * inputs :] if planes else levels
 
 
 def blocks(stream: int, kind: str, outputs: int, inputs: int) -> Any:
@@ -133,8 +137,8 @@ def blocks(stream: int, kind: str, outputs: int, inputs: int) -> Any:
     return made.reshape(outputs, -1)
 
 
-def shape(form: int, outputs: int, inputs: int, group: int = 32) -> Shape:
-    return Shape(form, outputs, inputs, group={INT4: group, INT3: 128}.get(form, 0))
+def shape(form: int, outputs: int, inputs: int, group: int = 32, ranges: int = 0) -> Shape:
+    return Shape(form, outputs, inputs, group=128 if form == INT3 else group if form in BITS else 0, ranges=ranges)
 
 
 def case(name: str, kind: int, tolerance: float, *parts: bytes) -> bytes:
@@ -342,6 +346,12 @@ def cases() -> Iterator[bytes]:
         for n in (1, 4, 17):
             yield linear(shape(form, 7, inputs), n, peaks=n == 4)
         yield row(shape(form, 2, block.inputs), 1)
+    every = [ranges | zeros for ranges in range(3) for zeros in (Ranges.ZERO_POINTS, 0)]
+    for (bits, form), ranges in zip(GROUPS.items(), every, strict=True):
+        group = (32, 64, 128)[bits % 3]
+        yield linear(shape(form, 6, 584, group, ranges), 1)  # spans of 256 that are not whole
+        if bits in (3, 4):
+            yield linear(shape(form, 4, 328, group, ranges), 17)
 
 
 def main() -> None:

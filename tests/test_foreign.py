@@ -69,10 +69,10 @@ def w4a16(name: str, w: Tensor) -> Tensors:
     }
 
 
-def three_bits(name: str, w: Tensor) -> Tensors:
+def five_bits(name: str, w: Tensor) -> Tensors:
     groups, out, inputs = 2, len(w), w.shape[1]
     return {
-        f"{name}.qweight": words(inputs * 3 // 32, out), f"{name}.qzeros": words(groups, out * 3 // 32),
+        f"{name}.qweight": words(inputs * 5 // 32, out), f"{name}.qzeros": words(groups, out * 5 // 32),
         f"{name}.scales": torch.ones(groups, out).half(), f"{name}.g_idx": words(inputs),
     }  # fmt: skip
 
@@ -121,12 +121,12 @@ FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Tensors], str]] = {
                lambda: native(named(".weight._data", ".weight._scale")), r"quanto \(int8\)"),
     "torchao": ({Q: {"quant_method": "torchao"}}, lambda: native(named("._weight_qdata", "._weight_scale")), "torchao"),
     "hqq": ({Q: {"quant_method": "hqq", "bits": 4}}, lambda: native(named(".W_q", ".scale", ".zero")), r"hqq \(4 bits"),
-    "awq": ({Q: {"quant_method": "awq", "bits": 4, "version": "gemm"}},
-            lambda: packed(apart(), named(".qweight", ".qzeros", ".scales")), r"AWQ \(4 bits\)"),
+    "awq": ({Q: {"quant_method": "awq", "bits": 4, "version": "gemv"}},
+            lambda: packed(apart(), named(".qweight", ".qzeros", ".scales")), r"AWQ \(4 bits, gemv\)"),
     "marlin": ({Q: {"quant_method": "gptq", "bits": 4, "is_marlin_format": True}},
                lambda: packed(apart(), named(".B", ".s")), r"GPTQ \(format marlin\)"),
-    "gptq_3": ({Q: {"quant_method": "gptq", "bits": 3, "checkpoint_format": "gptq"}},
-               lambda: packed(apart(), three_bits), r"GPTQ \(3 bits\)"),
+    "gptq_5": ({Q: {"quant_method": "gptq", "bits": 5, "checkpoint_format": "gptq"}},
+               lambda: packed(apart(), five_bits), r"GPTQ \(5 bits\)"),
     "gptq_p": ({Q: {"quant_method": "gptq", "bits": 5, "format": "gptq_p", "checkpoint_format": "gptq_p"}},
                lambda: packed(apart(), named(".qweight", ".qzeros", ".scales", ".g_idx")), r"GPTQ \(format gptq_p\)"),
     "auto_round": ({Q: {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}},
@@ -138,10 +138,10 @@ FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Tensors], str]] = {
               lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(4, False)), r"MLX \(mxfp4\)"),
     "nvfp4_mlx": ({Q: {"group_size": 16, "bits": 4, "mode": "nvfp4"}},
                   lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(4, False)), r"MLX \(nvfp4\)"),
-    "mlx_3": ({"quantization": {"group_size": 32, "bits": 3}},
-              lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(3)), r"MLX \(3 bits\)"),
-    "mlx_6_somewhere": ({"quantization": {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 6}}},
-                        lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(6)), r"MLX \(6 bits\)"),
+    "mlx_7": ({"quantization": {"group_size": 32, "bits": 7}},
+              lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(7)), r"MLX \(7 bits\)"),
+    "mlx_1_somewhere": ({"quantization": {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 1}}},
+                        lambda: packed(split_experts(weights(), "ffn.experts.{e}.{m}"), mlx(1)), r"MLX \(1 bits\)"),
     "not_yet_known": ({Q: {"quant_method": "sinq", "bits": 4}}, lambda: native(named(".q")), r"sinq \(4 bits\)"),
 }  # fmt: skip
 
@@ -165,10 +165,10 @@ def test_what_others_quantized_is_named(tmp_path: Path, form: str) -> None:
 
 def test_settings_in_files_of_their_own(tmp_path: Path) -> None:
     for file, content, message in (
-        ("quantize_config.json", {"bits": 3, "group_size": 32, "desc_act": False}, r"GPTQ \(3 bits\)"),
-        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "AWQ"),
+        ("quantize_config.json", {"bits": 5, "group_size": 32, "desc_act": False}, r"GPTQ \(5 bits\)"),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMV"}, "AWQ"),
     ):
-        folder = write(tmp_path / Path(file).stem, packed(apart(), three_bits))
+        folder = write(tmp_path / Path(file).stem, packed(apart(), five_bits))
         (folder / file).write_text(json.dumps(content))
         with pytest.raises(ModelError, match=message):
             open_weights(folder)

@@ -12,7 +12,7 @@ from dbrx_cli.bench import bytes_per_token
 from model import native
 from model.causal_lm import DbrxForCausalLM
 from model.formats import open_weights
-from model.kernels.native_gguf import BlockEmbedding, NativeGguf
+from model.kernels.native_kept import KeptEmbedding, NativeKept
 from model.load_plan import LoadOptions
 from model.loading import plan_here
 from model.quantization import BLOCKS, GGUF, blocks
@@ -44,13 +44,13 @@ def random_blocks(kind: str, outputs: int, inputs: int, seed: int) -> BlockMatri
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_weights_are_the_packages_to_the_bit(kind: str) -> None:
     stored = random_blocks(kind, 33, 512 if BLOCKS[kind].inputs == 256 else 288, seed=7)
-    found = BlockEmbedding(stored)(torch.arange(33))
+    found = KeptEmbedding(stored)(torch.arange(33))
     assert torch.equal(found.view(torch.int32), blocks.dequantize(stored).view(torch.int32))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_products_of_few_and_many_rows(kind: str) -> None:
-    stored, kernel = random_blocks(kind, 50, 512, seed=9), NativeGguf()
+    stored, kernel = random_blocks(kind, 50, 512, seed=9), NativeKept(GGUF)
     exact = blocks.dequantize(stored).double()
     for n, bound in ((1, 5e-5), (7, 5e-5), (40, 2e-4)):
         x = torch.randn(n, 512, generator=torch.Generator().manual_seed(n))

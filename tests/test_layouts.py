@@ -128,12 +128,9 @@ def check_experts(folder: Path, expected: Tensors) -> None:
 
 
 def pack_words(codes: np.ndarray[Any, Any], bits: int) -> Tensor:
-    """[n, m] small numbers -> [n, m * bits / 32] words, one number at a time, lowest bits first."""
-    rows, columns = codes.shape
-    words = np.zeros((rows, columns * bits // 32), np.uint32)
-    for column in range(columns):
-        words[:, column * bits // 32] |= codes[:, column].astype(np.uint32) << np.uint32(column * bits % 32)
-    return torch.from_numpy(words)
+    """[n, m] small numbers -> [n, m * bits / 32] words, bit by bit, lowest bits first."""
+    apart = (codes.astype(np.uint32)[..., None] >> np.arange(bits, dtype=np.uint32) & 1).astype(np.uint8)
+    return torch.from_numpy(np.packbits(apart.reshape(len(codes), -1), axis=1, bitorder="little").view(np.uint32))
 
 
 def quantize_mlx(name: str, weight: Tensor, bits: int, group: int) -> tuple[Tensors, Tensor]:
@@ -150,10 +147,12 @@ def quantize_mlx(name: str, weight: Tensor, bits: int, group: int) -> tuple[Tens
     )
 
 
-def quantize_gptq(name: str, weight: Tensor, bits: int, group: int, lowered: bool) -> tuple[Tensors, Tensor]:
-    """The same; inputs are dealt to groups in turn, as after sorting by importance (desc_act)."""
+def quantize_gptq(
+    name: str, weight: Tensor, bits: int, group: int, lowered: bool, in_order: bool = False
+) -> tuple[Tensors, Tensor]:
+    """The same; inputs are dealt to groups in turn, as after sorting by importance (desc_act), or are in order."""
     out, inputs = weight.shape
-    index = torch.arange(inputs) % (inputs // group)
+    index = torch.arange(inputs) // group if in_order else torch.arange(inputs) % (inputs // group)
     scales = torch.stack([weight[:, index == g].abs().amax(1) for g in range(inputs // group)]) / 2 ** (bits - 1)
     scales = scales.half().float()
     zeros = torch.arange(out) % 3 + 2 ** (bits - 1) - 1
@@ -196,7 +195,7 @@ def fused(tensors: Tensors, template: str) -> Tensors:
     return found
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (4, 32), (8, 64), (2, 64)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (3, 32), (8, 64), (2, 64)])
 def test_mlx_gives_the_logits_of_its_values(tmp_path: Path, bits: int, group: int) -> None:
     template = "ffn.experts.{e}.{m}"
     layout = split_experts(weights(), template)
@@ -209,7 +208,7 @@ def test_mlx_gives_the_logits_of_its_values(tmp_path: Path, bits: int, group: in
 
 
 @pytest.mark.parametrize("fmt", ["gptq", "gptq_v2", None])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 3])
 def test_gptq_gives_the_logits_of_its_values(tmp_path: Path, fmt: str | None, bits: int) -> None:
     template = "ffn.experts.mlp.{e}.{m}"
     layout = split_qkv(split_experts(weights(), template))
@@ -265,12 +264,12 @@ DEFECTS: dict[str, tuple[Callable[[], Tensors], str]] = {
     ),
     "mlx_no_biases": (mlx(lambda t: t.pop(f"{MLX}.biases")), rf"1 tensor \({MLX}.biases\) is missing"),
     "mlx_other_mode": (mlx(lambda t: t.update({f"{MLX}.scales": torch.ones(128, 2).byte()})), "way of MLX"),
-    "mlx_bits": (mlx(lambda t: t.update({f"{MLX}.weight": torch.ones(128, 6).view(torch.uint32)})), "2, 4 or 8 bits"),
+    "mlx_bits": (mlx(lambda t: t.update({f"{MLX}.weight": torch.ones(128, 14).view(torch.uint32)})), "2 to 6 or 8"),
     "mlx_groups": (
         mlx(lambda t: t.update({f"{MLX}.{part}": torch.ones(128, 3) for part in ("scales", "biases")})),
         "odd groups",
     ),
-    "gptq_bits": (gptq(lambda t: t.update({f"{GPTQ}.qweight": torch.ones(6, 128).int()})), "2, 4 or 8 bits"),
+    "gptq_bits": (gptq(lambda t: t.update({f"{GPTQ}.qweight": torch.ones(10, 128).int()})), "2, 3, 4 or 8 bits"),
     "gptq_zeros": (gptq(lambda t: t.update({f"{GPTQ}.qzeros": torch.ones(2, 8).int()})), "unlike GPTQ's"),
     "gptq_index": (gptq(lambda t: t.update({f"{GPTQ}.g_idx": torch.full((64,), 9)})), "groups that are not there"),
     "awq": (gptq(lambda t: [t.pop(name) for name in list(t) if "g_idx" in name]), "AWQ quantized"),

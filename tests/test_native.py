@@ -81,7 +81,8 @@ def test_functions_take_what_the_header_says() -> None:
     numbers = dict(re.findall(r"#define (DBRX_\w+)\s+(\d+)", header))
     assert (numbers["DBRX_ABI"], numbers["DBRX_GEMV_MAX_ROWS"]) == (str(abi.ABI), str(abi.GEMV_MAX_ROWS))
     values = dict(re.findall(r"DBRX_(\w+) = (\d+)", header))
-    assert values == {member.name: str(int(member)) for kind in (abi.Format, abi.Activation) for member in kind}
+    enums = abi.Format, abi.Activation, abi.Ranges
+    assert values == {name: str(int(member)) for enum in enums for name, member in enum.__members__.items()}
 
 
 def test_the_recorded_answers_are_what_numpy_finds() -> None:

@@ -28,7 +28,7 @@ from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.prefill import prefill
-from model.quantization import GGUF, SCHEMES, int3, int4, int8
+from model.quantization import KEPT, SCHEMES, int3, int4, int8
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert
 from tests.cli import Cli
@@ -36,7 +36,9 @@ from tests.conftest import TINY
 from tests.weights import make_checkpoint
 
 torch.set_num_threads(1)
-KERNELS = [build for form, several in kernels.KERNELS.items() if form != GGUF for build in several]  # it has its own
+KERNELS = [
+    build for form, several in kernels.KERNELS.items() if form not in KEPT for build in several
+]  # they have their own
 EXPERTS, HIDDEN, WIDTH = 16, 40, 48
 CLOSE = {"none": 0.01, "int8": 0.015, "int4": 0.15, "int3": 0.4}  # error of an output, as a share of the largest
 

@@ -14,7 +14,7 @@ from ..config import DbrxConfig
 from ..placement import Format
 from ..quantization import BLOCKS, GGUF, is_finite
 from ..safetensors_file import TensorInfo, damaged, give_back
-from ..weights import BlockExpert, BlockMatrix, Extent, FloatExpert, WrappedWeights
+from ..weights import BlockMatrix, Extent, FloatExpert, KeptExpert
 from .gguf_file import OTHER_TYPE, open_gguf
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class GgufWeights:
     """A DBRX model in GGUF; see `Weights` for the methods.
 
     Quantized tensors come in bfloat16 from `read` unless it is told otherwise, quantized experts in float32 from
-    `expert`: exact, whatever they are cast to. `BlockWeights` gives both as they are stored.
+    `expert`: exact, whatever they are cast to. `KeptWeights` gives both as they are stored.
     """
 
     quantization = "none"  # to the experts' kernels: what they are given are floats
@@ -142,7 +142,7 @@ class GgufWeights:
         return None
 
     @property
-    def blocks(self) -> Format | None:
+    def kept(self) -> Format | None:
         """Bytes a weight as kernels hold them that compute in the file's blocks; None if an expert's have no kernel."""
         sizes = {"experts": [0, 0], "linear": [0, 0], "rest": [0, 0]}
         kinds: Counter[str] = Counter()
@@ -158,7 +158,7 @@ class GgufWeights:
                 sizes[part][0] += info.nbytes if in_blocks else prod(shape) * (2 if info.dtype == "BF16" else 4)
                 sizes[part][1] += prod(shape)
         each = {part: nbytes / count for part, (nbytes, count) in sizes.items()}
-        return Format(kinds.most_common(1)[0][0], **each)
+        return Format(kinds.most_common(1)[0][0], **each, kept_as=GGUF)
 
     def read_exactly(self, name: str) -> Tensor:
         """A tensor in bfloat16 if the file has it so, else in float32."""
@@ -167,18 +167,18 @@ class GgufWeights:
         bf16 = self._file.tensors[gguf_name(name)].dtype == "BF16"
         return self.read(name, torch.bfloat16 if bf16 else torch.float32)
 
-    def block_matrix(self, name: str) -> BlockMatrix | None:
+    def kept_matrix(self, name: str) -> BlockMatrix | None:
         """A matrix of attention, the head or the embedding as it is stored, mapped; None if it is in no blocks."""
         info = self._file.tensors[gguf_name(name)]
         if info.dtype not in BLOCKS:
             return None
         return BlockMatrix(self._raw(info).view(info.shape[0], -1), info.dtype)
 
-    def block_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> BlockExpert:
-        """One expert as it is stored, where `blocks` tells sizes; `data` as in `expert`."""
+    def kept_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> KeptExpert:
+        """One expert as it is stored, where `kept` tells sizes; `data` as in `expert`."""
         infos = self._experts(layer)
         raws = data or tuple(self._raw(info, expert) for info in infos)
-        return BlockExpert(
+        return KeptExpert(
             *(BlockMatrix(raw.view(info.shape[1], -1), info.dtype) for info, raw in zip(infos, raws, strict=True))
         )
 
@@ -252,31 +252,6 @@ class GgufWeights:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class BlockWeights(WrappedWeights):
-    """The same for kernels that compute in the file's blocks."""
-
-    _whole: GgufWeights
-
-    def __init__(self, whole: GgufWeights) -> None:
-        super().__init__(whole)
-        self.quantization = GGUF
-
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
-    ) -> Tensor:
-        return self._whole.read(name, dtype, device, owned)
-
-    def block_matrix(self, name: str) -> BlockMatrix | None:
-        return self._whole.block_matrix(name)
-
-    def read_exactly(self, name: str) -> Tensor:
-        """A tensor in bfloat16 if the file has it so, else in float32."""
-        return self._whole.read_exactly(name)
-
-    def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> BlockExpert:
-        return self._whole.block_expert(layer, expert, data)
 
 
 def _part(info: TensorInfo, expert: int) -> tuple[int, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol
 
 from ..checkpoint import FITS, FLOATS, why_no_float
+from ..quantization import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..weights import GroupMatrix
 
 Shape = tuple[int, ...]
 
@@ -33,6 +36,12 @@ class Encoding(Protocol):
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         """The weight, in a float type."""
 
+    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
+        """The form in which kernels compute with it; None if it becomes floats."""
+
+    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
+        """The weight in that form."""
+
 
 class Floats:
     """The weight itself."""
@@ -53,11 +62,25 @@ class Floats:
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         return tensors[0]
 
+    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> None:
+        return None
+
+    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> NoReturn:
+        raise ValueError("floats are in no groups")
+
+
+def spread_groups(scales: Tensor, zeros: Tensor, size: int, inputs: int, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [groups of `size` inputs, out] -> those of `groups` [out, groups], in the scales' type."""
+    import torch
+
+    of = torch.arange(0, inputs, groups.group) // size
+    return scales[of].t().contiguous(), zeros[of].t().to(scales.dtype).contiguous()
+
 
 def codes(words: Tensor, bits: int) -> Tensor:
     """Numbers of `bits` bits out of 32-bit words, lowest bits first: [n, words] -> int32 [n, words * 32 / bits]."""
     import torch
 
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    apart: Tensor = (words.view(torch.int32).unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return apart.flatten(-2)
+    from ..quantization.groups import unpack
+
+    return unpack(words.contiguous().view(torch.uint8), bits)

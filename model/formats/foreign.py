@@ -7,9 +7,10 @@ from typing import Any
 
 from ..errors import ModelError
 from ..model_files import ModelFiles
+from ..quantization import GROUP_BITS
 from ..safetensors_file import read_json, shown
 
-READABLE_BITS = (2, 4, 8)  # of GPTQ and MLX
+READABLE_BITS = {"gptq": (2, 3, 4, 8), "mlx": GROUP_BITS}
 # Where programs say how they quantized: a file, its key if it is a part of it, and the method where none is named.
 PLACES = (
     ("config.json", "quantization_config", ""),
@@ -19,8 +20,9 @@ PLACES = (
     ("quant_config.json", None, "awq"),
 )
 FROM_SOURCE = "give the checkpoint that it was made from, with --quantize int4 for few bits; or a GGUF file of it"
-GPTQ_WAY = "take GPTQ of 2, 4 or 8 bits in its own format (gptq or gptq_v2), or the checkpoint that it was made from"
-MLX_WAY = "take MLX of 2, 4 or 8 bits (affine), or make floats of it: mlx_lm.convert --dequantize"
+GPTQ_WAY = "take GPTQ of 2, 3, 4 or 8 bits in its own format (gptq or gptq_v2), or the checkpoint that it was made from"
+AWQ_WAY = "take AWQ of 4 bits (gemm), or the checkpoint that it was made from"
+MLX_WAY = "take MLX of 2 to 6 or 8 bits (affine), or make floats of it: mlx_lm.convert --dequantize"
 
 
 def quantization_of(files: ModelFiles) -> dict[str, Any]:
@@ -45,9 +47,9 @@ def refusal(files: ModelFiles) -> ModelError | None:
     method = str(settings.get("quant_method", "")).lower()
     if not method or method == "dbrx":
         return None
-    way = {"gptq": GPTQ_WAY, "mlx": MLX_WAY}.get(method, FROM_SOURCE)
+    way = {"gptq": GPTQ_WAY, "mlx": MLX_WAY, "awq": AWQ_WAY}.get(method, FROM_SOURCE)
     detail = _detail(method, settings)
-    if method in ("gptq", "mlx") and detail is None:
+    if method in ("gptq", "mlx", "awq") and detail is None:
         return None
     program = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ"}.get(method, shown(method))
     what = f"weights quantized by {program}" + (f" ({shown(detail)})" if detail else "")
@@ -55,17 +57,20 @@ def refusal(files: ModelFiles) -> ModelError | None:
 
 
 def _detail(method: str, settings: Mapping[str, Any]) -> str | None:
-    """The variety; of GPTQ and MLX what makes it another than those that are read."""
+    """The variety; of GPTQ, AWQ and MLX what makes it another than those that are read."""
     bits = [settings.get("bits"), *(part.get("bits") for part in settings.values() if isinstance(part, dict))]
     if method == "gptq":
         marlin = "marlin" if settings.get("is_marlin_format") else None
         layout = settings.get("checkpoint_format") or settings.get("format") or marlin or "gptq"
         if layout not in ("gptq", "gptq_v2") or marlin:
             return f"format {marlin or layout}"
+    if method == "awq":
+        version, bits_of = settings.get("version", "gemm"), settings.get("bits", settings.get("w_bit", 4))
+        return None if str(version).lower() == "gemm" and bits_of == 4 else f"{bits_of} bits, {version}"
     if method == "mlx" and settings.get("mode", "affine") != "affine":
         return str(settings["mode"])
-    if method in ("gptq", "mlx"):
-        odd = [each for each in bits if each is not None and each not in READABLE_BITS]
+    if method in READABLE_BITS:
+        odd = [each for each in bits if each is not None and each not in READABLE_BITS[method]]
         return f"{odd[0]} bits" if odd else None
     if method == "bitsandbytes":
         return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"

@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import FITS
-from .encoding import Fault, Shape, codes
+from ..quantization import GPTQ, Groups
+from .encoding import Fault, Shape, codes, spread_groups
 from .foreign import GPTQ_WAY, READABLE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..weights import GroupMatrix
 
 
 class Gptq:
@@ -25,12 +28,16 @@ class Gptq:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._lowered = "gptq_v2" not in (settings.get("checkpoint_format"), settings.get("format"))
+        self._in_order = settings.get("desc_act") is False  # inputs are in the groups' order
+        self._group_size = settings.get("group_size")
 
     def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         out, inputs = wanted
         bits = self._bits(shapes[0], wanted)
         if bits is None:
-            return Fault(f"is quantized to other than 2, 4 or 8 bits (qweight has shape {list(shapes[0])})", GPTQ_WAY)
+            return Fault(
+                f"is quantized to other than 2, 3, 4 or 8 bits (qweight has shape {list(shapes[0])})", GPTQ_WAY
+            )
         groups = shapes[2][0] if len(shapes[2]) == 2 else 0
         fits = shapes == [(inputs * bits // 32, out), (groups, out * bits // 32), (groups, out), (inputs,)]
         if not fits or dtypes[0] != "I32" or dtypes[1] != "I32" or dtypes[2] not in ("F16", "F32", "BF16"):
@@ -39,15 +46,43 @@ class Gptq:
         return None if dtypes[3] in ("I32", "I64") else Fault(f"has group numbers of the type {dtypes[3]}", GPTQ_WAY)
 
     def _bits(self, words: Shape, wanted: Shape) -> int | None:
-        return next((bits for bits in READABLE_BITS if len(words) == 2 and words[0] * 32 == wanted[1] * bits), None)
+        return next(
+            (bits for bits in READABLE_BITS["gptq"] if len(words) == 2 and words[0] * 32 == wanted[1] * bits), None
+        )
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         words, packed_zeros, scales, groups = tensors
         bits = self._bits(tuple(words.shape), wanted)
         assert bits is not None
-        zeros = codes(packed_zeros, bits)
-        if self._lowered:
-            zeros = (zeros + 1) & (2**bits - 1)
         by_group, index = scales.float().t(), groups.long()
-        values = codes(words.t().contiguous(), bits) - zeros.t()[:, index]
+        values = codes(words.t(), bits) - self._zeros(packed_zeros, bits).t()[:, index]
         return values * by_group[:, index]
+
+    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
+        bits, size = self._bits(shapes[0], wanted), self._size(wanted[1])
+        if not self._in_order or bits is None or not size or -(-wanted[1] // size) != shapes[2][0]:
+            return None
+        return Groups.of(GPTQ, bits, size, 4 if dtypes[2] == "F32" else 2)
+
+    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
+        import torch
+
+        from ..weights import GroupMatrix
+
+        words, packed_zeros, scales, index = tensors
+        inputs = len(index)
+        size = self._size(inputs)
+        if not torch.equal(index.long(), torch.arange(inputs) // size):
+            raise ValueError("has inputs in another order than that of its groups, though desc_act is false")
+        ranges = spread_groups(scales, self._zeros(packed_zeros, groups.bits), size, inputs, groups)
+        values = words.t().contiguous().view(torch.uint8)
+        return GroupMatrix(values, *ranges, groups.bits, groups.group, zero_points=True)
+
+    def _size(self, inputs: int) -> int:
+        """Inputs of a group; 0 where the settings do not tell."""
+        size = self._group_size
+        return inputs if size == -1 else size if type(size) is int and size > 0 else 0
+
+    def _zeros(self, packed: Tensor, bits: int) -> Tensor:
+        zeros = codes(packed, bits)
+        return (zeros + 1) & (2**bits - 1) if self._lowered else zeros

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint import FITS, FLOATS
-from .encoding import Fault, Shape, codes
-from .foreign import MLX_WAY, READABLE_BITS
+from ..quantization import GROUP_BITS, GROUP_SIZES, MLX, Groups
+from .encoding import Fault, Shape
+from .foreign import MLX_WAY
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..weights import GroupMatrix
 
 
 class Mlx:
@@ -30,16 +33,30 @@ class Mlx:
             return Fault(f"has shapes {[list(shape) for shape in shapes]}, which make no {list(wanted)}", FITS)
         groups = shapes[1][1]
         if self._bits(shapes[0], wanted) is None or not groups or wanted[1] % groups:
-            odd = f"is quantized to other than 2, 4 or 8 bits, or in odd groups ({[list(s) for s in shapes]})"
+            odd = f"is quantized to other than 2 to 6 or 8 bits, or in odd groups ({[list(s) for s in shapes]})"
             return Fault(odd, MLX_WAY)
         return None
 
     def _bits(self, words: Shape, wanted: Shape) -> int | None:
-        return next((bits for bits in READABLE_BITS if words[1] * 32 == wanted[1] * bits), None)
+        return next((bits for bits in GROUP_BITS if words[1] * 32 == wanted[1] * bits), None)
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
-        words, scales, biases = tensors
-        bits = self._bits(tuple(words.shape), wanted)
+        from ..quantization.groups import dequantize
+
+        bits = self._bits(tuple(tensors[0].shape), wanted)
         assert bits is not None
-        values = codes(words, bits).float().view(*scales.shape, -1)
-        return (values * scales.float()[..., None] + biases.float()[..., None]).view(wanted)
+        return dequantize(self.keep(tensors, Groups(MLX, bits, wanted[1] // tensors[1].shape[1])))
+
+    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
+        bits, group = self._bits(shapes[0], wanted), wanted[1] // shapes[1][1]
+        if bits is None or group not in GROUP_SIZES or dtypes[1] != dtypes[2]:
+            return None
+        return Groups(MLX, bits, group, 4 if dtypes[1] == "F32" else 2)
+
+    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
+        import torch
+
+        from ..weights import GroupMatrix
+
+        words, scales, biases = tensors
+        return GroupMatrix(words.view(torch.uint8), scales, biases, groups.bits, groups.group)

@@ -1,20 +1,25 @@
 """Layouts with a module for each expert, or for each of q, k and v, as converters make them for other tools.
 
-Each module's weight may be stored as floats, or packed as MLX or GPTQ do. All are mapped to Databricks' names.
+Each module's weight may be stored as floats, or packed as MLX, GPTQ or AWQ do. All are mapped to Databricks' names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, NoReturn
 
 from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tensors, listed, name_other_layout
 from ..errors import ModelError
 from ..model_files import ModelFiles
+from ..placement import Format
+from ..quantization import Groups
 from ..safetensors_file import TensorInfo
-from ..weights import CheckpointWeights, Extent, FloatExpert
+from ..weights import CheckpointWeights, Extent, FloatExpert, GroupMatrix, KeptExpert
+from .awq import Awq
 from .encoding import Encoding, Floats, Shape
 from .foreign import MLX_WAY, quantization_of
 from .gptq import Gptq
@@ -35,6 +40,7 @@ EXPERTS = (
 )
 QKV = tuple(f"norm_attn_norm.attn.{part}_proj" for part in "qkv")
 MATRICES = ("w1", "v1", "w2")
+EMBEDDING = "transformer.wte.weight"
 FIRST = "transformer.blocks.0."
 FLOATS: Encoding = Floats()
 
@@ -43,7 +49,7 @@ def is_unfused(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether tensors have the names of these layouts, or Databricks' names and an encoding."""
     modules = {name.rpartition(".")[0] for name in tensors}
     apart = (*(name.format(e=0, m="w1") for name in EXPERTS), QKV[0])
-    packed = any(f"{FIRST}{FUSED}.{marker}" in tensors for marker in (Mlx.marker, Gptq.marker))
+    packed = any(f"{FIRST}{FUSED}.{marker}" in tensors for marker in (Mlx.marker, Gptq.marker, Awq.marker))
     return packed or any(FIRST + name in modules for name in apart)
 
 
@@ -59,6 +65,7 @@ class Module:
         transposed: bool = False,
     ) -> None:
         self.shape, self.transposed = shape, transposed
+        self.groups: Groups | None = None  # the form in which kernels compute with it
         self.encoding: Encoding = next((p for p in encodings if f"{name}.{p.marker}" in tensors), FLOATS)
         # A stack of experts is a parameter of its own, without .weight.
         self.names = [name] if name in tensors else [f"{name}.{part}" for part in self.encoding.parts]
@@ -66,9 +73,11 @@ class Module:
         self.infos = [tensors[part] for part in self.names if part in tensors]
         if self.missing:
             return
-        fault = self.encoding.check([info.dtype for info in self.infos], [info.shape for info in self.infos], shape)
+        stored = [info.dtype for info in self.infos], [info.shape for info in self.infos]
+        fault = self.encoding.check(*stored, shape)
         if fault:
             raise ModelError(f"{self.infos[0].file}: {name} {fault.what}", fault.hint)
+        self.groups = self.encoding.groups(*stored, shape)
 
     def values(self, tensors: Sequence[Tensor]) -> Tensor:
         """The matrix out of its stored tensors."""
@@ -77,6 +86,14 @@ class Module:
         except IndexError:
             raise ModelError(f"{self.infos[0].file}: {self.names[0]} names groups that are not there") from None
         return values.t() if self.transposed else values
+
+    def keep(self, tensors: Sequence[Tensor]) -> GroupMatrix:
+        """The matrix in the form of `groups`, by the outputs of its layer."""
+        assert self.groups is not None
+        try:
+            return self.encoding.keep(tensors, self.groups)
+        except ValueError as error:
+            raise ModelError(f"{self.infos[0].file}: {self.names[0]} {error}", "--dtype bfloat16 reads it") from None
 
 
 class UnfusedWeights(CheckpointWeights):
@@ -92,7 +109,9 @@ class UnfusedWeights(CheckpointWeights):
         self.source = files.path
         self.config = files.config
         self._checkpoint = checkpoint
-        self._encodings: tuple[Encoding, ...] = (Gptq(quantization_of(files)), Mlx())  # both have scales
+        settings = quantization_of(files)
+        of_awq = [Awq()] if settings.get("quant_method") == "awq" else []
+        self._encodings: tuple[Encoding, ...] = (Gptq(settings), *of_awq, Mlx())  # all have scales
         found = checkpoint.tensors
         if self.config.n_layers > len(found):  # before a table of that length is made
             raise ModelError(f"{files.path}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
@@ -163,21 +182,26 @@ class UnfusedWeights(CheckpointWeights):
         return tuple(Extent(info.file, info.start, info.nbytes) for info in infos)
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        modules = self._matrices(layer, expert)
+        stored = self._stored(modules, data)
+        matrices = [module.values(tensors) for module, tensors in zip(modules, stored, strict=True)]
+        return FloatExpert(*(matrix.contiguous() for matrix in matrices))
+
+    def _stored(self, modules: Sequence[Module], data: tuple[Tensor, ...] | None) -> Iterator[list[Tensor]]:
+        """The tensors of each module, from the mapped file or out of the bytes of their extents."""
         import torch
 
-        modules, matrices, start = self._matrices(layer, expert), [], 0
+        start = 0
         for module in modules:
             if data is None:
-                tensors = [self._checkpoint.read_part(info) for info in module.infos]
+                yield [self._checkpoint.read_part(info) for info in module.infos]
             else:
                 raws = data[start : start + len(module.infos)]
-                tensors = [
+                yield [
                     raw.view(getattr(torch, TORCH_NAMES[info.dtype])).view(info.shape)
                     for raw, info in zip(raws, module.infos, strict=True)
                 ]
             start += len(module.infos)
-            matrices.append(module.values(tensors).contiguous())
-        return FloatExpert(*matrices)
 
     def _matrices(self, layer: int, expert: int) -> list[Module]:
         """The modules of one expert; a stack's slice is taken for a module."""
@@ -195,6 +219,61 @@ class UnfusedWeights(CheckpointWeights):
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> NoReturn:
         raise ValueError(f"{self.source}: this encoding is no format of the experts' kernels")
+
+    @cached_property
+    def kept(self) -> Format | None:
+        """Bytes a weight in the form in which kernels compute with it; None if some experts become floats."""
+        sizes = {"experts": 0.0, "linear": 0.0, "rest": 0.0}
+        numbers = dict.fromkeys(sizes, 0)
+        forms: Counter[Groups] = Counter()
+        for name, shape in self._shapes.items():
+            if len(shape) == 1 or ".router." in name:
+                continue
+            groups = self._groups(name)
+            part = "experts" if STACK in name else "rest" if name == EMBEDDING else "linear"
+            if part == "experts":
+                # w1 and v1 multiply the same rows, which a form has in an order of its own.
+                if groups is None or (name.endswith(".v1") and groups != self._groups(name[:-2] + "w1")):
+                    return None
+                forms[groups] += prod(shape)
+            sizes[part] += prod(shape) * (groups.bytes_per_weight if groups else self._float_bytes(name))
+            numbers[part] += prod(shape)
+        most = forms.most_common(1)[0][0]
+        return Format(most.name, **{part: sizes[part] / numbers[part] for part in sizes}, kept_as=most.scheme)
+
+    def _groups(self, name: str) -> Groups | None:
+        """The form that a tensor's modules share in which kernels compute with it; w2 by its outputs."""
+        forms = {None if name.endswith(".w2") and not part.transposed else part.groups for part in self._modules[name]}
+        return forms.pop() if len(forms) == 1 else None
+
+    def kept_matrix(self, name: str) -> GroupMatrix | None:
+        """A matrix of attention, the head or the embedding as it is stored; None where it is read as floats."""
+        if self._groups(name) is None:
+            return None
+        parts = [part.keep([self._checkpoint.read(each) for each in part.names]) for part in self._modules[name]]
+        if len(parts) == 1:
+            return parts[0]
+        import torch
+
+        values, scale, offset = (torch.cat(rows) for rows in list(zip(*parts, strict=True))[:3])
+        return parts[0]._replace(values=values, scale=scale, offset=offset)
+
+    def kept_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> KeptExpert:
+        """One expert as it is stored, where `kept` tells sizes; `data` as in `expert`."""
+        modules = self._matrices(layer, expert)
+        stored = self._stored(modules, data)
+        return KeptExpert(*(module.keep(tensors) for module, tensors in zip(modules, stored, strict=True)))
+
+    def read_exactly(self, name: str) -> Tensor:
+        """A tensor in bfloat16 if the file has it so, else in float32."""
+        import torch
+
+        return self.read(name, torch.bfloat16 if self._float_bytes(name) == 2 else torch.float32)
+
+    def _float_bytes(self, name: str) -> int:
+        """Of a number of what is in no groups: the embedding keeps its type, `read_exactly` gives all else."""
+        dtype = self._modules[name][0].infos[0].dtype
+        return 2 if dtype == "BF16" or (dtype == "F16" and name == EMBEDDING) else 4
 
     def dtypes(self) -> Counter[str]:
         counted: Counter[str] = Counter()

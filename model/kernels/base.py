@@ -24,7 +24,7 @@ class LinearKernel(Protocol):
     """A matrix [outputs, inputs] and its product with activations. Stateless: one object serves all matrices."""
 
     name: str  # what `doctor` and `bench` show
-    quantization: str  # a key of `SCHEMES`, `GGUF`, or "none"
+    quantization: str  # a key of `SCHEMES`, one of `KEPT`, or "none"
     group: int  # inputs that share a scale, where the scheme has groups
     dtype: torch.dtype  # of the activations that go in and come out
     keeps_nan: bool  # whether numbers that are not finite come out as such
@@ -37,7 +37,7 @@ class LinearKernel(Protocol):
         """Floats [outputs, inputs] as they are stored, for `load`."""
 
     def load(self, *stored: Any) -> Packed:
-        """From stored matrices: of `GGUF` `BlockMatrix`, of others `QuantizedMatrix`."""
+        """From stored matrices: of `KEPT` `KeptMatrix`, of others `QuantizedMatrix`."""
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Bytes of a packed matrix."""
@@ -59,7 +59,7 @@ class GluExpertKernel(Protocol):
     """One way to hold an expert and to compute with it. Without state of a layer: one object serves them all."""
 
     name: str  # what `doctor` and `bench` show
-    quantization: str  # the stored form that `load` takes, a key of `SCHEMES` or `GGUF`; "none" has no `load`
+    quantization: str  # the stored form that `load` takes, a key of `SCHEMES` or one of `KEPT`; "none" has no `load`
     reads_stored: bool  # packed, an expert is what is stored, where it lies: `pack` and `load` copy nothing
 
     def pack(self, expert: FloatExpert) -> Packed:
@@ -69,7 +69,7 @@ class GluExpertKernel(Protocol):
         """An expert as it is stored."""
 
     def load(self, stored: Any) -> Packed:
-        """From an expert that is stored quantized: of `GGUF` a `BlockExpert`, of others a `QuantizedExpert`."""
+        """From an expert that is stored quantized: of `KEPT` a `KeptExpert`, of others a `QuantizedExpert`."""
 
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
         """Bytes of a packed expert of that size; itemsize: of the floats it is packed from."""

@@ -12,7 +12,7 @@ from ..native.tensors import Experts
 from ..quantization.equalize import equalizer
 from .base import Packed
 from .native_call import ACTIVATIONS, CALL, function, quantize, room
-from .native_gguf import NativeGguf
+from .native_kept import NativeKept
 from .native_linear import NativeLinear
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ class Prepared(NamedTuple):
 class NativeGlu:
     """An expert as its three matrices; nothing is copied that can be read as it lies."""
 
-    reads_stored = True
-
-    def __init__(self, linear: NativeLinear | NativeGguf, activation: str) -> None:
+    def __init__(self, linear: NativeLinear | NativeKept, activation: str) -> None:
         self.linear = linear
+        self.reads_stored = linear.reads_stored
         self.activation = ACTIVATIONS[activation]
         self.name = linear.name
         self.quantization = linear.quantization

@@ -20,6 +20,7 @@ class NativeProducts:
     dtype = torch.float32
     keeps_nan = True
     device = CPU
+    reads_stored = True  # `load` copies nothing
 
     def prepare(self, x: Tensor, inner: bool = False) -> Rows:
         return (x.float().contiguous(),)

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..placement import KernelFacts
-from ..quantization import DENSE, GGUF, SCHEMES, dequantize
+from ..quantization import DENSE, KEPT, SCHEMES, dequantize
 from .base import CPU, GluExpertKernel, LinearKernel, Packed
-from .native_gguf import NativeGguf
 from .native_glu import NativeGlu
+from .native_kept import NativeKept
 from .native_linear import NativeLinear
 from .torch_floats import OneDnnKernel, RowMajorKernel
 from .torch_glu import FloatGlu, LinearsGlu
@@ -25,7 +25,7 @@ from .torch_int8 import SUMMED_QMAX, AtenInt8, FbgemmKernel
 from .torch_plain import PlainKernel
 from .torch_stored import StoredInt8Glu
 
-# The last of each runs everywhere, but that of GGUF's blocks: without it they become floats.
+# The last of each runs everywhere, but those of `KEPT`: without them they become floats.
 KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
     "float32": (partial(NativeLinear, "float32"), partial(OneDnnKernel, torch.float32)),
     "bfloat16": (
@@ -36,7 +36,7 @@ KERNELS: dict[str, tuple[Callable[..., LinearKernel], ...]] = {
     "int8": (partial(NativeLinear, "int8"), FbgemmKernel, partial(FbgemmKernel, SUMMED_QMAX), AtenInt8),
     "int4": (partial(NativeLinear, "int4"), AtenInt4, partial(PlainKernel, "int4")),
     "int3": (partial(NativeLinear, "int3"), partial(PlainKernel, "int3")),
-    GGUF: (NativeGguf,),
+    **{scheme: (partial(NativeKept, scheme),) for scheme in KEPT},
 }
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
@@ -63,7 +63,7 @@ def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearK
 
 def experts_of(linear: LinearKernel, activation: str) -> GluExpertKernel:
     """The kernel of whole experts that lie in memory, for one of matrices."""
-    if isinstance(linear, NativeLinear | NativeGguf):
+    if isinstance(linear, NativeLinear | NativeKept):
         return NativeGlu(linear, activation)
     if linear.device.type == "cuda":
         from .cuda_glu import CudaGlu

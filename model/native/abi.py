@@ -13,10 +13,10 @@ from ctypes import (
     c_int64,
     c_void_p,
 )
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Any
 
-ABI = 4
+ABI = 5
 GEMV_MAX_ROWS = 16
 
 
@@ -24,10 +24,18 @@ class Format(IntEnum):
     """How a matrix's numbers are stored."""
 
     F32, BF16, INT8, INT4, INT3 = range(5)
+    # Groups of inputs: 128 and the bits of a level
+    GROUPS_2, GROUPS_3, GROUPS_4, GROUPS_5, GROUPS_6, GROUPS_8 = 130, 131, 132, 133, 134, 136
     # ggml's blocks: 256 and ggml's number of a type
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 258, 259, 262, 263, 264
     Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = range(266, 271)
     IQ4_NL, IQ4_XS = 276, 279
+
+
+class Ranges(IntFlag):
+    """Of groups of inputs: the type of scale and zero, and whether zero is a zero point."""
+
+    RANGES_BF16, RANGES_F16, RANGES_F32, ZERO_POINTS = 0, 1, 2, 4
 
 
 class Activation(IntEnum):
@@ -43,7 +51,7 @@ class Matrix(Structure):
         ("format", c_int32),
         ("transposed", c_int32),
         ("group", c_int32),
-        ("reserved", c_int32),
+        ("ranges", c_int32),
         ("outputs", c_int64),
         ("inputs", c_int64),
         ("values", c_void_p),

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..quantization import BLOCKS, SCHEMES
-from .abi import Expert, Format, Matrix
+from ..quantization import BLOCKS, GROUP_SIZES, SCHEMES
+from .abi import Expert, Format, Matrix, Ranges
 
 AFFINE = {4: Format.INT4, 3: Format.INT3}  # bits, with a scale and a zero point for each group of inputs
+RANGES = {
+    torch.bfloat16: Ranges.RANGES_BF16,
+    torch.float16: Ranges.RANGES_F16,
+    torch.float32: Ranges.RANGES_F32,
+}
 LARGEST = 2**31 - 1  # of a side; with it no product of sizes leaves 64 bits
 
 
@@ -88,6 +93,31 @@ def block_matrix(values: Tensor, kind: str) -> Matrix:
     at = address(values, torch.uint8, outputs, nbytes)
     found = Matrix(format=Format[kind], outputs=outputs, inputs=inputs, values=at)
     found.parts = (values,)
+    return found
+
+
+def group_matrix(values: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, zero_points: bool) -> Matrix:
+    """A matrix of the parts of a `GroupMatrix`."""
+    outputs, nbytes = values.shape
+    inputs, rest = divmod(nbytes * 8, bits)
+    if rest or group not in GROUP_SIZES or scale.dtype not in RANGES:
+        raise ValueError(
+            f"rows of {nbytes} bytes, {bits} bits a level, groups of {group}, {scale.dtype}: no such format"
+        )
+    if max(outputs, inputs) > LARGEST:
+        raise ValueError(f"a matrix of {outputs} x {inputs} is too large")
+    shape = outputs, -(-inputs // group)
+    found = Matrix(
+        format=Format[f"GROUPS_{bits}"],
+        group=group,
+        ranges=RANGES[scale.dtype] | (Ranges.ZERO_POINTS if zero_points else 0),
+        outputs=outputs,
+        inputs=inputs,
+        values=address(values, torch.uint8, outputs, nbytes),
+        scale=address(scale, scale.dtype, *shape, name="scale"),
+        zero=address(offset, scale.dtype, *shape, name="offset"),
+    )
+    found.parts = values, scale, offset
     return found
 
 

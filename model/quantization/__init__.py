@@ -1,7 +1,8 @@
 """Numbers: what is stored of a matrix in few bits, and how it is fitted to the floats. Products are in `kernels/`.
 
-`SCHEMES` is the only list of the forms that are made here, for checkpoints, plans, kernels and flags; `BLOCKS` that of
-the forms that llama.cpp makes and kernels compute with. Imports without torch.
+`SCHEMES` is the only list of the forms that are made here, for checkpoints, plans, kernels and flags; `KEPT` that of
+forms which other programs make and kernels compute with: `BLOCKS` of llama.cpp, `Groups` of the others. Imports without
+torch.
 """
 
 from __future__ import annotations
@@ -96,14 +97,53 @@ BLOCKS: Mapping[str, Block] = MappingProxyType(
         "IQ4_XS": Block(256, 136),
     }
 )
-GGUF = "gguf"  # the scheme of weights that stay in a GGUF file's blocks, of one type or several
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A form of MLX, GPTQ or AWQ: few bits a weight, scale and offset for each group of an output's inputs."""
+
+    scheme: str
+    bits: int
+    group: int  # inputs, one of `GROUP_SIZES`
+    itemsize: int = 2  # of scale and offset, as they are held
+
+    @classmethod
+    def of(cls, scheme: str, bits: int, inputs: int, itemsize: int) -> Groups | None:
+        """In the largest groups that kernels take of which groups of so many inputs are made up; None without any."""
+        group = next((group for group in reversed(GROUP_SIZES) if inputs % group == 0), None)
+        return cls(scheme, bits, group, itemsize) if group else None
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheme}-{self.bits}bit-g{self.group}"
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.bits / 8 + 2 * self.itemsize / self.group
+
+
+# The schemes of weights that stay as another program packed them: of one type or several.
+KEPT = GGUF, MLX, GPTQ, AWQ = "gguf", "mlx", "gptq", "awq"
+GROUP_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)  # inputs
+GROUP_FORMS: Mapping[str, Groups] = MappingProxyType(
+    {
+        form.name: form
+        for scheme in (MLX, GPTQ, AWQ)
+        for bits in GROUP_BITS
+        for group in GROUP_SIZES
+        for form in [Groups(scheme, bits, group)]
+    }
+)
 DENSE = "int8"  # of attention and head, whatever the experts have
 
 
 def dequantize(scheme: str, matrix: QuantizedMatrix, group: int) -> Tensor:
     """The float32 matrix [outputs, inputs] that is meant, as the scheme's own file here has it."""
     settings = {"group": group} if scheme in SCHEMES and SCHEMES[scheme].groups else {}
-    numbers = import_module(".blocks" if scheme == GGUF else f".{scheme}", __name__)
+    module = ".blocks" if scheme == GGUF else ".groups" if scheme in KEPT else f".{scheme}"
+    numbers = import_module(module, __name__)
     floats: Tensor = numbers.dequantize(matrix, **settings)
     return floats
 

@@ -29,6 +29,7 @@ inline bool fits(int64_t rows, int64_t columns) {
 }
 
 inline bool is_blocks(const dbrx_matrix &m) { return m.format >= DBRX_Q4_0; }
+inline bool is_groups(const dbrx_matrix &m) { return m.format >= DBRX_GROUPS_2 && !is_blocks(m); }
 
 inline void check_blocks(const dbrx_matrix &m) {
     with_blocks(m, [&](auto type) {
@@ -38,10 +39,22 @@ inline void check_blocks(const dbrx_matrix &m) {
     require(!m.transposed, "only matrices of floats can be transposed");
 }
 
+inline void check_groups(const dbrx_matrix &m) {
+    const int bits = m.format - 128;
+    require((2 <= bits && bits <= 6) || bits == 8, "a matrix has an unknown format");
+    require(m.scale && m.zero, "a matrix with groups has no scales, or no zero points");
+    require(m.group == 32 || m.group == 64 || m.group == 128, "groups are 32, 64 or 128 inputs");
+    const int type = m.ranges & ~DBRX_ZERO_POINTS;
+    require(DBRX_RANGES_BF16 <= type && type <= DBRX_RANGES_F32, "scales have an unknown type");
+    require(m.inputs * bits % 8 == 0, "the inputs of a matrix fill no whole bytes");
+    require(!m.transposed, "only matrices of floats can be transposed");
+}
+
 inline void check(const dbrx_matrix &m) {
     require(fits(m.outputs, m.inputs), "a matrix is empty, or too large");
     require(m.values, "a matrix has no values");
     if (is_blocks(m)) return check_blocks(m);
+    if (is_groups(m)) return check_groups(m);
     require(m.format >= DBRX_F32 && m.format <= DBRX_INT3, "a matrix has an unknown format");
     require(!m.transposed || is_float(m), "only matrices of floats can be transposed");
     require(is_float(m) || m.scale, "a quantized matrix has no scales");
@@ -140,7 +153,7 @@ inline void check_step(const dbrx_pool *pool, const dbrx_block *block, int64_t n
 inline void check_rows(const dbrx_pool *pool, const dbrx_matrix *m, const int64_t *rows, int64_t n, const float *to) {
     require(pool && m && rows && to, "a pool, a matrix, numbers of rows and a place for them are needed");
     check(*m);
-    require(is_blocks(*m), "rows are taken of matrices in blocks");
+    require(is_blocks(*m) || is_groups(*m), "rows are taken of matrices that other programs made");
     require(n == 0 || fits(n, m->inputs), "a number of rows is below 0, or too large");
     for (int64_t i = 0; i < n; ++i) require(0 <= rows[i] && rows[i] < m->outputs, "a matrix has no such row");
 }

@@ -310,8 +310,8 @@ DBRX_API int dbrx_rows(dbrx_pool *pool, const dbrx_matrix *matrix, const int64_t
         check_rows(pool, matrix, rows, n, to);
         const Phase phases[] = {{[&] { return n; },
                                  [&](int64_t i, int) {
-                                     with_blocks(*matrix, [&](auto type) {
-                                         Blocks<decltype(type)>::unpack(*matrix, rows[i], to + i * matrix->inputs);
+                                     with_spans(*matrix, [&](auto format) {
+                                         format.unpack(*matrix, rows[i], to + i * matrix->inputs);
                                      });
                                  }}};
         pool->run(phases);

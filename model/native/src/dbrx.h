@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define DBRX_ABI 4           // what `dbrx_abi()` gives; raised with every change of this file
+#define DBRX_ABI 5           // what `dbrx_abi()` gives; raised with every change of this file
 #define DBRX_GEMV_MAX_ROWS 16  // up to so many rows each weight is read once and multiplied where it stands
 
 enum dbrx_format {
@@ -24,6 +24,15 @@ enum dbrx_format {
                     // it in the high half; scale and zero bfloat16 [outputs, ceil(inputs / group)]: (level - zero) * scale
     DBRX_INT3 = 4,  // values uint8_t [outputs, inputs * 3 / 8]: two bits of all inputs, four in a byte, then the third bits,
                     // eight in a byte; the first input in the lowest bits. scale and zero as above
+    // Groups of inputs as MLX, GPTQ and AWQ have them, by 128 and the bits of a level: values uint8_t [outputs, inputs * bits / 8],
+    // levels bit by bit, the first in the lowest bits; scale and zero [outputs, ceil(inputs / group)] as `ranges` says:
+    // scale * level + zero, or scale * (level - zero)
+    DBRX_GROUPS_2 = 130,
+    DBRX_GROUPS_3 = 131,
+    DBRX_GROUPS_4 = 132,
+    DBRX_GROUPS_5 = 133,
+    DBRX_GROUPS_6 = 134,
+    DBRX_GROUPS_8 = 136,
     // ggml's blocks, by 256 and ggml's number of a type: values uint8_t [outputs, bytes of a row] as a GGUF file holds
     // them, in blocks of 32 inputs, or of 256 for those named K and IQ4_XS.
     DBRX_Q4_0 = 258,
@@ -40,14 +49,17 @@ enum dbrx_format {
     DBRX_IQ4_XS = 279,
 };
 
+// Of groups of inputs: the type of scale and zero, and whether zero is a zero point.
+enum dbrx_ranges { DBRX_RANGES_BF16 = 0, DBRX_RANGES_F16 = 1, DBRX_RANGES_F32 = 2, DBRX_ZERO_POINTS = 4 };
+
 enum dbrx_activation { DBRX_SILU = 0, DBRX_GELU = 1, DBRX_RELU = 2 };  // gelu: the exact one, with erf
 
 // A matrix [outputs, inputs] as it lies in memory, which may be a mapped file.
 typedef struct {
     int32_t format;      // dbrx_format
     int32_t transposed;  // floats only: values are [inputs, outputs], as a checkpoint stores w2
-    int32_t group;       // of int4 and int3: inputs that share scale and zero point; else 0
-    int32_t reserved;
+    int32_t group;       // inputs that share scale and zero point, of formats that have groups; else 0
+    int32_t ranges;      // dbrx_ranges: one of the first three, and maybe the last
     int64_t outputs, inputs;
     const void *values, *scale, *zero;
 } dbrx_matrix;
@@ -125,7 +137,7 @@ int dbrx_step(dbrx_pool *pool, const dbrx_block *blocks, int32_t count, int64_t 
 int dbrx_head(dbrx_pool *pool, const float *norm, float eps, const dbrx_matrix *head, const float *x, int64_t n,
               float *logits);
 
-// to [n, inputs] = some rows of a matrix in ggml's blocks, as floats.
+// to [n, inputs] = some rows of a matrix that another program made (`DBRX_GROUPS_2` and those behind it), as floats.
 int dbrx_rows(dbrx_pool *pool, const dbrx_matrix *matrix, const int64_t *rows, int64_t n, float *to);
 
 // Floats [outputs, inputs] of a DBRX_F32 or DBRX_BF16 matrix (transposed ones too) -> the parts of an int8, int4 or int3 one,

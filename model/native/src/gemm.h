@@ -1,6 +1,6 @@
 // Products of many rows: a panel of weights is unpacked in cache, and meets all rows there.
 #pragma once
-#include "gemm_blocks.h"
+#include "gemm_spans.h"
 #include "gemv.h"
 
 namespace dbrx {
@@ -157,7 +157,7 @@ auto with_gemm(const dbrx_matrix &m, F f) {
         case DBRX_INT8: return f(Gemm<DBRX_INT8>{});
         case DBRX_INT4: return f(Gemm<DBRX_INT4>{});
         case DBRX_INT3: return f(Gemm<DBRX_INT3>{});
-        default: return with_blocks(m, [&](auto type) { return f(BlockGemm<decltype(type)>{}); });
+        default: return with_spans(m, [&](auto format) { return f(SpanGemm<decltype(format)>{}); });
     }
 }
 

@@ -5,6 +5,7 @@
 #include "formats/blocks.h"
 #include "formats/floats.h"
 #include "formats/affine.h"
+#include "formats/groups.h"
 #include "formats/int8.h"
 #include "pool.h"
 
@@ -13,6 +14,13 @@ namespace dbrx {
 constexpr int MAX_ROWS = DBRX_GEMV_MAX_ROWS;
 constexpr int64_t PIECE_BYTES = 256 * 1024;  // of weights, that a thread takes at once
 constexpr int PLACES = 4;                   // of a matrix that a core reads side by side: of one it has too few bytes under way
+
+// f(format) with the `Spans` of a matrix that other programs made.
+template <class F>
+auto with_spans(const dbrx_matrix &m, F f) {
+    if (m.format < DBRX_Q4_0) return with_groups(m, f);
+    return with_blocks(m, [&](auto type) { return f(Spans<BlockSpan<decltype(type)>>{}); });
+}
 
 // f(format) with the struct of formats/ that reads such a matrix.
 template <class F>
@@ -23,7 +31,7 @@ auto with_format(const dbrx_matrix &m, F f) {
         case DBRX_INT8: return f(Int8{});
         case DBRX_INT3: return f(Affine<3, 128>{});
         case DBRX_INT4: break;
-        default: return with_blocks(m, [&](auto type) { return f(Blocks<decltype(type)>{}); });
+        default: return with_spans(m, f);
     }
     switch (m.group) {
         case 32: return f(Affine<4, 32>{});

@@ -30,6 +30,9 @@ uint16_t cut(float value) {  // to bfloat16, towards zero
     return uint16_t(bits >> 16);
 }
 
+// The float of 16 bits that is the same, of magnitudes from 2^-14 to 65,504.
+uint16_t half(uint16_t bf16) { return uint16_t((bf16 & 0x8000) | ((bf16 & 0x7fff) * 8 - ((127 - 15) << 10))); }
+
 // Number i of a stream: SplitMix64's mixing of a counter, so that numpy makes a whole stream at once.
 uint64_t random(uint64_t stream, int64_t i) {
     uint64_t z = ((stream << 32) + uint64_t(i) + 1) * 0x9e3779b97f4a7c15u;
@@ -108,16 +111,19 @@ class Reader {
 // ---- matrices
 
 struct Shape {
-    int32_t format, transposed, group;
+    int32_t format, transposed, group, ranges;
     int64_t outputs, inputs;
 
     static Shape read(Reader &from) {
-        const int32_t format = from.number(), transposed = from.number(), group = from.number();
+        const int32_t format = from.number(), transposed = from.number(), group = from.number(), ranges = from.number();
         const int64_t outputs = from.number();
-        return {format, transposed, group, outputs, from.number()};
+        return {format, transposed, group, ranges, outputs, from.number()};
     }
     int64_t numbers() const { return outputs * inputs; }
-    int bits() const { return format == DBRX_INT4 ? 4 : format == DBRX_INT3 ? 3 : 0; }  // of levels
+    bool is_groups() const { return DBRX_GROUPS_2 <= format && format <= DBRX_GROUPS_8; }
+    int bits() const { return is_groups() ? format - 128 : format == DBRX_INT4 ? 4 : format == DBRX_INT3 ? 3 : 0; }  // of levels
+    bool has_biases() const { return is_groups() && !(ranges & DBRX_ZERO_POINTS); }
+    bool has_wide_ranges() const { return is_groups() && ranges & DBRX_RANGES_F32; }
     int64_t groups() const { return group ? (inputs + group - 1) / group : 0; }
 };
 
@@ -147,6 +153,7 @@ struct Matrix {
     Buffer<uint8_t> bytes;  // of int8 too
     Floats scale;
     Buffer<uint16_t> scales, zeros;
+    Floats wide_scales, wide_zeros;
     dbrx_matrix is;
 
     explicit Matrix(const Shape &s)
@@ -155,14 +162,17 @@ struct Matrix {
           bf16(s.format == DBRX_BF16 ? s.numbers() : 0),
           bytes(bytes_of(s)),
           scale(s.format == DBRX_INT8 ? s.outputs : 0),
-          scales(s.outputs * s.groups()),
-          zeros(s.outputs * s.groups()),
-          is{s.format, s.transposed, s.group, 0, s.outputs, s.inputs, nullptr, nullptr, nullptr} {
+          scales(s.has_wide_ranges() ? 0 : s.outputs * s.groups()),
+          zeros(scales.size()),
+          wide_scales(s.has_wide_ranges() ? s.outputs * s.groups() : 0),
+          wide_zeros(wide_scales.size()),
+          is{s.format, s.transposed, s.group, s.ranges, s.outputs, s.inputs, nullptr, nullptr, nullptr} {
         if (s.format == DBRX_F32) is.values = f32.data();
         if (s.format == DBRX_BF16) is.values = bf16.data();
         if (blocks_of(s.format)) is.values = bytes.data();
         if (s.format == DBRX_INT8) is.values = bytes.data(), is.scale = scale.data();
         if (s.bits()) is.values = bytes.data(), is.scale = scales.data(), is.zero = zeros.data();
+        if (s.has_wide_ranges()) is.scale = wide_scales.data(), is.zero = wide_zeros.data();
     }
 
     Matrix(const Shape &s, uint64_t stream) : Matrix(s) {
@@ -173,9 +183,14 @@ struct Matrix {
             for (int64_t block = 0; block < bytes.size(); block += b->bytes)
                 for (const int half : b->halves) bytes[block + half + 1] = (bytes[block + half + 1] & 0x83) | 0x24;
         for (int64_t i = 0; i < scale.size(); ++i) scale[i] = (2.0f + uniform(stream + 1, i)) / 256.0f;
-        for (int64_t i = 0; i < scales.size(); ++i) scales[i] = cut((2.0f + uniform(stream + 1, i)) / 16.0f);
         const float middle = float(1 << s.bits()) / 2;
-        for (int64_t i = 0; i < zeros.size(); ++i) zeros[i] = cut(middle + middle / 2 * uniform(stream + 2, i));
+        for (int64_t i = 0; i < s.outputs * s.groups(); ++i) {
+            const uint16_t scale_of = cut((2.0f + uniform(stream + 1, i)) / 16.0f);
+            const uint16_t zero_of = cut((middle + middle / 2 * uniform(stream + 2, i)) * (s.has_biases() ? -1.0f / 8 : 1));
+            if (s.has_wide_ranges()) wide_scales[i] = widened(scale_of), wide_zeros[i] = widened(zero_of);
+            else if (s.is_groups() && s.ranges & DBRX_RANGES_F16) scales[i] = half(scale_of), zeros[i] = half(zero_of);
+            else scales[i] = scale_of, zeros[i] = zero_of;
+        }
     }
 
     static int64_t bytes_of(const Shape &s) {
@@ -188,7 +203,7 @@ struct Matrix {
         return {shape, uint64_t(from.number())};
     }
 
-    int level(int64_t output, int64_t input) {
+    int level(int64_t output, int64_t input) {  // of int4 and int3
         if (shape.format == DBRX_INT4) return (bytes[(output * shape.inputs + input) / 2] >> (input % 2 * 4)) & 15;
         const int64_t row = output * shape.inputs * 3 / 8;
         const int low = (bytes[row + input / 4] >> (input % 4 * 2)) & 3;

@@ -106,7 +106,8 @@ struct Shorts {  // 16 of 16 bits
     static Shorts widen(const int8_t *at) {
         return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)))};
     }
-    static Shorts load(const int16_t *at) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))}; }
+    static Shorts load(const void *at) { return {_mm256_loadu_si256(static_cast<const __m256i *>(at))}; }
+    void store(int16_t *at) const { _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), v); }
 };
 constexpr int ROWS_AT_ONCE = 4;  // activation rows that meet a weight in registers
 // 16 weights, or 32, for products: where it is fewer instructions, the even ones before the odd ones. What they are
@@ -197,6 +198,45 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
 #endif
 }
 
+// `bits` of each, from bit `first` on.
+DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
+    const __m256i moved = _mm256_srli_epi16(words.v, first);
+    return {first + bits == 16 ? moved : _mm256_and_si256(moved, _mm256_set1_epi16(short((1 << bits) - 1)))};
+}
+// Products of N times 16 numbers: lane i sums those of the i-th pair of each 16.
+template <int N>
+DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
+    Ints sums{_mm256_madd_epi16(w[0].v, Shorts::load(x).v)};
+    for (int i = 1; i < N; ++i) sums = multiply_add(w[i], Shorts::load(x + 16 * i), sums);
+    return sums;
+}
+// The first 2, 4 or 8 numbers at a place, as lanes: floats; floats of 16 bits, or bfloat16.
+DBRX_INLINE Floats first_floats(const uint8_t *at, int count) {
+    if (count == 8) return Floats::load(reinterpret_cast<const float *>(at));
+    const __m128i some = count == 4 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(at)) : _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at));
+    return {_mm256_castps128_ps256(_mm_castsi128_ps(some))};
+}
+DBRX_INLINE Floats first_halves(const uint8_t *at, int count, bool is_half) {
+    int32_t two;
+    std::memcpy(&two, at, 4);
+    const __m128i words = count == 8 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(at))
+                          : count == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at)) : _mm_cvtsi32_si128(two);
+    if (is_half) return {_mm256_cvtph_ps(words)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
+}
+// Lanes 0 0 1 1 2 2 3 3 for 2 times, and so on.
+DBRX_INLINE Floats spread(Floats a, int times) {
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_permutevar8x32_ps(a.v, _mm256_srli_epi32(place, times / 2))};
+}
+// The same of numbers at a place, 8 / TIMES of them.
+template <int TIMES>
+DBRX_INLINE Floats repeated(const float *at) {
+    if constexpr (TIMES == 8) return Floats::all(*at);
+    if constexpr (TIMES == 4) return halves(at[0], at[1]);
+    return spread({_mm256_castps128_ps256(_mm_loadu_ps(at))}, TIMES);
+}
+
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 struct Floats {
@@ -248,7 +288,11 @@ struct Shorts {
         const int8x16_t bytes = vld1q_s8(at);
         return {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
     }
-    static Shorts load(const int16_t *at) { return {vld1q_s16(at), vld1q_s16(at + 8)}; }
+    static Shorts load(const void *at) {
+        const uint8_t *bytes = static_cast<const uint8_t *>(at);
+        return {vreinterpretq_s16_u8(vld1q_u8(bytes)), vreinterpretq_s16_u8(vld1q_u8(bytes + 16))};
+    }
+    void store(int16_t *at) const { vst1q_s16(at, lo), vst1q_s16(at + 8, hi); }
 };
 constexpr int ROWS_AT_ONCE = 3;
 constexpr bool EVEN_FIRST = false;
@@ -313,6 +357,25 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
     };
     return {sixteen(w[0], Shorts::load(x)), sixteen(w[1], Shorts::load(x + 16))};
 }
+DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
+    const auto moved = [=](int16x8_t of) {
+        const uint16x8_t down = vshlq_u16(vreinterpretq_u16_s16(of), vdupq_n_s16(int16_t(-first)));
+        return vreinterpretq_s16_u16(vandq_u16(down, vdupq_n_u16(uint16_t((1 << bits) - 1))));
+    };
+    return {moved(words.lo), moved(words.hi)};
+}
+template <int N>
+DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
+    int32x4_t sums[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
+    for (int i = 0; i < N; ++i) {
+        const Shorts with = Shorts::load(x + 16 * i);
+        sums[0] = vmlal_s16(sums[0], vget_low_s16(w[i].lo), vget_low_s16(with.lo));
+        sums[1] = vmlal_high_s16(sums[1], w[i].lo, with.lo);
+        sums[2] = vmlal_s16(sums[2], vget_low_s16(w[i].hi), vget_low_s16(with.hi));
+        sums[3] = vmlal_high_s16(sums[3], w[i].hi, with.hi);
+    }
+    return {vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])};
+}
 
 #else
 
@@ -361,11 +424,12 @@ struct Shorts {
         for (int i = 0; i < 16; ++i) out.v[i] = at[i];
         return out;
     }
-    static Shorts load(const int16_t *at) {
+    static Shorts load(const void *at) {
         Shorts out;
         std::memcpy(out.v, at, sizeof out.v);
         return out;
     }
+    void store(int16_t *at) const { std::memcpy(at, v, sizeof v); }
 };
 constexpr int ROWS_AT_ONCE = 1;  // no vectors, so nothing is saved by more
 constexpr bool EVEN_FIRST = false;
@@ -420,9 +484,46 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
     return sums;
 }
 
+DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
+    for (int16_t &word : words.v) word = int16_t(uint16_t(word) >> first & ((1 << bits) - 1));
+    return words;
+}
+template <int N>
+DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
+    Ints sums = Ints::zero();
+    for (int i = 0; i < 16 * N; ++i) sums.v[i % 16 / 2] += w[i / 16].v[i % 16] * x[i];
+    return sums;
+}
+
 #endif
 
 #if !defined(__AVX2__)
+template <int TIMES>
+DBRX_INLINE Floats repeated(const float *at) {
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = at[i / TIMES];
+    return Floats::load(each);
+}
+DBRX_INLINE Floats spread(Floats a, int times) {
+    float before[LANES], each[LANES];
+    a.store(before);
+    for (int i = 0; i < LANES; ++i) each[i] = before[i / times];
+    return Floats::load(each);
+}
+DBRX_INLINE Floats first_floats(const uint8_t *at, int count) {
+    float each[LANES] = {};
+    std::memcpy(each, at, size_t(count) * 4);
+    return Floats::load(each);
+}
+DBRX_INLINE Floats first_halves(const uint8_t *at, int count, bool is_half) {
+    float each[LANES] = {};
+    for (int i = 0; i < count; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, at + 2 * i, 2);
+        each[i] = is_half ? half(at + 2 * i) : widen(bits);
+    }
+    return Floats::load(each);
+}
 DBRX_INLINE Floats eight_bytes(uint64_t bytes) {
     float each[LANES];
     for (int i = 0; i < LANES; ++i) each[i] = float(bytes >> 8 * i & 255);

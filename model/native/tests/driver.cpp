@@ -69,6 +69,8 @@ void replay(const Library &lib, const std::string &vectors, int threads) {
 
 constexpr int32_t D = 64, HIDDEN = 96, EXPERTS = 3, TOP_K = 2, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 16, ROWS = 16;
 
+bool has_groups(int32_t format) { return format == DBRX_INT4 || format == DBRX_GROUPS_3 || format == DBRX_GROUPS_4; }
+
 struct Matrix {
     std::vector<unsigned char> values;
     std::vector<float> scale;
@@ -78,7 +80,7 @@ struct Matrix {
     Matrix(int32_t format, int64_t outputs, int64_t inputs)
         : values(size_t(outputs * inputs) * 4), scale(size_t(outputs), 0.01f),
           scales(size_t(outputs * inputs), 0x3c00), zeros(size_t(outputs * inputs), 0x4100),  // 2^-7 and 8 in bfloat16
-          is{format, 0, format == DBRX_INT4 ? 32 : format == DBRX_INT3 ? 128 : 0, 0, outputs, inputs, values.data(), nullptr, nullptr} {
+          is{format, 0, has_groups(format) ? 32 : format == DBRX_INT3 ? 128 : 0, 0, outputs, inputs, values.data(), nullptr, nullptr} {
         for (size_t i = 0; i < values.size(); ++i) values[i] = (unsigned char)(i * 37 % 251);
         if (format == DBRX_F32 || format == DBRX_BF16)  // the upper bytes of a number near 1
             for (size_t step = format == DBRX_F32 ? 4 : 2, i = step - 1; i < values.size(); i += step)
@@ -117,7 +119,7 @@ struct Network {
 // What is computed for a row depends neither on the rows beside it nor on the number of threads.
 void rows_alone(const Library &lib) {
     dbrx_pool *one = lib.pool_create(1), *three = lib.pool_create(3);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_Q4_1}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_GROUPS_3, DBRX_GROUPS_4, DBRX_Q4_1}) {
         Network net(format);
         std::vector<float> together(ROWS * D), alone(ROWS * D);
         const auto same = [&](const char *what) {
@@ -188,6 +190,10 @@ struct Wrong {
                 wrong("an odd group", [=](dbrx_matrix &m) { m.group = group; });
             wrong("odd inputs", [](dbrx_matrix &m) { m.inputs = 63; });
         }
+        if (net.format == DBRX_GROUPS_4) {
+            wrong("levels of 7 bits", [](dbrx_matrix &m) { m.format = 128 + 7; });
+            wrong("scales of an unknown type", [](dbrx_matrix &m) { m.ranges = 3; });
+        }
         refused("odd sizes", [](Network &n) { n.out_proj.is.outputs = 7, n.out_proj.is.inputs = 34; }, call, true);
     }
 
@@ -218,7 +224,7 @@ struct Wrong {
                 return lib.rows(p, m ? &net.out_proj.is : nullptr, &id, n, to ? net.out.data() : nullptr);
             }, may);
         };
-        const bool may = net.format == DBRX_Q4_1;
+        const bool may = net.format >= DBRX_GROUPS_2;
         take("a row", pool, true, D - 1, 1, true, may);
         take("no row", pool, true, 0, 0, true, may);
         take("a row behind the last", pool, true, D, 1, true);
@@ -415,7 +421,7 @@ int main(int argc, char **argv) {
     beside.join();
     rows_alone(lib);
     dbrx_pool *pool = lib.pool_create(2);
-    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_Q4_1}) {
+    for (const int32_t format : {DBRX_F32, DBRX_BF16, DBRX_INT8, DBRX_INT4, DBRX_INT3, DBRX_GROUPS_3, DBRX_GROUPS_4, DBRX_Q4_1}) {
         Wrong wrong{lib, pool, Network(format)};
         wrong.matrices(), wrong.products(), wrong.rows(), wrong.experts(), wrong.steps(), wrong.quantizing();
     }

@@ -1,15 +1,15 @@
-// Products of many rows with weights in ggml's blocks: spans of a panel of outputs are unpacked in cache, and meet all rows.
+// Products of many rows with weights that are read in spans: those of a panel of outputs are unpacked in cache, and meet all rows.
 //
 // Where integers are multiplied faster, a span of 256 weights of an output, and one of a row, are rounded to 16 bits with a
 // scale of their own, and what a span gives becomes a float before the next one: all in all that errs by 1 in 7,000.
 #pragma once
-#include "formats/blocks.h"
+#include "formats/spans.h"
 #include "panel.h"
 
 namespace dbrx {
 
-// What is the same for all types.
-class BlockProducts {
+// What is the same for all formats.
+class SpanProducts {
   public:
 #if defined(__AVX2__) || defined(DBRX_EMULATE)
     using Dot = ShortDot;
@@ -95,8 +95,8 @@ class BlockProducts {
     }
 };
 
-template <class Type>
-class BlockGemm : public BlockProducts {
+template <class Format>
+class SpanGemm : public SpanProducts {
   public:
     // Prepared rows times outputs first .. last - 1: write(i, output, count, values) for each row i and panel.
     static void run(const dbrx_matrix &m, const std::byte *const *x, int64_t n, int64_t first, int64_t last,
@@ -107,11 +107,9 @@ class BlockGemm : public BlockProducts {
 
   private:
     static void fill(Panel &panel, const dbrx_matrix &m, int64_t output, int count, int64_t index) {
-        Span<Type> span;
         alignas(64) float weights[SPAN];
         for (int o = 0; o < count; ++o) {
-            span.open(static_cast<const uint8_t *>(m.values) + (output + o) * Blocks<Type>::row_bytes(m), m.inputs, index);
-            span.unpack(weights);
+            Format::unpack_span(m, output + o, index, weights);
             panel.step[o] = round_span(weights, SPAN, panel.rows[o]);
         }
     }

@@ -1,0 +1,112 @@
+// What formats share that are read in spans of 256 inputs, with levels of 8 bits at most and activations of 16: ggml's
+// blocks (blocks.h), and the groups of MLX, GPTQ and AWQ (groups.h).
+//
+// Activations have a scale for each span, so rounding errs by 1 in 40,000 (root mean square) of numbers that are alike. A
+// sum of 128 products with levels up to 255 and activations up to 32,767 is below 2^31; it becomes a float before it meets
+// its scale.
+#pragma once
+#include <cstddef>
+
+#include "../activations.h"
+
+namespace dbrx {
+
+constexpr int SPAN = 256;  // inputs
+
+inline int64_t spans(int64_t inputs) { return (inputs + SPAN - 1) / SPAN; }
+
+struct SpanActivations {  // zeros behind the last input
+    int16_t x[SPAN];      // in the order in which a format's levels come apart
+    float less_of_32[SPAN / 32], less_of_16[SPAN / 16];  // minus the sums of x, for minima
+    float scale;
+    float unused[7];
+};
+
+// Activations, the same for all formats but for their order.
+struct SpanRows {
+    static int64_t prepared_bytes(int64_t inputs) { return spans(inputs) * int64_t(sizeof(SpanActivations)); }
+
+  protected:
+    static void prepare_span(const float *x, int64_t inputs, SpanActivations &out) {
+        const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
+        const Floats inverse = Floats::all(32766 / most);
+        int64_t i = 0;
+        for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse, out.x + i);
+        std::fill(out.x + i, out.x + SPAN, int16_t(0));
+        for (int g = 0; g < SPAN / 16; ++g) {
+            int32_t total = 0;
+            for (int j = 0; j < 16; ++j) total += out.x[16 * g + j];
+            out.less_of_16[g] = float(-total);
+        }
+        for (int g = 0; g < SPAN / 32; ++g) out.less_of_32[g] = out.less_of_16[2 * g] + out.less_of_16[2 * g + 1];
+        out.scale = most / 32766;
+    }
+};
+
+// Span: `open` one of an output; then, chunk by chunk, its `weights` as Shorts, to `multiply` with as many activations, and the
+// `scales` of the lanes that this gives. `less` is what minima add up to; `unpack` gives the weights themselves.
+template <class Span>
+struct Spans : SpanRows {
+    static constexpr int AT_ONCE = 2;  // outputs whose products share a loop: with four, scales leave no registers
+    static int64_t row_bytes(const dbrx_matrix &m) { return Span::row_bytes(m); }
+
+    static void prepare(const float *x, int64_t inputs, std::byte *to) {
+        SpanActivations *out = reinterpret_cast<SpanActivations *>(to);
+        for (int64_t start = 0; start < inputs; start += SPAN, ++out) {
+            prepare_span(x + start, std::min<int64_t>(SPAN, inputs - start), *out);
+            Span::order(out->x);
+        }
+    }
+
+    // The 256 weights of a span, as the programs dequantize them that made the file, to the bit.
+    static void unpack_span(const dbrx_matrix &m, int64_t output, int64_t index, float *out) {
+        Span span;
+        span.open(m, output, index);
+        span.unpack(out);
+    }
+    static void unpack(const dbrx_matrix &m, int64_t output, float *to) {
+        float weights[SPAN];
+        for (int64_t s = 0; s < spans(m.inputs); ++s) {
+            unpack_span(m, output, s, weights);
+            std::copy_n(weights, std::min<int64_t>(SPAN, m.inputs - s * SPAN), to + s * SPAN);
+        }
+    }
+
+    template <int W, int R>
+    static void dot(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, float (&y)[W][R]) {
+        Floats sums[W][R];
+        for (auto &row : sums)
+            for (Floats &one : row) one = Floats::all(0);
+        for (int64_t s = 0; s < spans(m.inputs); ++s) add<W, R>(m, outputs, x, s, sums);
+        for (int w = 0; w < W; ++w)
+            for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);
+    }
+
+  private:
+    template <int W, int R>
+    static DBRX_INLINE void add(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, int64_t index,
+                                Floats (&sums)[W][R]) {
+        const SpanActivations *of[R];
+        for (int r = 0; r < R; ++r) of[r] = reinterpret_cast<const SpanActivations *>(x[r]) + index;
+        Span span[W];
+        Floats found[W][R];
+        for (int w = 0; w < W; ++w) {
+            span[w].open(m, outputs[w], index);
+            for (int64_t line = 0; line < Span::BYTES; line += 64) read_ahead(span[w].at + line);
+            for (int r = 0; r < R; ++r) found[w][r] = span[w].less(*of[r]);
+        }
+#pragma GCC unroll 8
+        for (int chunk = 0; chunk < SPAN / Span::CHUNK; ++chunk)
+            for (int w = 0; w < W; ++w) {
+                Shorts weights[Span::CHUNK / 16];
+                span[w].weights(chunk, weights);
+                const Floats scale = span[w].scales(chunk);
+                for (int r = 0; r < R; ++r)
+                    found[w][r] = fma(to_floats(Span::multiply(weights, of[r]->x + chunk * Span::CHUNK)), scale, found[w][r]);
+            }
+        for (int w = 0; w < W; ++w)
+            for (int r = 0; r < R; ++r) sums[w][r] = fma(found[w][r], Floats::all(of[r]->scale), sums[w][r]);
+    }
+};
+
+}  // namespace dbrx
