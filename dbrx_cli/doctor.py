@@ -354,6 +354,8 @@ def network_checks() -> Iterator[Check]:
     for device in found:
         yield from attention(device)
     yield from _guarded("kernels", kernels)
+    for device in (each for each in found if each.type == "cuda"):
+        yield from _guarded(f"kernels on {device}", partial(card_kernels, device))
 
 
 def torch_build() -> Iterator[Check]:
@@ -422,3 +424,26 @@ def kernels() -> Iterator[Check]:
     kinds = probe()
     named = (name if name.startswith(kind) else f"{kind} by {name}" for kind, name in kinds.items())
     yield Check("kernels", "ok", ", ".join(named), facts=dict(kinds))
+
+
+def card_kernels(device: torch.device) -> Iterator[Check]:
+    """Whether each kernel in Triton computes on a card what plain PyTorch does; the first time they are compiled."""
+    from model.kernels import has_triton
+
+    title = f"kernels on {device}"
+    if not has_triton(device):
+        text = "no --quantize there: its kernels need Triton and compute capability 8.0 (Ampere) or newer"
+        yield Check(title, "note", text)
+        return
+    from model.kernels.cuda_check import compare
+
+    found = list(compare(device))
+    facts = {each.kernels: each.error for each in found}
+    if wrong := [each for each in found if not each.agrees]:
+        off = ", ".join(f"{each.kernels} off by {each.error:.2g} of the largest number" for each in wrong)
+        hint = "compute in floats (--quantize none), or with another build of torch and triton"
+        yield Check(title, "problem", f"wrong numbers: {off}", hint, 1, facts)
+    else:
+        worst = max(each.error for each in found)
+        text = f"each computes what plain PyTorch does (difference {worst:.0e} of the largest number)"
+        yield Check(title, "ok", text, facts=facts)

@@ -19,7 +19,7 @@ from model import DbrxForCausalLM, packing
 from model.checkpoint import expected_tensors
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
-from model.kernels import cuda_block, cuda_glu, cuda_linear
+from model.kernels import cuda_block, cuda_check, cuda_glu, cuda_linear
 from model.kernels.cuda_block import CudaBlocks, decode_on_card
 from model.kernels.cuda_glu import CudaGlu
 from model.kernels.cuda_linear import CudaLinear, Tile
@@ -295,6 +295,19 @@ def test_a_step_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             assert cache.lengths == [2, 38, 65]
     agree(logits[0], logits[1].double())
     agree(routers[0], routers[1].double())
+
+
+def test_what_doctor_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel that there is, and a constant that is wrong in one of them shows."""
+    found = list(cuda_check.compare(torch.device(DEVICE)))
+    assert all(each.agrees for each in found), found
+    there = {
+        name for module in (cuda_block, cuda_glu, cuda_linear) for name in vars(module) if name.endswith("_kernel")
+    }
+    said = " ".join(each.kernels for each in found).replace(",", "").split()
+    assert len(there) == 9 and {name.removesuffix("_kernel") for name in there} <= {*said}
+    monkeypatch.setattr(cuda_block, "EPS", 0.1)
+    assert not cuda_check._step(torch.device(DEVICE), torch.Generator().manual_seed(0)).agrees
 
 
 @pytest.mark.soak

@@ -281,6 +281,27 @@ def test_what_breaks_in_one_check_hides_no_other(
     assert whole.keys() - found.keys() == lost  # on which devices would it be tried?
 
 
+def test_kernels_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a card says nothing of them; what is compared, tests/interpreted_kernels.py runs."""
+    pytest.importorskip("triton")
+    from model.kernels.cuda_check import Compared
+
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr("model.kernels.has_triton", lambda device: False)
+    (old,) = doctor.card_kernels(card)
+    assert old.state == "note" and "8.0" in old.text
+    assert torch.cuda.is_available() or not any("on cuda" in check.name for check in doctor.network_checks())
+    monkeypatch.setattr("model.kernels.has_triton", lambda device: True)
+    found = [Compared("gemv of int4", 1e-6, 1e-4), Compared("router", 2e-5, 1e-4)]
+    monkeypatch.setattr("model.kernels.cuda_check.compare", lambda device: iter(found))
+    (right,) = doctor.card_kernels(card)
+    assert right.state == "ok" and right.name == "kernels on cuda:0" and "difference 2e-05" in right.text
+    found.append(Compared("down of int8", float("nan"), 1e-4))
+    (wrong,) = doctor.card_kernels(card)
+    assert (wrong.state, wrong.exit_code) == ("problem", 1) and wrong.hint
+    assert "down of int8 off by nan" in wrong.text and "gemv" not in wrong.text
+
+
 def test_no_two_dimensions_of_the_golden_network_are_equal() -> None:
     """A shape that fits by luck hides a mix-up."""
     shapes = [shape for weight in golden.make_weights().values() if len(shape := weight.shape) == 2]

@@ -53,9 +53,14 @@ def choose(name: str, group: int | None = None, device: torch.device = CPU) -> L
     return next((kernel for build in found if not fault(kernel := build(**settings))), None)
 
 
-def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearKernel]]:
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton can be compiled for a device."""
     there = find_spec("triton") is not None and device.type == "cuda"
-    if there and SCHEMES[name].on_cards and torch.cuda.get_device_capability(device) >= OLDEST:
+    return there and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearKernel]]:
+    if has_triton(device) and SCHEMES[name].on_cards:
         from .cuda_linear import CudaLinear
 
         yield partial(CudaLinear, name, device=device)
