@@ -145,9 +145,8 @@ def _place(plan: LoadPlan) -> str:
     used = {layer.device for layer in plan.layers}
     if used == {"cpu"}:
         return "the CPU's memory"
-    if plan.on_cpu:
-        return "one GPU and the CPU's memory"
-    return "on one GPU" if len(used) == 1 else f"on {len(used)} GPUs"
+    gpus = "one GPU" if len(used) == 1 else f"{len(used)} GPUs"
+    return f"{gpus} and the CPU's memory" if plan.on_cpu else f"on {gpus}"
 
 
 def seconds(value: float) -> str:

@@ -78,7 +78,7 @@ class DbrxForCausalLM(nn.Module):
             "kernels": self.kernels.name if self.kernels else "float",
             "graph": getattr(self.transformer.at_once, "graph", "none"),
             "experts": dict(plan.experts_by_place),
-            "bus_bytes": {"down": bus.down, "up": bus.up} if bus else None,
+            "bus_bytes": {"down": bus.down, "up": bus.up, "weights": bus.weights} if bus else None,
         }
 
     def __getattr__(self, name: str) -> Any:

@@ -92,20 +92,48 @@ def _stream(plan: LoadPlan, stored: Stored, options: LoadOptions, home: Device, 
 
 
 def _beside(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
-    """All on one GPU but the experts that find no room: the CPU has these, as many of each layer."""
-    parts, (card,) = plan.sizes, plan.machine.gpus
-    n, every, left = parts.n_layers, parts.n_layers * parts.n_experts, _left(plan, card) // parts.expert
-    here = every if left >= every else max(0, left - ARRIVING)
-    away = (every - here) * parts.expert
-    if left < 0 or away > plan.machine.cpu.memory or (away and options.offload == "none"):
+    """All on GPUs but the experts that find no room: as few GPUs as leave the fewest of them to the CPU."""
+    largest = sorted(plan.machine.gpus, key=lambda gpu: -gpu.memory)
+    some = (largest[: count + 1] for count in range(len(largest)))
+    tried = [_over(plan, [gpu for gpu in plan.machine.gpus if gpu in each], options) for each in some]
+    return min(tried, key=lambda each: (not each.runs, each.on_cpu))
+
+
+def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
+    """Whole layers over these GPUs, in order; the experts that find no room there with the CPU, as many of each layer.
+
+    If there are some, a prompt is read in longer steps, since experts come over the bus for each.
+    """
+    parts, n, first, last = plan.sizes, plan.sizes.n_layers, gpus[0].name, gpus[-1].name
+    beside = parts.dense + parts.kv * capacity(plan.context)
+    ends = dict.fromkeys((gpu.name for gpu in gpus), 0)
+    ends[first] += parts.embedding
+    ends[last] += parts.head
+    rooms = {gpu.name: gpu.memory - parts.buffers - ends[gpu.name] for gpu in gpus}
+    counts, away = _fill(rooms, beside + parts.experts, n, evenly=True), dict.fromkeys(rooms, 0)
+    if sum(counts.values()) < n:
+        longer = STREAMED_CHUNK // plan.chunk
+        plan = replace(plan, sizes=replace(parts, buffers=longer * parts.buffers), chunk=longer * plan.chunk)
+        rooms = {name: room - (longer - 1) * parts.buffers for name, room in rooms.items()}
+        # In shares of their room: of layers a little smaller than that all find some.
+        counts = _fill(rooms, max(1, sum(rooms.values()) // (n + len(gpus))), n, evenly=True)
+        for name, count in counts.items():
+            short = count * parts.n_experts - (rooms[name] - count * beside) // parts.expert
+            away[name] = min(count * parts.n_experts, short + ARRIVING) if short > 0 else 0
+    waiting = sum(away.values()) * parts.expert
+    plan = replace(plan, machine=replace(plan.machine, gpus=tuple(gpus)))
+    too_small = min(counts.values()) == 0 or any(room < counts[name] * beside for name, room in rooms.items())
+    if too_small or waiting > plan.machine.cpu.memory or (waiting and options.offload == "none"):
         hint = f"leave out --offload none, or {ON_THE_CPU}" if options.offload == "none" else ON_THE_CPU
         return replace(plan, fault=ResourceError(_too_large(plan).message, hint))
-    # 10 experts in 4 layers: 2, 2, 3, 3.
-    layers = (Layer(card.name, card.name, parts.n_experts - (here + i) // n) for i in range(n))
+    # 10 experts of 4 layers are away: 3, 3, 2, 2.
+    layers = (Layer(name, name, -(-(away[name] - i) // count)) for name, count in counts.items() for i in range(count))
+    weights = {name: count * (parts.dense + parts.experts) for name, count in counts.items()}
+    weights = {name: held + ends[name] - away[name] * parts.expert for name, held in weights.items()}
     return replace(
         _placed(plan, tuple(layers)),
-        weights={card.name: parts.total - away} | ({"cpu": away} if away else {}),
-        kv={card.name: _kv(plan)},
+        weights=weights | ({"cpu": waiting} if waiting else {}),
+        kv={name: count * parts.kv * capacity(plan.context) for name, count in counts.items()},
     )
 
 

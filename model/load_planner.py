@@ -24,8 +24,8 @@ def plan_load(config: DbrxConfig, stored: Stored, machine: Machine, options: Loa
 
     Beside GPUs, `offload` "auto" and "none" spread whole layers over them, and leave the rest in the CPU's memory.
     Else one device computes, the first GPU or the CPU: "disk" leaves the experts on the disk, "cpu" in the CPU's
-    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie on one GPU or on none; with
-    "auto" and "cpu" the CPU holds the experts that find no room there, and computes them.
+    memory beside a GPU, and "auto" on the disk if they do not fit. Weights in few bits lie on as few GPUs as hold them;
+    with "auto" and "cpu" the CPU holds the experts that find no room there, and computes them.
     quantize "auto" makes int8 of floats that then stay in the CPU's memory, where no dtype is asked for, and keeps all
     else.
     """
@@ -93,10 +93,10 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     group = stored.group if scheme == stored.scheme and has_groups else None
     dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
     form = dtype if scheme == "none" else scheme
-    wanted = packs and options.ranks == 1 and (options.pack or scheme != "none")
+    wanted = packs and (scheme != "none" or (options.pack and options.ranks == 1))
     kernel = machine.kernel(form, group, stored.scheme) if wanted else None
     if scheme != "none" and not packs:
-        machine, kernel = _on_one_card(machine, options, scheme, group)
+        machine, kernel = _on_cards(machine, options, scheme, group)
     activations = kernel.dtype if kernel else dtype
     kv_dtype = dtype if scheme == "none" else activations
     kept_dtype = stored.float_type if kernel and packs else None  # the embedding's, of which rows are read
@@ -123,19 +123,20 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     )
 
 
-def _on_one_card(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
-    """The machine with the GPU that holds and computes weights in few bits, and its kernels."""
-    apart = not isinstance(options.device_map, str) or options.offload == "disk" or options.ranks > 1
+def _on_cards(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
+    """The machine with the GPUs that can compute weights in few bits, and their kernels."""
+    apart = not isinstance(options.device_map, str) or options.offload == "disk"
     if scheme in SCHEMES and not SCHEMES[scheme].on_cards:
         raise ModelError(f"{scheme} weights compute on the CPU", ON_THE_CPU)
     if apart or scheme not in SCHEMES:
-        raise ModelError(f"{scheme} weights compute on one GPU and on the CPU, from their memory", ON_THE_CPU)
-    card = max(machine.gpus, key=lambda gpu: gpu.memory)
-    kernel = machine.card(scheme, group, card.name)
+        raise ModelError(f"{scheme} weights compute on GPUs and on the CPU, from their memory", ON_THE_CPU)
+    kernels = {gpu.name: machine.card(scheme, group, gpu.name) for gpu in machine.gpus}
+    able = tuple(gpu for gpu in machine.gpus if kernels[gpu.name])
+    kernel = next(filter(None, kernels.values()), None)
     if kernel is None:
         wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
-        raise ModelError(f"{card.name} has no kernels for {scheme} weights: they need {wanted}", ON_THE_CPU)
-    return replace(machine, gpus=(card,)), kernel
+        raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", ON_THE_CPU)
+    return replace(machine, gpus=able), kernel
 
 
 def _keeps_form(kept: Format, machine: Machine, options: LoadOptions) -> bool:

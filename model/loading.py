@@ -107,9 +107,10 @@ def from_pretrained(
             weights = AdaptedWeights(weights, changes)
         network = _build(cls, plan, weights.config, ranks)
         _read(network, plan, weights if ranks is None else ShardedWeights(weights, ranks), progress)
-        if not (changes and beside):  # what lies beside a layer, a native step would not see
+        if not (changes and beside) and ranks is None:  # what lies beside a layer, a step at once would not see
             decode_natively(network)
-            if plan.layers[0].device.startswith("cuda") and network.kernels is not None:
+            (first, *others) = {layer.device for layer in plan.layers}
+            if network.kernels is not None and first.startswith("cuda") and not others:
                 from .kernels.cuda_block import decode_on_card
 
                 decode_on_card(network, graph)
@@ -178,12 +179,12 @@ def _read(
         network.transformer.wte = KeptEmbedding(embedding)
         reading.advance(weights.nbytes_of(EMBEDDING))
     _read_tensors(network, plan, reading)
-    if kernels is not None:
+    if kernels:
         pack_into(network, weights, kernels, reading.advance, plan)
-        network.kernels = kernels
-        network.transformer.set_kv_dtype(kernels.kv_dtype)
+        network.kernels = next(iter(kernels.values()))  # their names and types are the same on every device
+        network.transformer.set_kv_dtype(network.kernels.kv_dtype)
     if not resident:
-        stream_experts(network, weights, plan, kernels)
+        stream_experts(network, weights, plan, network.kernels)
 
 
 def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int | str) -> None:

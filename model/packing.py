@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .experts import Bus, HybridExperts, PackedExperts, packed_expert
+from .experts import Bus, HybridExperts, LongSteps, PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
 from .kernels.native_kept import NativeKept
+from .parallel import ShardedWeights
 from .quantization import DENSE, KEPT, SCHEMES
 from .safetensors_file import damaged
 from .weights import KeptWeights
@@ -60,10 +61,13 @@ class KernelChoice(NamedTuple):
         return " + ".join([*names, *([f"{self.on_cpu.name} on the CPU"] if self.on_cpu else [])])
 
 
-def kernels_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
-    """The kernels that a plan packs weights for; None where they are computed with as tensors."""
-    if plan.kernel is None:
-        return None
+def kernels_of(plan: LoadPlan, weights: Weights) -> dict[str, KernelChoice]:
+    """The kernels that a plan packs weights for, by device; none where they are computed with as tensors."""
+    places = dict.fromkeys(layer.device for layer in plan.layers)
+    return {place: _kernels_on(place, plan, weights) for place in places} if plan.kernel else {}
+
+
+def _kernels_on(place: str, plan: LoadPlan, weights: Weights) -> KernelChoice:
     activation = str(weights.config.ffn_config.activation)
     dense: LinearKernel | None
     experts: LinearKernel | None
@@ -74,7 +78,7 @@ def kernels_of(plan: LoadPlan, weights: Weights) -> KernelChoice | None:
         dense, experts = (NativeKept(plan.scheme, part) for part in (weights.kept.linear, weights.kept.experts))
     else:
         kept = plan.scheme == weights.quantization and SCHEMES[plan.scheme].groups
-        device = torch.device(plan.layers[0].device)
+        device = torch.device(place)
         group = weights.group if kept else None
         dense, experts = choose(DENSE, None, device), choose(plan.scheme, group, device)
         beside = choose(plan.scheme, group) if plan.on_cpu else None
@@ -99,11 +103,13 @@ def strip_dense(network: DbrxForCausalLM) -> None:
 def pack_into(
     network: DbrxForCausalLM,
     weights: Weights,
-    kernels: KernelChoice,
+    kernels: Mapping[str, KernelChoice],
     advance: Callable[[int], None],
     plan: LoadPlan,
 ) -> None:
     """Give a network the packed matrices of attention and head, and of the experts if they are not streamed.
+
+    Each for the kernels of the device where the plan has it.
 
     Read and packed on as many threads as compute, a matrix or an expert each; `advance` hears bytes as they are stored.
     What a kernel reads as it is stored stays in the mapped file, uncopied, so processes share it.
@@ -111,35 +117,40 @@ def pack_into(
     ffn = weights.config.ffn_config
     every: list[list[Packed]] = [[()] * ffn.moe_num_experts for _ in range(weights.config.n_layers)]
     here = [ffn.moe_num_experts - layer.on_cpu for layer in plan.layers]
-    mapped = reads_mapped(kernels.experts, weights)
+    ranks = weights.ranks.size if isinstance(weights, ShardedWeights) else 1
+    first = next(iter(kernels.values()))  # what is asked below is the same on every device
+    mapped = ranks > 1 or reads_mapped(first.experts, weights)
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
-        packed = _pack_dense(weights, kernels.dense, name)
-        setattr(module, attribute, PackedLinear(kernels.dense, packed, last=module is network))
+        place = next(place for prefix, place in plan.device_map.items() if name.startswith(f"{prefix}."))
+        kernel = kernels[str(place)].dense
+        packed = _pack_dense(weights, kernel, name)
+        setattr(module, attribute, PackedLinear(kernel, packed, last=module is network))
         if not mapped:
             weights.give_back()  # each at once: all of them together would be in memory twice
         return weights.nbytes_of(name)
 
     def expert(layer: int, i: int) -> int:
-        kernel = kernels.experts if i < here[layer] else kernels.on_cpu
+        choice = kernels[plan.layers[layer].device]
+        kernel = choice.experts if i < here[layer] else choice.on_cpu
         assert kernel is not None
-        data = None if reads_mapped(kernel, weights) else read_expert(weights, layer, i)
+        data = None if ranks > 1 or reads_mapped(kernel, weights) else read_expert(weights, layer, i)
         every[layer][i] = packed_expert(kernel, weights, layer, i, data)
-        return sum(extent.nbytes for extent in weights.expert_extents(layer, i))
+        return sum(extent.nbytes for extent in weights.expert_extents(layer, i)) // ranks
 
     jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest
     if not plan.streamed:
         jobs += [partial(expert, layer, i) for layer, held in enumerate(every) for i in range(len(held))]
     # A dense matrix counts as an expert: there are few.
-    size = len(jobs) * kernels.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
-    most = MOST_ON_CARD if kernels.dense.device.type == "cuda" else len(jobs)
+    size = len(jobs) * first.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
+    most = MOST_ON_CARD if first.dense.device.type == "cuda" else len(jobs)
     with threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if not plan.streamed:
-        network.bus = Bus(kernels.dense.device) if kernels.on_cpu else None
-        for block, held, count in zip(_blocks(network), every, here, strict=True):
-            block.ffn.experts = _placed(kernels, held, count, network.bus)
+        network.bus = Bus() if first.on_cpu else None
+        for block, held, count, layer in zip(_blocks(network), every, here, plan.layers, strict=True):
+            block.ffn.experts = _placed(kernels[layer.device], held, count, network.bus)
 
 
 def _placed(kernels: KernelChoice, held: list[Packed], here: int, bus: Bus | None) -> nn.Module:
@@ -148,8 +159,11 @@ def _placed(kernels: KernelChoice, held: list[Packed], here: int, bus: Bus | Non
     away = len(held) - here
     if not away or bus is None or kernels.on_cpu is None:
         return PackedExperts(kernels.experts, held)
-    on_card = PackedExperts(kernels.experts, held[:here] + absent * away) if here else None
-    return HybridExperts(on_card, PackedExperts(kernels.on_cpu, absent * here + held[here:]), bus)
+    ours, others = held[:here] + absent * away, absent * here + held[here:]
+    on_card = PackedExperts(kernels.experts, ours) if here else None
+    can_come = kernels.on_cpu.stored(held[-1]) is not None
+    long = LongSteps(kernels.experts, ours, kernels.on_cpu, others, bus) if can_come else None
+    return HybridExperts(on_card, PackedExperts(kernels.on_cpu, others), bus, long)
 
 
 def reads_mapped(kernel: GluExpertKernel, weights: Weights) -> bool:
@@ -166,8 +180,10 @@ def at_once(weights: Weights, room: int) -> int:
 
 
 def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any, ...]:
-    if isinstance(weights, QuantizedWeights) and kernel.quantization == DENSE:
-        return kernel.load(weights.quantized_matrix(name))
+    whole = weights.whole if isinstance(weights, ShardedWeights) else weights
+    if isinstance(whole, QuantizedWeights) and kernel.quantization == DENSE:
+        matrix = whole.quantized_matrix(name)
+        return kernel.load(weights.matrix(name, matrix) if isinstance(weights, ShardedWeights) else matrix)
     if isinstance(weights, KeptWeights):
         stored = weights.kept_matrix(name)
         return kernel.load(stored) if stored else kernel.pack(weights.read_exactly(name))

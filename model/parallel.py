@@ -132,40 +132,50 @@ class ShardedWeights(WrappedWeights):
 
     def __init__(self, whole: Weights, ranks: Ranks) -> None:
         super().__init__(whole)
-        self._ranks = ranks
+        self.whole, self.ranks = whole, ranks
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
         tensor = self._whole.read(name)
-        if name.endswith("attn.Wqkv.weight"):
-            counts = [self.config.n_heads, *2 * [self.config.attn_config.kv_n_heads]]
-            heads = tensor.view(-1, self.config.head_dim, tensor.shape[1])
-            tensor = torch.cat(
-                [part[self._ranks.shard(len(part))].flatten(0, 1) for part in torch.split(heads, counts)]
-            )
-        elif name.endswith("attn.out_proj.weight"):
-            tensor = tensor[:, self._ranks.shard(tensor.shape[1])].contiguous()
+        if ".attn." in name:
+            tensor = self._of_attention(name, tensor)
         elif ".ffn.experts.mlp." in name:
             stacked = tensor.view(self.config.ffn_config.moe_num_experts, -1, tensor.shape[1])
-            tensor = stacked[:, self._ranks.shard(stacked.shape[1])].flatten(0, 1)
+            tensor = stacked[:, self.ranks.shard(stacked.shape[1])].flatten(0, 1)
         elif owned:
             tensor = tensor.clone()
         return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
+    def matrix(self, name: str, whole: QuantizedMatrix) -> QuantizedMatrix:
+        """This rank's slice of a matrix of attention with a scale an output; of the head, all."""
+        return QuantizedMatrix(*(self._of_attention(name, part) for part in whole[:2])) if ".attn." in name else whole
+
+    def _of_attention(self, name: str, part: Tensor) -> Tensor:
+        """Of a tensor [outputs, inputs], or of a number an output: Wqkv by heads of outputs, out_proj by inputs."""
+        if name.endswith("attn.out_proj.weight"):
+            return part[:, self.ranks.shard(part.shape[1])].contiguous() if part.dim() == 2 else part
+        counts = [self.config.n_heads, *2 * [self.config.attn_config.kv_n_heads]]
+        heads = torch.split(part.view(-1, self.config.head_dim, *part.shape[1:]), counts)
+        return torch.cat([each[self.ranks.shard(len(each))].flatten(0, 1) for each in heads])
+
     def nbytes_of(self, name: str) -> int:
         sliced = ".attn." in name or ".ffn.experts.mlp." in name
-        return self._whole.nbytes_of(name) // (self._ranks.size if sliced else 1)
+        return self._whole.nbytes_of(name) // (self.ranks.size if sliced else 1)
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         whole = self._whole.expert(layer, expert, data)
-        return FloatExpert(*(matrix[self._ranks.shard(len(matrix))] for matrix in whole))
+        return FloatExpert(*(matrix[self.ranks.shard(len(matrix))] for matrix in whole))
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
         stored = self._whole.quantized_expert(layer, expert, data)
         w1, v1, w2 = cast("QuantizedExpert", stored)  # blocks are not split over ranks
-        hidden = self._ranks.shard(len(w1.values))
-        return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self._ranks))
+        rows = len(w1.values)
+        if w2.zero is not None and rows % (self.ranks.size * (self.group or 1)):
+            fault = f"experts of {rows} in groups of {self.group} do not divide by {self.ranks.size} ranks"
+            raise InputError(fault, FEWER)
+        hidden = self.ranks.shard(rows)
+        return QuantizedExpert(_outputs(w1, hidden), _outputs(v1, hidden), _inputs(w2, self.ranks))
 
 
 def _outputs(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
@@ -179,8 +189,6 @@ def _inputs(matrix: QuantizedMatrix, ranks: Ranks) -> QuantizedMatrix:
     def columns(part: Tensor) -> Tensor:
         if part.dim() == 1:  # a scale an output
             return part
-        if part.shape[1] % ranks.size:
-            raise InputError(f"the groups of w2 ({part.shape[1]}) do not divide by {ranks.size} ranks", FEWER)
         return part[:, ranks.shard(part.shape[1])].contiguous()
 
     zero = None if matrix.zero is None else columns(matrix.zero)

@@ -125,7 +125,7 @@ def both_sides(form: str, group: int | None, memory: float) -> Row:
         card_rate = card_bandwidth()
     else:
         on_card, card_rate = Timed(nn.Identity(), SLEEPS, nbytes), SLEEPS
-    layer, to_card = HybridExperts(on_card, on_cpu, Bus(DEVICE)), [each.to(DEVICE) for each in ids]
+    layer, to_card = HybridExperts(on_card, on_cpu, Bus()), [each.to(DEVICE) for each in ids]
     there, even = x.to(DEVICE), weights.to(DEVICE)
     on_cpu.spans.clear()
     taken = [seconds(lambda i, k=k: layer(there, to_card[(k + i) % 64], even)) for k in (0, 16, 32)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -21,12 +24,12 @@ from model.formats.write_quantized import Writer
 from model.kernels import experts_of, kernel_facts
 from model.kernels.registry import KERNELS
 from model.kernels.torch_plain import PlainKernel
-from model.load_layout import ARRIVING
+from model.load_layout import ARRIVING, STREAMED_CHUNK
 from model.load_plan import LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.machine import parse_devices
-from model.placement import Device, KernelFacts, Machine, capacity
-from model.speed import tokens_per_s
+from model.placement import PREFILL_CHUNK, Device, KernelFacts, Machine, capacity
+from model.speed import Side, Sides, tokens_per_s
 from model.weights import FloatExpert
 from tests.weights import make_checkpoint
 
@@ -36,7 +39,9 @@ CONFIG: dict[str, Any] = {
     "attn_config": {"kv_n_heads": 2, "rope_theta": 500000, "clip_qkv": 8},
     "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
 }  # fmt: skip
+MANY = 300
 SPLITS = {"all on the card": 48, "uneven": 20, "one layer has none": 2, "none on the card": 0}
+STAY, COME = (Sides(Side(1, 1), Side(0, 0), bus) for bus in (1e9, 0.0))  # experts of the CPU, in a long step
 
 
 def as_card(form: str, group: int | None, device: str) -> KernelFacts | None:
@@ -44,9 +49,15 @@ def as_card(form: str, group: int | None, device: str) -> KernelFacts | None:
     return kernel_facts(form, group, form)
 
 
-def machine_with(memory: int) -> Machine:
-    card = Device("cpu:0", memory, 1e12, 25e9)  # PyTorch takes it for the CPU
-    return Machine((card,), Device("cpu", 2**30, 5e10), Device("disk", 0, 3e9), kernel_facts, as_card)
+def machine_with(*memory: int) -> Machine:
+    cards = tuple(Device(f"cpu:{i}", each, 1e12, 25e9) for i, each in enumerate(memory))  # for PyTorch all are the CPU
+    return Machine(cards, Device("cpu", 2**30, 5e10), Device("disk", 0, 3e9), kernel_facts, as_card)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of longer ones are larger than these networks."""
+    monkeypatch.setattr("model.load_layout.STREAMED_CHUNK", PREFILL_CHUNK)
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -58,31 +69,51 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def tokens(folder: Path) -> list[int]:
-    """Of the network in one place."""
-    alone = DbrxForCausalLM.from_pretrained(folder, pack=True)
-    assert alone.on_card() is None
+def alone(folder: Path) -> DbrxForCausalLM:
+    """The network in one place."""
+    network = DbrxForCausalLM.from_pretrained(folder, pack=True)
+    assert network.on_card() is None
+    return network
+
+
+@pytest.fixture(scope="module")
+def tokens(alone: DbrxForCausalLM) -> list[int]:
     return greedy(alone)
+
+
+@pytest.fixture(scope="module")
+def after_many(alone: DbrxForCausalLM) -> list[int]:
+    """Behind a prompt so long that all of its experts have tokens enough for the CPU's products of many rows."""
+    return greedy(alone, 8, MANY)
+
+
+def planned(folder: Path, machine: Machine) -> LoadPlan:
+    with open_weights(folder) as weights:
+        return plan_load(weights.config, Stored.of(weights), machine, LoadOptions(device_map="auto", offload="auto"))
 
 
 def load(folder: Path, on_card: int, monkeypatch: pytest.MonkeyPatch) -> DbrxForCausalLM:
     """With room for so many experts on the card, to the byte."""
-    with open_weights(folder) as weights:
-        plenty = plan_load(weights.config, Stored.of(weights), machine_with(2**40), LoadOptions(device_map="auto"))
-    room = 2**40 - plenty.free(plenty.machine.gpus[0]) - plenty.sizes.expert * (EXPERTS * LAYERS - on_card)
-    room += plenty.sizes.expert * ARRIVING * (on_card < EXPERTS * LAYERS)
-    monkeypatch.setattr("model.loading.free_memory", lambda gpus: machine_with(room))
-    network = DbrxForCausalLM.from_pretrained(folder, device_map="auto", offload="auto")
-    assert network.load_plan is not None and network.load_plan.on_cpu == EXPERTS * LAYERS - on_card
+    plenty, away = planned(folder, machine_with(2**40)), EXPERTS * LAYERS - on_card
+    room = 2**40 - plenty.free(plenty.machine.gpus[0]) - plenty.sizes.expert * away
+    room += plenty.sizes.expert * ARRIVING * (away > 0)
+    network = load_on(folder, machine_with(room), monkeypatch)
+    assert network.load_plan is not None and network.load_plan.on_cpu == away
     return network
 
 
-def greedy(network: DbrxForCausalLM) -> list[int]:
-    prompt = torch.arange(40, 60)[None]
-    return network.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=[]).tolist()[0]
+def load_on(folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> DbrxForCausalLM:
+    monkeypatch.setattr("model.loading.free_memory", lambda gpus: machine)
+    return DbrxForCausalLM.from_pretrained(folder, device_map="auto", offload="auto")
+
+
+def greedy(network: DbrxForCausalLM, count: int = 40, length: int = 20) -> list[int]:
+    prompt = torch.arange(40, 40 + length)[None] % 200
+    return network.generate(prompt, max_new_tokens=count, do_sample=False, eos_token_id=[]).tolist()[0]
 
 
 @pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.usefixtures("short_chunks")
 def test_the_same_tokens_and_activations_alone_cross(
     split: str, folder: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +122,8 @@ def test_the_same_tokens_and_activations_alone_cross(
     network = load(folder, on_card, monkeypatch)
     kinds = {type(block.get_submodule("ffn.experts")) for block in network.transformer.blocks}
     assert kinds == ({PackedExperts} if on_card == 48 else {HybridExperts})
+    if network.bus is not None:
+        network.bus.sides = STAY
     assert greedy(network) == tokens
     told = network.on_card()
     assert told is not None and told["experts"] == {
@@ -99,7 +132,7 @@ def test_the_same_tokens_and_activations_alone_cross(
     if network.bus is None:
         assert on_card == 48 and told["bus_bytes"] is None
         return
-    assert told["bus_bytes"] == {"down": network.bus.down, "up": network.bus.up}
+    assert told["bus_bytes"] == {"down": network.bus.down, "up": network.bus.up, "weights": 0}
     assert "on the CPU" in network.kernels.name if network.kernels else False
     # 20 tokens of the prompt, of which the last layer's experts see one, and 39 of the 40 new ones, in float32.
     passed = (LAYERS - 1) * 20 + 1 + LAYERS * 39
@@ -107,12 +140,76 @@ def test_the_same_tokens_and_activations_alone_cross(
     assert network.bus.down == passed * (4 * D_MODEL + 4 * TOP_K + 4 * TOP_K)
 
 
+@pytest.mark.usefixtures("short_chunks")
+def test_experts_of_a_prompt_come_to_the_card(
+    folder: Path, after_many: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the CPU that a token chose, once each, and nothing else crosses; with what is measured, too."""
+    network, new = load(folder, 20, monkeypatch), 8
+    bus, plan = network.bus, network.load_plan
+    assert bus is not None and plan is not None
+    bus.sides = COME
+    assert greedy(network, new, MANY) == after_many
+    # The last layer's experts see one token of the prompt: a short step.
+    assert bus.up == (1 + LAYERS * (new - 1)) * 4 * D_MODEL
+    brought = bus.weights
+    with torch.inference_mode():
+        routers = network(torch.tensor([after_many[:MANY]]), output_router_logits=True).router_logits[:-1]
+    chosen = [set(each.topk(TOP_K).indices.flatten().tolist()) for each in routers]
+    came = sum(i >= EXPERTS - layer.on_cpu for each, layer in zip(chosen, plan.layers, strict=False) for i in each)
+    assert brought == came * network.expert_bytes > 0
+    bus.sides = None
+    assert greedy(network, new, MANY) == after_many
+    assert bus.sides is not None and min(bus.sides.bus, bus.sides.cpu.seconds(1), bus.sides.card.seconds(1)) > 0
+
+
+def test_a_prompt_is_never_slower_than_in_one_place() -> None:
+    """Over a grid of rates and lengths, five of sixteen experts on the card: at most 5 % beyond the better place."""
+    size, flops, gains = 198e6 * 0.625, 2 * 198e6, []  # of an expert: bytes in int4, operations of a token
+    draw, counts = random.Random(4), {}
+    for length in (9, 64, 512, 2048):
+        chosen = Counter(expert for _ in range(length) for expert in draw.sample(range(EXPERTS), TOP_K))
+        counts[length] = [chosen[expert] for expert in range(EXPERTS)]
+    rates = product((20e9, 80e9, 400e9), (5e10, 1e12, 5e12), (4e11, 3e12), (3e13, 4e14), (3e9, 12e9, 50e9))
+    for (cpu_reads, cpu_computes, card_reads, card_computes, bus), tokens in product(rates, counts.values()):
+        on_cpu = [(size / cpu_reads + n * flops / cpu_computes) * (n > 0) for n in tokens]
+        on_card = [(size / card_reads + n * flops / card_computes) * (n > 0) for n in tokens]
+        brought = [seconds + size / bus * (n > 0) for seconds, n in zip(on_card, tokens, strict=True)]
+        sides = Sides(
+            Side(size / cpu_reads, flops / cpu_computes), Side(size / card_reads, flops / card_computes), size / bus
+        )
+        coming, seconds = sides.split({i: n for i, n in enumerate(tokens) if n and i >= 5}, tokens[:5])
+        left = [i for i in range(5, EXPERTS) if i not in coming]
+        by_hand = sum(on_card[:5]) + sum(brought[i] for i in coming), sum(on_cpu[i] for i in left)
+        assert seconds == pytest.approx(max(by_hand))
+        gains.append(min(sum(on_cpu), sum(brought)) / seconds)
+    assert min(gains) > 1 / 1.05 and max(gains) > 1.8
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.usefixtures("short_chunks")
+def test_layers_on_two_cards(fits: bool, folder: Path, after_many: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, each with kernels of its card; what finds no room on either is with the CPU."""
+    parts = planned(folder, machine_with(2**40)).sizes
+    block = parts.dense + parts.kv * capacity(512)
+    memory = parts.buffers + parts.embedding + parts.head + 2 * (block + parts.experts)
+    memory -= 24 * parts.expert * (not fits)
+    network = load_on(folder, machine_with(memory, memory), monkeypatch)
+    plan = network.load_plan
+    assert plan is not None and [layer.device for layer in plan.layers] == ["cpu:0", "cpu:1", "cpu:1"]
+    assert (plan.on_cpu == 0) == fits and all(plan.free(device) >= 0 for device in plan.devices)
+    assert sum(plan.weights.values()) == parts.total
+    if network.bus is not None:
+        network.bus.sides = COME
+    assert greedy(network, 8, MANY) == after_many
+
+
 def test_a_card_in_words() -> None:
     told = {"kernels": "triton int4", "graph": "off", "experts": {"cuda:0": 143, "cpu": 1}}
     assert (
         card_in_words({**told, "bus_bytes": None}) == "triton int4; graph off; 143 experts on cuda:0, 1 expert on cpu"
     )
-    assert card_in_words({**told, "bus_bytes": {"down": 2000, "up": 500}}).endswith(
+    assert card_in_words({**told, "bus_bytes": {"down": 2000, "up": 500, "weights": 0}}).endswith(
         "; over the bus 2.0 kB down, 500 bytes up"
     )
 
@@ -131,7 +228,7 @@ def test_both_places_compute_at_the_same_time() -> None:
             seen.append(self.name)
             return x
 
-    experts = HybridExperts(Meets("card"), Meets("CPU"), Bus(torch.device("cpu")))
+    experts = HybridExperts(Meets("card"), Meets("CPU"), Bus())
     x = torch.randn(2, 8)
     assert torch.equal(experts(x, torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)), x + x)
     assert sorted(seen) == ["CPU", "card"]
@@ -141,7 +238,7 @@ def test_a_fault_on_the_cpu_is_raised() -> None:
     def fails(*inputs: Tensor) -> Tensor:
         raise MemoryError("no room")
 
-    answer = Bus(torch.device("cpu")).compute(fails, torch.zeros(1))
+    answer = Bus().compute(fails, torch.zeros(1))
     with pytest.raises(MemoryError, match="no room"):
         answer()
 
@@ -172,8 +269,10 @@ def test_a_plan_of_dbrx_beside_24_gib(scheme: str) -> None:
     """Counted by hand: what lies beside experts, keys and values of 4096 tokens; and the slower side's time."""
     plan = dbrx("24GiB@900GB/s,cpu=192GiB@80GB/s", quantize=scheme, offload="auto")
     card, cpu = plan.devices
+    short = dbrx("B200", quantize=scheme)
     expert = plan.sizes.expert
     here = 640 - plan.on_cpu
+    assert plan.chunk == STREAMED_CHUNK and plan.sizes.buffers == STREAMED_CHUNK // PREFILL_CHUNK * short.sizes.buffers
     assert plan.runs and 0 < here < 640 and plan.free(card) >= ARRIVING * expert > plan.free(card) - expert
     assert plan.weights["cpu"] == plan.on_cpu * expert and sum(plan.weights.values()) == plan.sizes.total
     assert {layer.on_cpu for layer in plan.layers} <= {plan.on_cpu // 40, plan.on_cpu // 40 + 1}

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 from model.causal_lm import DbrxForCausalLM
 from model.errors import InputError
 from model.formats import open_weights
+from model.formats.write_quantized import Writer
 from model.parallel import Ranks, ShardedWeights, join
 from model.weights import QuantizedExpert, QuantizedMatrix
 from tests.cli import ROOT, Cli, environment
@@ -28,7 +29,9 @@ PROMPT = "A prompt of a few words, and then some."
 @pytest.fixture(scope="module")
 def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like the tiny checkpoint, with four key and value heads: it divides by 2 and 4."""
-    config = {**TINY, "d_model": 64, "n_heads": 8, "attn_config": {**TINY["attn_config"], "kv_n_heads": 4}}  # type: ignore[dict-item]
+    config = {**TINY, "d_model": 64, "n_heads": 8}
+    config["attn_config"] = {**config["attn_config"], "kv_n_heads": 4}  # type: ignore[dict-item]
+    config["ffn_config"] = {**config["ffn_config"], "ffn_hidden_size": 128}  # type: ignore[dict-item]
     folder = tmp_path_factory.mktemp("parallel") / "four"
     make_checkpoint(folder, config, seed=3, dtype="float32", shards=2)
     return folder
@@ -66,10 +69,17 @@ TOGETHER = ("-t", "0", "-n", "24", "--json")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["float32", "int8", "int4"])
 def test_ranks_together_give_the_tokens_of_one(
-    cli: Cli, four_heads: Path, two_ranks: Callable[..., list[FileFork]]
+    cli: Cli, four_heads: Path, tmp_path: Path, two_ranks: Callable[..., list[FileFork]], form: str
 ) -> None:
-    args = ("generate", "-m", four_heads, *TOGETHER, PROMPT)
+    """In few bits each has its slices of what is stored, for the same kernels as one process."""
+    folder = four_heads
+    if form != "float32":
+        folder = tmp_path / form
+        with open_weights(four_heads) as floats:
+            Writer(floats, folder, form, 32).write(lambda _: None)
+    args = ("generate", "-m", folder, *TOGETHER, PROMPT)
     first, second = two_ranks(*args)
     alone = json.loads(cli(*args).out)
     assert (first.wait(), second.wait(), second.out) == (0, 0, b""), first.err
@@ -115,7 +125,7 @@ def test_slices_make_the_whole(four_heads: Path) -> None:
         for slices, matrix in zip(experts, whole.expert(1, 5), strict=True):
             assert torch.equal(torch.cat(slices), matrix)
         name = block + "ffn.experts.mlp.w2"
-        stacked = [part.read(name).view(16, 10, 64) for part in parts]
+        stacked = [part.read(name).view(16, 32, 64) for part in parts]
         assert torch.equal(torch.cat(stacked, dim=1).flatten(0, 1), whole.read(name))
         names = DbrxForCausalLM(whole.config).state_dict()
         split = [n for n in names if ".attn." in n or ".experts." in n]
@@ -128,7 +138,7 @@ def test_quantized_slices() -> None:
 
     class Stored:
         config = source = blocks = None
-        quantization, group = "int4", 32
+        quantization, group = "int4", 2
         plain_experts = False
 
         def quantized_expert(self, *_: object) -> QuantizedExpert:

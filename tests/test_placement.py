@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,13 @@ from model.config import DbrxConfig, official
 from model.errors import InputError, ModelError
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
+from model.kernels import choose
 from model.kv_cache import KVCache
 from model.load_plan import LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.machine import GIB, limited, memory_bandwidth, parse_devices, parse_size
 from model.placement import FORMATS, Device, Format, KernelFacts, Layer, Machine, capacity, parameters, sizes
+from model.quantization import SCHEMES
 from model.rates import measure
 from model.speed import Rates, load_s, predict, tiers, tokens_per_s
 from tests import make_plan_table
@@ -265,16 +269,23 @@ def in_int4(machine: Machine) -> LoadPlan:
     return plan_load(official(), Stored(), machine, LoadOptions(quantize="int4", device_map="auto"))
 
 
-def test_weights_in_few_bits_lie_on_one_gpu() -> None:
-    """On the largest that there is, with activations in bfloat16, or nowhere: what to type instead is said."""
+def test_weights_in_few_bits_lie_on_as_few_gpus_as_hold_them() -> None:
+    """With activations in bfloat16, or nowhere: what to type instead is said."""
     plan = in_int4(parse_devices("2xRTX4090,H200,cpu=256GiB"))
     assert plan.runs and set(plan.layers) == {Layer("cuda:2", "cuda:2")} and plan.converts and not plan.mapped
     assert (
         plan.kernel == KernelFacts("triton", "bfloat16", "packed") and (plan.dtype, plan.kv_dtype) == ("bfloat16",) * 2
     )
     assert plan.weights == {"cuda:2": plan.sizes.total} and plan.free(plan.machine.gpus[0]) > 50e9
-    small = in_int4(parse_devices("4xRTX4090,cpu=256GiB"))
-    assert small.fault is not None and "--device-map cpu" in str(small.fault.hint)
+    several = in_int4(parse_devices("6xRTX4090,cpu=256GiB"))
+    counts = Counter(layer.device for layer in several.layers)
+    assert several.resident and list(counts.values()) == [10, 10, 10, 10]  # 2.1 GB each, of 22.6 GB
+    assert sum(several.weights.values()) == several.sizes.total and all(
+        several.free(gpu) > 0 for gpu in several.devices
+    )
+    assert tokens_per_s(several) == pytest.approx(1008e9 / several.sizes.active)
+    small = in_int4(parse_devices("2xRTX4090,cpu=256GiB"))
+    assert small.fault is not None and "leave out --offload none" in str(small.fault.hint)
     old = replace(parse_devices("V100,cpu=256GiB"), card=lambda form, group, device: None)
     with pytest.raises(ModelError, match="cuda:0 has no kernels for int4 weights") as refused:
         in_int4(old)
@@ -284,7 +295,10 @@ def test_weights_in_few_bits_lie_on_one_gpu() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--devices", "H200", "--quantize", "int4", "--offload", "disk"), "int4 weights compute on one GPU"),
+        (
+            ("--devices", "H200", "--quantize", "int4", "--offload", "disk"),
+            "int4 weights compute on GPUs and on the CPU",
+        ),
         (("--devices", "H200", "--quantize", "int3"), "int3 weights compute on the CPU; "),
         (("--devices", "cpu=512GiB", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
         (("--devices", "4xH100", "--device-map", "cpu", "--attn", "flash"), "flash attention needs an NVIDIA GPU"),
@@ -336,6 +350,19 @@ def test_a_map_that_is_given_is_not_planned(cli: Cli) -> None:
 
 def test_the_table_of_the_readme_is_the_plans_own() -> None:
     assert make_plan_table.README.read_text("utf-8") == make_plan_table.page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("machine", make_plan_table.MACHINES)
+def test_a_kernel_serves_each_cell_of_the_table(machine: str) -> None:
+    for form in make_plan_table.FORMS:
+        _, plan = make_plan_table.fastest(make_plan_table.MACHINES[machine], form)
+        if plan.scheme == "none":
+            assert plan.kernel is None or choose(plan.format)  # tensors are PyTorch's
+        elif plan.machine.gpus:
+            assert plan.kernel == KernelFacts("triton", "bfloat16", "packed") and SCHEMES[form].on_cards
+            assert all(find_spec(f"model.kernels.cuda_{name}") for name in ("linear", "glu", "block"))
+        if plan.scheme != "none" and (plan.on_cpu or not plan.machine.gpus):
+            assert choose(form)
 
 
 def test_a_local_checkpoint(cli: Cli, checkpoint: Path) -> None:

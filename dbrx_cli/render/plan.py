@@ -111,9 +111,9 @@ def _layers(plan: LoadPlan, device: Device) -> str:
     )
     parts = [text.format(where) for text, chosen in kinds if (where := _ranges(plan, chosen))]
     if plan.on_cpu:
-        experts = plan.sizes.n_layers * plan.sizes.n_experts
-        of_card = f"{experts - plan.on_cpu} of {experts} experts"
-        parts.append(f"{plan.on_cpu} experts, computed here" if name == "cpu" else of_card)
+        held, every = plan.experts_by_place[name], sum(layer.device == name for layer in plan.layers)
+        of_card = f"{held} of {every * plan.sizes.n_experts} experts"
+        parts.append(f"{held} experts, computed here" if name == "cpu" else of_card)
     if plan.cache_on(device):
         parts.append(f"{plan.hits:.0%} of the other experts")
     return ", ".join(parts)

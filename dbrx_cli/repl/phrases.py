@@ -54,4 +54,5 @@ def card_in_words(card: Mapping[str, Any]) -> str:
     places = ", ".join(f"{count(number, 'expert')} on {place}" for place, number in card["experts"].items())
     bus = card["bus_bytes"]
     crossed = f"; over the bus {decimal(bus['down'])} down, {decimal(bus['up'])} up" if bus else ""
+    crossed += f", {decimal(bus['weights'])} of experts" if bus and bus["weights"] else ""
     return f"{card['kernels']}; graph {card['graph']}; {places}{crossed}"

@@ -71,6 +71,9 @@ class GluExpertKernel(Protocol):
     def load(self, stored: Any) -> Packed:
         """From an expert that is stored quantized: of `KEPT` a `KeptExpert`, of others a `QuantizedExpert`."""
 
+    def stored(self, packed: Packed) -> QuantizedExpert | None:
+        """What `load` made it of, for another kernel; None where that is not kept."""
+
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
         """Bytes of a packed expert of that size; itemsize: of the floats it is packed from."""
 

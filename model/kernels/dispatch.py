@@ -15,7 +15,10 @@ Fetch = Callable[[Sequence[int]], Iterable[tuple[int, Packed]]]
 
 
 class Dispatched:
-    """`stack` and `forward` of kernels that compute one expert after the other."""
+    """`stack` and `forward` of kernels that compute one expert after the other; of these none keeps what is stored."""
+
+    def stored(self, packed: Packed) -> None:
+        return None
 
     def stack(self, experts: Sequence[Packed]) -> list[Packed]:
         return list(experts)

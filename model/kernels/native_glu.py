@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native.tensors import Experts
+from ..quantization import SCHEMES
 from ..quantization.equalize import equalizer
 from .base import Packed
 from .native_call import ACTIVATIONS, CALL, function, quantize, room
@@ -59,6 +60,13 @@ class NativeGlu:
     def load(self, stored: Any) -> Packed:
         return self.linear.load(*stored)
 
+    def stored(self, packed: Packed) -> QuantizedExpert | None:
+        from ..weights import QuantizedExpert, QuantizedMatrix
+
+        if self.quantization not in SCHEMES:
+            return None
+        return QuantizedExpert(*(QuantizedMatrix(*matrix.parts) for matrix in packed))
+
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
         return 2 * self.linear.nbytes(hidden, d_model) + self.linear.nbytes(d_model, hidden)
 
@@ -87,7 +95,7 @@ class NativeGlu:
         (n, top_k), (w1, *_) = ids.shape, held.matrices[0]
         out = torch.zeros_like(x)
         compute, step = function("dbrx_experts"), max(1, CALL * len(held) // (3 * w1.outputs * w1.inputs * n * top_k))
-        for first in range(held.first, held.last, step):
-            chosen = held.array, len(held), first, min(first + step, held.last), self.activation
+        for first, last in ((at, min(at + step, end)) for begin, end in held.runs for at in range(begin, end, step)):
+            chosen = held.array, len(held), first, last, self.activation
             compute(*chosen, x.data_ptr(), n, ids.data_ptr(), weights.data_ptr(), top_k, out.data_ptr(), out.data_ptr())
         return out

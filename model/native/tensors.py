@@ -124,17 +124,17 @@ def group_matrix(values: Tensor, scale: Tensor, offset: Tensor, bits: int, group
 class Experts:
     """A layer's experts: an array for the library, `array`, and the matrices it points to.
 
-    each: w1 and v1 [h, d], w2 [d, h]; or (), of an expert that lies elsewhere. Those that are here follow one another.
+    each: w1 and v1 [h, d], w2 [d, h]; or (), of an expert that lies elsewhere. `runs`: from which to which there are
+    some; of six of which 0, 3 and 4 are here, [(0, 1), (3, 5)].
     """
 
     def __init__(self, each: Sequence[tuple[Matrix, Matrix, Matrix] | tuple[()]]) -> None:
         self.matrices = tuple(parts for parts in each if parts)
         if not self.matrices:
             raise ValueError("no experts")
-        self.first = next(i for i, parts in enumerate(each) if parts)
-        self.last = self.first + len(self.matrices)
-        if not all(each[self.first : self.last]):
-            raise ValueError("the experts that are here do not follow one another")
+        is_here = [False, *map(bool, each), False]
+        edges = [i for i in range(len(each) + 1) if is_here[i] != is_here[i + 1]]
+        self.runs = list(zip(edges[::2], edges[1::2], strict=True))
         h, d = self.matrices[0][0].outputs, self.matrices[0][0].inputs
         for parts in self.matrices:
             sides = [(part.outputs, part.inputs) for part in parts]
