@@ -21,11 +21,18 @@ MOST_DEVICES = 128  # torch keeps their numbers in a byte
 
 
 def dispatch(network: DbrxForCausalLM, places: DeviceMap, **options: Any) -> None:
-    """accelerate's hooks: activations move to where a module lies, weights that are kept elsewhere come as it runs."""
+    """accelerate's hooks: activations move to where a module lies, weights that are kept elsewhere come as it runs.
+
+    What lies on the CPU comes to the first GPU of the map.
+    """
     from accelerate import dispatch_model
 
+    # accelerate knows the CPU by its name only, and takes any GPU for the first.
+    named = {module: str(place) for module, place in places.items()}
+    first = next((place for place in named.values() if place not in ("cpu", "disk")), "cpu")
     # The experts read the parameters of their submodule without calling it, so its hook would never run.
-    dispatch_model(network, dict(places), preload_module_classes=["ResidentExperts"], **options)
+    options = {"main_device": first, "preload_module_classes": ["ResidentExperts"], **options}
+    dispatch_model(network, named, **options)
 
 
 def read_device_map(path: Path) -> dict[str, Any]:

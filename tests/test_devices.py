@@ -96,6 +96,38 @@ def test_layers_move_in_order_and_change_nothing(
     assert sorted(visited) == sorted(name for step, name in moves if step == "post_forward")
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_activations_go_where_a_layer_is(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, quantize: str) -> None:
+    """Two cards, which are not here: nothing moves, and what accelerate's hooks would move is written down.
+
+    A layer in floats that lies in the CPU's memory comes to the first card, as the plan says.
+    """
+    moved: list[tuple[str, str]] = []
+    align = AlignDevicesHook.pre_forward
+
+    def recorded(hook: AlignDevicesHook, module: Any, *rest: Any, **kw: Any) -> Any:
+        moved.append((names[module], str(hook.execution_device)))
+        return align(hook, module, *rest, **kw)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", recorded)
+    monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", lambda *args, **options: None)
+    monkeypatch.setattr("accelerate.hooks.send_to_device", lambda value, device, **options: value)
+    ids = torch.tensor([[11, 7, 5, 3, 2]])
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32", quantize=quantize)
+    with torch.inference_mode():
+        expected = network(ids).logits
+        last = "cuda:1" if quantize == "int8" else "cpu"
+        places = {"transformer.wte": "cuda:0", "transformer.norm_f": last, "lm_head": last}
+        places |= {f"transformer.blocks.{i}": place for i, place in enumerate(("cuda:0", "cuda:1", last))}
+        dispatch(network, {module: torch.device(place) for module, place in places.items()})
+        names = {module: name for name, module in network.named_modules()}
+        assert torch.equal(network(ids).logits, expected)
+    computed = dict(reversed(moved))  # of each module its first place
+    assert {module: computed.get(module) for module in places} == {
+        module: "cuda:0" if place == "cpu" else place for module, place in places.items()
+    }
+
+
 @pytest.mark.slow
 def test_a_map_from_a_file(cli: Cli, small_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "map.json"
