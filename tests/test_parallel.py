@@ -137,7 +137,7 @@ def test_quantized_slices() -> None:
     matrix = QuantizedMatrix(values, torch.rand(8, 4), torch.rand(8, 4))
 
     class Stored:
-        config = source = blocks = None
+        config = source = kept = None
         quantization, group = "int4", 2
         plain_experts = False
 
