@@ -10,7 +10,7 @@ from dbrx_cli.output import say
 from dbrx_cli.report import Report
 from model.errors import InputError
 
-Type = Literal["q8_0", "q4_1", "q4_0", "bf16", "f32"]
+Type = Literal["q8_0", "q6_k", "q5_k_m", "q5_k", "q4_k_m", "q4_k", "q4_1", "q4_0", "bf16", "f32"]
 
 
 @takes(model=WhichModel, output=OutputOptions)
@@ -45,6 +45,6 @@ def export(
         source = find_model(ModelOptions(model=model.model, revision=model.revision), report)
         tokenizer = AutoTokenizer.from_pretrained(source)
     with open_weights(source) as weights, damage_named(source), report.bar("Writing") as advance:
-        files = write_gguf(weights, tokenizer, out, kind, size, advance)
+        files = write_gguf(weights, tokenizer, out, kind, size, advance, report.notice)
     for file in files:
         say(str(file))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quantize
+from gguf import GGMLQuantizationType, GGUFWriter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,17 +20,39 @@ from ..bpe import merges_of, pattern_of
 from ..checkpoint import expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
-from ..quantization import BLOCKS, is_finite, not_finite
+from ..quantization import BLOCKS, blocks, is_finite, not_finite
+from ..quantization.k_quants import PIECE
 from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import fillers, spelled
 from ..weights import Weights
 from .dbrx_gguf import MATRICES, gguf_name
-from .dequantize import PIECE, row_bytes
+from .dequantize import row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 from .scratch import put_in_place, scratch_folder
 
-FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_1": 3, "q4_0": 2}  # as llama.cpp numbers them
+
+class Kind(NamedTuple):
+    """A type of files, as llama-quantize knows it."""
+
+    number: int
+    usual: str  # ggml's type of a matrix
+    finer: str | None = None  # of the head, and of what is most sensitive in `_is_finer`'s layers
+
+
+KINDS = {
+    "f32": Kind(0, "F32"),
+    "bf16": Kind(32, "BF16"),
+    "q8_0": Kind(7, "Q8_0"),
+    "q6_k": Kind(18, "Q6_K"),
+    "q5_k_m": Kind(17, "Q5_K", "Q6_K"),
+    "q5_k": Kind(16, "Q5_K"),
+    "q4_k_m": Kind(15, "Q4_K", "Q6_K"),
+    "q4_k": Kind(14, "Q4_K"),
+    "q4_1": Kind(3, "Q4_1"),
+    "q4_0": Kind(2, "Q4_0"),
+}
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # llama-quantize's, where 256 does not divide a row
 NORMAL = 1
 NO_CLAMP = 1e30  # for null: llama.cpp always clamps
 Bytes = NDArray[np.uint8]
@@ -42,19 +65,21 @@ def write_gguf(
     kind: str,
     split_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Write `out` in one of `FILE_TYPES`, or its parts of at most `split_bytes`; returns the files.
+    """Write `out` in one of `KINDS`, or its parts of at most `split_bytes`; returns the files.
 
-    Norms and routers stay in float32. The files appear when they are whole. `ModelError` for what llama.cpp cannot run
-    or pack, `InputError` if a file exists, `ResourceError` if the disk is too small.
+    Norms and routers stay in float32; `notice` hears which matrices fall back to another type. The files appear when
+    they are whole. `ModelError` for what llama.cpp cannot run or pack, `InputError` if a file exists, `ResourceError`
+    if the disk is too small.
     """
     _check_runnable(weights.config)
-    kinds = {name: _type(name, shape, kind) for name, shape in expected_tensors(weights.config).items()}
+    kinds = _types(weights.config, KINDS[kind], notice)
     sizes = {name: _nbytes(weights.config, name, kinds[name]) for name in kinds}
     total = sum(sizes.values())
     with scratch_folder(out, total + 2**25) as scratch:
         writer = GGUFWriter(scratch / out.name, "dbrx", split_max_size=split_bytes or 0)
-        _add_config(writer, weights.config, out.stem, FILE_TYPES[kind])
+        _add_config(writer, weights.config, out.stem, KINDS[kind].number)
         _add_tokenizer(writer, tokenizer, weights.config.vocab_size)
         for name, size in sizes.items():
             shape = _stored_shape(weights.config, name)
@@ -63,9 +88,9 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         done = 0
-        with closing(writer):
+        with closing(writer), _threads() as threads:
             for name, size in sizes.items():
-                rows: Any = _Rows(size, _pieces(weights, name, kinds[name]))
+                rows: Any = _Rows(size, _pieces(weights, name, kinds[name], threads))
                 writer.write_tensor_data(rows)
                 done += size
                 if progress:
@@ -76,6 +101,17 @@ def write_gguf(
                 raise InputError(f"{path} exists already", "name one that does not, or remove it")
         put_in_place(scratch, files)
     return list(files.values())
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """One a core, in each of which torch starts no others."""
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
 
 
 class _Rows:
@@ -100,10 +136,30 @@ def _check_runnable(config: DbrxConfig) -> None:
         )
 
 
-def _type(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    if len(shape) == 1 or ".router." in name:
-        return GGMLQuantizationType.F32
-    return GGMLQuantizationType[kind.upper()]
+def _types(config: DbrxConfig, kind: Kind, notice: Callable[[str], None]) -> dict[str, GGMLQuantizationType]:
+    """ggml's type of each tensor; `notice` hears of those that `FALLBACKS` gives."""
+    types: dict[str, GGMLQuantizationType] = {}
+    fallen: Counter[tuple[int, str, str]] = Counter()
+    for name, shape in expected_tensors(config).items():
+        wanted = kind.finer if kind.finer and _is_finer(name, config.n_layers) else kind.usual
+        columns = _stored_shape(config, name)[-1]
+        if len(shape) == 1 or ".router." in name:
+            wanted = "F32"
+        elif wanted in FALLBACKS and columns % BLOCKS[wanted].inputs:
+            fallen[columns, wanted, FALLBACKS[wanted]] += 1
+            wanted = FALLBACKS[wanted]
+        types[name] = GGMLQuantizationType[wanted]
+    for (columns, wanted, other), count in fallen.items():
+        notice(f"{count} matrices with rows of {columns}, no multiple of 256, become {other} in place of {wanted}")
+    return types
+
+
+def _is_finer(name: str, layers: int) -> bool:
+    """Whether llama-quantize has a tensor in more bits in its mixtures "_M": 20 of DBRX's 40 layers, and the head."""
+    if not name.endswith((".Wqkv.weight", ".w2")):
+        return name == "lm_head.weight"
+    layer, eighth = int(name.split(".")[2]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _stored_shape(config: DbrxConfig, name: str) -> tuple[int, ...]:
@@ -126,7 +182,7 @@ def _nbytes(config: DbrxConfig, name: str, kind: GGMLQuantizationType) -> int:
     return int(np.prod(rows, dtype=np.int64)) * row_bytes(kind.name, columns)
 
 
-def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType) -> Iterator[Bytes]:
+def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, threads: ThreadPoolExecutor) -> Iterator[Bytes]:
     """A tensor's bytes in llama.cpp's order: whole matrices of experts, cut so that all threads have work."""
     matrices: Iterator[Tensor]
     if ".experts." in name:
@@ -135,10 +191,9 @@ def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType) -> Iterator
         matrices = (each.t() for each in every) if name.endswith(".w2") else every
     else:
         matrices = iter([weights.read(name)])
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for each in matrices:
-            rows = each.reshape(1, -1) if each.dim() == 1 else each
-            yield from threads.map(lambda part: _packed(part, kind), torch.split(rows, max(1, PIECE // rows.shape[1])))
+    for each in matrices:
+        rows = each.reshape(1, -1) if each.dim() == 1 else each
+        yield from threads.map(lambda part: _packed(part, kind), torch.split(rows, max(1, PIECE // rows.shape[1])))
 
 
 def _packed(rows: Tensor, kind: GGMLQuantizationType) -> Bytes:
@@ -147,8 +202,7 @@ def _packed(rows: Tensor, kind: GGMLQuantizationType) -> Bytes:
     if kind.name in ("F32", "BF16"):
         dtype = torch.float32 if kind.name == "F32" else torch.bfloat16
         return rows.to(dtype).contiguous().view(torch.uint8).numpy()
-    with np.errstate(all="ignore"):
-        packed: Bytes = quantize(rows.float().contiguous().numpy(), kind)
+    packed: Bytes = blocks.quantize(rows, kind.name).values.numpy()
     return packed
 
 

@@ -1,18 +1,24 @@
-"""ggml's blocks: what the gguf package makes of floats, and floats of that."""
+"""ggml's blocks out of floats, by the gguf package and `k_quants`, and floats out of them."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..weights import BlockMatrix
+from . import k_quants
 
 
 def quantize(weight: Tensor, kind: str = "Q8_0") -> BlockMatrix:
-    """Floats [outputs, inputs] in blocks; `NotImplementedError` for a kind that the package cannot make."""
+    """Floats [outputs, inputs] in blocks; `NotImplementedError` for a kind that nothing here can make."""
     import gguf
 
-    values = gguf.quantize(weight.float().contiguous().numpy(), gguf.GGMLQuantizationType[kind])
+    floats = weight.float().contiguous()
+    if kind in k_quants.KINDS:
+        return BlockMatrix(k_quants.quantize(floats, kind), kind)
+    with np.errstate(all="ignore"):
+        values = gguf.quantize(floats.numpy(), gguf.GGMLQuantizationType[kind])
     return BlockMatrix(torch.from_numpy(values), kind)
 
 

@@ -1,0 +1,170 @@
+"""ggml's K-quants out of floats: blocks of 256 inputs, cut into sub-blocks whose scales are small whole numbers.
+
+Q4_K and Q5_K: value = d * scale * level - dmin * minimum, with a scale and a minimum for 32 inputs; Q6_K: value =
+d * scale * (level - 32), with a scale for 16. d and dmin are float16, one a block.
+Layout: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PIECE = 2**19  # weights that are fitted at once: with fewer, most of the time goes into calls of torch
+STARTS = ((0.0, 0.0), (0.0, 0.7), (0.7, 0.0), (0.7, 0.7))  # of a sub-block's range, levels cut off below and above
+PEAKS = (-32.0, -33.5, -30.5)  # the levels that the largest weight of a sub-block gets first
+ROUNDS = 3
+LARGEST = 65504.0  # of float16
+SMALLEST = 1e-30  # what is divided by instead of 0
+
+
+def quantize(weight: Tensor, kind: str) -> Tensor:
+    """Finite float32 [outputs, inputs], inputs a multiple of 256 -> blocks uint8 [outputs, bytes], of little error."""
+    pieces = torch.split(weight, max(1, PIECE // weight.shape[1]))
+    return torch.cat([KINDS[kind](piece.reshape(-1, 256)).view(len(piece), -1) for piece in pieces])
+
+
+def _q4(x: Tensor) -> Tensor:
+    scales, levels = _with_minimum(x, 15)
+    return torch.cat([*scales, _nibbles(levels)], 1)
+
+
+def _q5(x: Tensor) -> Tensor:
+    scales, levels = _with_minimum(x, 31)
+    bit = torch.arange(8, dtype=torch.uint8)[:, None]
+    high = ((levels >> 4) << bit).sum(1, dtype=torch.uint8)  # byte i has a bit of input i of each sub-block
+    return torch.cat([*scales, high, _nibbles(levels & 15)], 1)
+
+
+def _nibbles(levels: Tensor) -> Tensor:
+    """uint8 [blocks, 8, 32] -> [blocks, 128]: sub-blocks 0 and 1 share bytes, 2 and 3, and so on."""
+    pairs = levels.view(-1, 4, 2, 32)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
+
+
+def _with_minimum(x: Tensor, most: int) -> tuple[list[Tensor], Tensor]:
+    """d, dmin and packed scales of blocks [n, 256], and levels 0 ... most uint8 [n, 8, 32]."""
+    n, x = len(x), _columns(x, 32)
+    scale, base = _fit(x, most)
+    d, scales = _in_few_bits(scale.view(n, 8), 63)
+    scale = (d * scales).view(-1)
+    # What rounding changed of a scale, the minimum makes up for, as far as it is the same for all levels.
+    q = _nearest(x, scale, base, 0, most, torch.empty_like(x))
+    minimum = (scale * q.sum(0) - x.sum(0)).div_(32).clamp_(min=0)
+    dmin, minima = _in_few_bits(minimum.view(n, 8), 63)
+    levels = _nearest(x, scale, -(dmin * minima).view(-1), 0, most, q)
+    parts = [_bytes(d), _bytes(dmin), _six_bits(scales.to(torch.uint8), minima.to(torch.uint8))]
+    return parts, levels.t().contiguous().to(torch.uint8).view(n, 8, 32)
+
+
+def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """Two times 8 numbers of 6 bits -> 12 bytes: the upper bits of the last four lie above those of the first four."""
+    first = [part[:, :4] | (part[:, 4:] >> 4) << 6 for part in (scales, minima)]
+    return torch.cat([*first, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4], 1)
+
+
+def _q6(x: Tensor) -> Tensor:
+    n, x = len(x), _columns(x, 16)
+    d, scales = _in_few_bits(_fit_symmetric(x).view(n, 16), -128)
+    q, product = torch.empty_like(x), torch.empty_like(x)
+
+    def levels() -> Tensor:
+        return _nearest(x, (d * scales).view(-1), None, -32, 31, q)
+
+    q_x, q_q = (part.view(n, 16) for part in _products(levels(), x, product))
+    square = (scales * scales * q_q).sum(1, keepdim=True)
+    d = _half(torch.where(square > 0, (scales * q_x).sum(1, keepdim=True) / square, d))
+    # Of each half of a block, runs of 32 inputs share bytes: 0 and 2, 1 and 3; of the upper bits all four.
+    runs = (levels() + 32).t().contiguous().to(torch.uint8).view(n, 2, 4, 32)
+    low, high = runs & 15, runs >> 4
+    lows = low[:, :, :2] | low[:, :, 2:] << 4
+    highs = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
+    return torch.cat([lows.flatten(1), highs.flatten(1), scales.to(torch.int8).view(torch.uint8), _bytes(d)], 1)
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {"Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}
+
+
+def _columns(x: Tensor, size: int) -> Tensor:
+    """Sub-blocks as columns [size, sub-blocks]: sums of them are sums of long rows, which are fast."""
+    return x.view(-1, size).t().contiguous()
+
+
+def _fit(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of each column scale >= 0 and base <= 0 with which scale * level + base errs least.
+
+    Levels and range are improved in turn: the nearest levels for a range, then the range of least squares for these.
+    """
+    size, low, high, sum_x = float(len(x)), x.amin(0).clamp(max=0), x.amax(0), x.sum(0)
+    step = (high - low) / most
+    best, best_scale, best_base = torch.full_like(low, -1), step, low
+    q, product = torch.empty_like(x), torch.empty_like(x)
+    for below, above in STARTS:
+        scale, base = step * (1 - (below + above) / most), (low + step * below).clamp(max=0)
+        for _ in range(ROUNDS):
+            sum_q = _nearest(x, scale, base, 0, most, q).sum(0)
+            q_x, q_q = _products(q, x, product)
+            spread = torch.maximum(size * q_q - sum_q * sum_q, 1e-5 * size * q_q).clamp_(min=SMALLEST)
+            scale = (size * q_x - sum_q * sum_x) / spread
+            base = (sum_x - scale * sum_q) / size
+            if base.amax() > 0:  # which no minimum can say
+                scale = torch.where(base > 0, q_x / q_q.clamp(min=SMALLEST), scale)
+                base = base.clamp(max=0)
+        # How much less the squared error is than that of zeros.
+        gain = 2.0 * (scale * q_x + base * sum_x - scale * base * sum_q) - scale * scale * q_q - size * base * base
+        better = gain > best
+        best, best_scale, best_base = (
+            torch.where(better, new, old) for new, old in ((gain, best), (scale, best_scale), (base, best_base))
+        )
+    return best_scale, best_base
+
+
+def _fit_symmetric(x: Tensor) -> Tensor:
+    """Of each column the scale with which scale * level errs least, levels -32 ... 31."""
+    high, low = x.amax(0), x.amin(0)
+    peak = torch.where(high > -low, high, low)
+    best, best_scale = torch.full_like(peak, -1), torch.zeros_like(peak)
+    q, product = torch.empty_like(x), torch.empty_like(x)
+    for level in PEAKS:
+        scale = peak / level
+        for _ in range(ROUNDS):
+            q_x, q_q = _products(_nearest(x, scale, None, -32, 31, q), x, product)
+            scale = q_x / q_q.clamp(min=1e-12)
+            gain = scale * q_x
+            better = gain > best
+            best, best_scale = torch.where(better, gain, best), torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def _nearest(x: Tensor, scale: Tensor, base: Tensor | None, least: int, most: int, out: Tensor) -> Tensor:
+    """The levels whose scale * level + base is nearest to x, in `out`; any where the scale is 0."""
+    shifted = x if base is None else torch.sub(x, base, out=out)
+    return torch.mul(shifted, _inverse(scale), out=out).round_().clamp_(least, most)
+
+
+def _products(q: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over each column of q * x and q * q."""
+    return torch.mul(q, x, out=out).sum(0), torch.mul(q, q, out=out).sum(0)
+
+
+def _in_few_bits(numbers: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """[n, k] -> a factor of float16 [n, 1] and whole numbers, the largest `most`; of both signs if that is below 0."""
+    high, low = numbers.amax(1, keepdim=True), numbers.amin(1, keepdim=True)
+    factor = _half(torch.where(high > -low, high, low) / most)
+    return factor, (numbers * _inverse(factor)).round().clamp(min(most, 0), max(most, -most - 1))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Of 0 it is so large that only 0 is near: torch.where would take four times as long."""
+    return 1 / (scale + SMALLEST)
+
+
+def _half(numbers: Tensor) -> Tensor:
+    return numbers.clamp(-LARGEST, LARGEST).half().float()
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    """[n, 1] -> their float16 as uint8 [n, 2]."""
+    return numbers.half().view(torch.uint8)
