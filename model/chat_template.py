@@ -37,14 +37,16 @@ class ChatTemplate:
     """A Jinja chat template; `source=None` is ChatML without a default system prompt.
 
     `special_tokens` are the spellings that become ids of their own, `variables` what the template may read beside the
-    messages (`bos_token`, `eos_token`, ...), `name` how messages about faults call it. A template that cannot be
-    parsed, that fails, or that goes over its budget of work raises `ModelError`, when it is first rendered.
+    messages (`bos_token`, `eos_token`, ...), `name` how messages about faults call it, `system` goes before messages
+    that begin with none. A template that cannot be parsed, that fails, or that goes over its budget of work raises
+    `ModelError`, when it is first rendered.
     """
 
     source: str | None = None
     special_tokens: Collection[str] = ("<|im_start|>", "<|im_end|>")
     variables: Mapping[str, str] | None = None
     name: str = "built-in chat template"
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for token in self.special_tokens:
@@ -119,6 +121,8 @@ class ChatTemplate:
     def _run(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         from .template_sandbox import run_template
 
+        if self.system is not None and (not messages or messages[0].role != "system"):
+            messages = [Message("system", self.system), *messages]
         size = sum(len(message.content) for message in messages)
         check_size(size)
         code = self._code
@@ -142,7 +146,7 @@ class ChatTemplate:
 
     def _unused_character(self, messages: Sequence[Message]) -> str:
         """A private-use character that occurs nowhere in the prompt."""
-        own = (self.text, *self.special_tokens, *(self.variables or {}).values())
+        own = (self.text, self.system or "", *self.special_tokens, *(self.variables or {}).values())
         texts = [*own, *(message.content for message in messages)]
         for code in PRIVATE_USE:
             if not any(chr(code) in text for text in texts):

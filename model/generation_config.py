@@ -42,7 +42,10 @@ class GenerationConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None  # ollama's only, as the next, and seed
+    presence_penalty: float | None = None
     max_new_tokens: int | None = None
+    seed: int | None = None
     faults: Mapping[str, ModelError] = field(default_factory=dict)  # values of the file that cannot be used, by key
 
     @classmethod
@@ -53,7 +56,17 @@ class GenerationConfig:
             return cls.from_folder(files)
         from .formats.gguf_metadata import GgufTokenizer
 
-        return cls(eos_token_id=tuple(GgufTokenizer.open(files.path).generation_config()["eos_token_id"]))
+        opened, manifest = GgufTokenizer.open(files), files.manifest
+        values = opened.generation_config()
+        ends = tuple(values.pop("eos_token_id"))
+        if manifest is None:
+            return cls(ends)
+        readers = READ | OF_OLLAMA
+        layers = manifest.ignored(opened.file.value("tokenizer.chat_template", str, "") or None)
+        if ignored := [*(key for key in values if key not in readers), *(f"its {layer}" for layer in layers)]:
+            warnings.warn(f"{manifest.name}: ignoring {listed(ignored)}", stacklevel=1)
+        given, faults = _read(values, readers, manifest.name)
+        return cls(ends, **given, faults=faults)
 
     @classmethod
     def from_folder(cls, folder: Path | ModelFiles) -> GenerationConfig:
@@ -73,15 +86,7 @@ class GenerationConfig:
             plural = "s" * (len(ignored) > 1)
             # Of this line, so that it is told once though tokenizer and network both read the file.
             warnings.warn(f"{path}: ignoring unsupported key{plural} {listed(ignored)}", stacklevel=1)
-        given: dict[str, Any] = {}
-        faults = {}
-        for key, read in READ.items():
-            if values.get(key) is not None:
-                try:
-                    given[key] = read(values[key])
-                except ValueError as error:
-                    flag = f"--{REPLACED_BY.get(key, key).replace('_', '-')}"
-                    faults[key] = ModelError(f"{path}: {key} {error}", f"mend the file, or give {flag}")
+        given, faults = _read(values, READ, str(path))
         return cls(ids["eos_token_id"], (*ids["pad_token_id"], None)[0], **given, faults=faults)
 
     def sampling(self, defaults: SamplingParams | None = None) -> SamplingParams:
@@ -95,7 +100,10 @@ class GenerationConfig:
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
             "max_tokens": self.max_new_tokens,
+            "seed": self.seed,
         }
         values = vars(defaults or SamplingParams()) | {key: v for key, v in given.items() if v is not None}
         faults = {REPLACED_BY.get(key, key): fault for key, fault in self.faults.items()}
@@ -191,6 +199,27 @@ READ: dict[str, Callable[[Any], Any]] = {
     "repetition_penalty": _bounded("repetition_penalty", _number),
     "max_new_tokens": _bounded("max_new_tokens", _whole),
 }
+OF_OLLAMA: dict[str, Callable[[Any], Any]] = {
+    "frequency_penalty": _bounded("frequency_penalty", _number),
+    "presence_penalty": _bounded("presence_penalty", _number),
+    "seed": _bounded("seed", _whole),
+}
+
+
+def _read(
+    values: Mapping[str, Any], readers: Mapping[str, Callable[[Any], Any]], where: str
+) -> tuple[dict[str, Any], dict[str, ModelError]]:
+    """The values that can be used, and the faults of the others; where: what a fault names."""
+    given: dict[str, Any] = {}
+    faults = {}
+    for key, read in readers.items():
+        if values.get(key) is not None:
+            try:
+                given[key] = read(values[key])
+            except ValueError as error:
+                flag = f"--{REPLACED_BY.get(key, key).replace('_', '-')}"
+                faults[key] = ModelError(f"{where}: {key} {error}", f"mend the file, or give {flag}")
+    return given, faults
 
 
 def _ids(path: Path, key: str, value: Any) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from .config import DbrxConfig
 from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
 from .formats import open_weights
+from .formats.ollama import manifest_of
 from .generation_config import GenerationConfig
 from .hub import resolve
 from .kernels.native_block import decode_natively
@@ -82,7 +83,7 @@ def from_pretrained(
     set_threads()
     files = name_or_path
     if not isinstance(files, ModelFiles):
-        files = ModelFiles(resolve(files, revision=revision, token=token))
+        files = ModelFiles(resolve(files, revision=revision, token=token), manifest_of(files))
     with open_weights(files) as opened:
         changes = read_adapter(adapter, opened.config) if adapter is not None else {}
         if changes and opened.quantization != "none" and ranks is not None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import DbrxConfig
 from .safetensors_file import read_json
 
+if TYPE_CHECKING:
+    from .formats.ollama import Manifest
+
 
 class ModelFiles:
-    """A folder or a GGUF file, handed to all that read of it: network, tokenizer and generation settings."""
+    """A folder or a GGUF file, handed to all that read of it: network, tokenizer and generation settings.
 
-    def __init__(self, path: str | Path) -> None:
+    manifest: what else is said of a GGUF file in ollama's store.
+    """
+
+    def __init__(self, path: str | Path, manifest: Manifest | None = None) -> None:
         self.path = Path(path)
+        self.manifest = manifest
 
     @classmethod
     def of(cls, source: str | Path | ModelFiles) -> ModelFiles:

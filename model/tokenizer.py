@@ -66,6 +66,7 @@ class Tokenizer:
         *,
         template_source: str | None = None,
         template_name: str = "built-in chat template",
+        system: str | None = None,
         named_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Iterable[int] = (),
         padding_side: Literal["left", "right"] = "left",
@@ -79,7 +80,9 @@ class Tokenizer:
             raise ModelError(
                 f"{where}: the special token {shown(short)!r} cannot be told from text", "give it a longer name there"
             )
-        self.chat_template = ChatTemplate(template_source, tuple(self.special_tokens), self.named_tokens, template_name)
+        self.chat_template = ChatTemplate(
+            template_source, tuple(self.special_tokens), self.named_tokens, template_name, system
+        )
         self.padding_side = padding_side
         self.vocabulary = vocabulary
         self._folder = folder
@@ -300,19 +303,21 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, path: str | Path, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
+    def from_gguf(cls, path: str | Path | ModelFiles, padding_side: Literal["left", "right"] = "left") -> Tokenizer:
         """Read the tokenizer in a GGUF file's header; `ModelError` when there is none that can be used."""
         from .formats.gguf_metadata import GgufTokenizer
 
-        contents = GgufTokenizer.open(Path(path)).files()
-        config, where = contents["tokenizer_config.json"], f"{path}: tokenizer.chat_template"
+        files = ModelFiles.of(path)
+        contents = GgufTokenizer.open(files).files()
+        config, where = contents["tokenizer_config.json"], f"{files.path}: tokenizer.chat_template"
         template = config.get("chat_template")
         if not isinstance(template, str | None):
             raise ModelError(f"{where}: is not text")
         return cls(
-            vocabulary_from_json(contents["tokenizer.json"], str(path)),
+            vocabulary_from_json(contents["tokenizer.json"], str(files.path)),
             template_source=template,
             template_name="built-in chat template" if template is None else where,
+            system=None if files.manifest is None else files.manifest.system,
             named_tokens=_named_tokens(config),
             eos_token_ids=contents["generation_config.json"]["eos_token_id"],
             padding_side=padding_side,
@@ -325,7 +330,7 @@ class Tokenizer:
         files = ModelFiles.of(source)
         if files.path.is_dir():
             return cls.from_folder(files, padding_side)
-        return cls.from_gguf(files.path, padding_side)
+        return cls.from_gguf(files, padding_side)
 
 
 class AutoTokenizer:
@@ -343,10 +348,11 @@ class AutoTokenizer:
         """Load from a folder, a GGUF file or a Hub id. `trust_remote_code` is ignored: no code of a checkpoint runs."""
         if unknown := set(ignored) - IGNORED_ARGUMENTS:
             raise TypeError(f"from_pretrained() got unexpected arguments: {', '.join(sorted(unknown))}")
+        from .formats.ollama import manifest_of
         from .hub import resolve
 
         source = resolve(str(name_or_path), revision=revision, token=token, patterns=PATTERNS)
-        return Tokenizer.from_source(source, padding_side)
+        return Tokenizer.from_source(ModelFiles(source, manifest_of(name_or_path)), padding_side)
 
 
 def _vocabulary(files: ModelFiles, config: dict[str, Any]) -> Vocabulary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ from model import AutoTokenizer, DbrxForCausalLM
 from model.checkpoint import FITS
 from model.errors import ModelError
 from model.formats import open_weights
+from model.formats.ollama import is_chatml, manifest_of
+from model.generation_config import GenerationConfig
 from model.hub import inventory, resolve
+from model.messages import Message
+from model.model_files import ModelFiles
+from model.sampling import SamplingParams
 from tests.cli import Cli
-from tests.gguf_files import write_gguf
+from tests.gguf_files import SPECIAL, write_gguf
 from tests.test_layouts import CONFIG, Tensors, quantize_gptq, quantized, split_experts, split_qkv, weights, write
 
 APART = "ffn.experts.mlp.{e}.{m}"
@@ -338,8 +344,108 @@ def test_ollamas_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
     with pytest.raises(ModelError, match="names no GGUF file"):
         resolve(tags / "other")
     (blobs / f"sha256-{digest}").unlink()
-    with pytest.raises(ModelError, match="is missing, latest names it"):
+    with pytest.raises(ModelError, match="is missing, the model of ollama:dbrx:latest") as error:
         resolve(tags / "latest")
+    assert error.value.hint == "fetch it again: ollama pull dbrx:latest"
+
+
+class Ollama:
+    """A store with one model, whose manifest can be written anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.blobs, self.tag = folder / "blobs", folder / "manifests/registry.ollama.ai/me/dbrx/latest"
+        self.blobs.mkdir(parents=True)
+        self.tag.parent.mkdir(parents=True)
+        self.model = write_gguf(folder / "m.gguf").read_bytes()
+
+    def write(self, **layers: Any) -> ModelFiles:
+        self.tag.write_text(
+            json.dumps({"layers": [self.layer(*each) for each in {"model": self.model, **layers}.items()]})
+        )
+        return ModelFiles(resolve("ollama:me/dbrx"), manifest_of("ollama:me/dbrx"))
+
+    def layer(self, kind: str, content: Any) -> dict[str, str]:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        (self.blobs / f"sha256-{digest}").write_bytes(data)
+        return {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"}
+
+
+@pytest.fixture
+def ollama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> Ollama:  # cli: it leaves no store
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    return Ollama(tmp_path / "models")
+
+
+CHATML = b"{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+
+
+@pytest.mark.filterwarnings("always:ollama")
+def test_what_ollamas_manifest_says_is_followed_or_named(ollama: Ollama, cli: Cli) -> None:
+    params = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125, "repeat_penalty": 1.5, "seed": 9,
+              "frequency_penalty": 0.5, "presence_penalty": -1, "num_predict": 3, "mirostat": 0,
+              "stop": ["<|im_start|>", "<|im_end|>"]}  # fmt: skip
+    files = ollama.write(params=params, system=b"Be brief.", template=CHATML, license=b"MIT")
+    with warnings.catch_warnings(action="error"):
+        config = GenerationConfig.from_source(files)
+    assert config.sampling() == SamplingParams(0.25, 0.5, 7, 0.125, 1.5, 0.5, -1, 3, 9)
+    tokenizer = AutoTokenizer.from_pretrained("ollama:me/dbrx")
+    assert tokenizer.eos_token_ids == (SPECIAL["<|endoftext|>"], SPECIAL["<|im_end|>"], SPECIAL["<|im_start|>"])
+    asked = [Message("user", "hello")]
+    assert tokenizer.chat_template.render(asked).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    assert tokenizer.chat_template.render([Message("system", ""), *asked]).startswith("<|im_start|>system\n<|im_end|>")
+    ran = cli("generate", "-m", "ollama:me/dbrx", "hello", "--json")
+    assert (json.loads(ran.out)["seed"], json.loads(ran.out)["usage"]["completion_tokens"]) == (9, 3), ran.err
+    ollama.write(params={"num_ctx": 512, "stop": "###", "num_predict": -1, "temperature": "hot"},
+                 template=b"{{ .System }} USER: {{ .Prompt }}", messages=[])  # fmt: skip
+    ran = cli("generate", "-m", "ollama:me/dbrx", "hello", "-n", "1", "-t", "0", "--json")
+    assert "dbrx: ollama:me/dbrx:latest: ignoring num_ctx, num_predict, stop, its messages, its template\n" in ran.err
+    ran = cli("generate", "-m", "ollama:me/dbrx", "hello", "-n", "1")
+    assert ran.code == 3 and "ollama:me/dbrx:latest: temperature must be a number, not 'hot'" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("template", "same"),
+    [
+        (CHATML, True),
+        (b"{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}<|im_start|>assistant\n", True),
+        (b"{{ .Prompt }}", False),
+        (b"<|im_start|>user\nAnswer in verse: {{ .Prompt }}<|im_end|>", False),
+        (b"[INST] {{ .Prompt }} [/INST]", False),
+        (b"{{" * 100_000, False),
+    ],
+)
+def test_templates_of_go_by_their_marks(template: bytes, same: bool) -> None:
+    assert is_chatml(template.decode()) == same
+
+
+def test_hostile_manifests_of_ollama(ollama: Ollama, tmp_path: Path, cli: Cli) -> None:
+    ollama.write()
+    good = json.loads(ollama.tag.read_text())["layers"]
+    kind = "application/vnd.ollama.image."
+    (tmp_path / "outside.json").write_text("{}")
+    for layers, message in (
+        ([{"mediaType": f"{kind}model", "digest": "sha256:../../../etc/passwd"}], "without a type or a digest"),
+        ([{"mediaType": f"{kind}model", "digest": 7}], "without a type or a digest"),
+        (["x"], "without a type or a digest"),
+        ({"model": good}, "names no GGUF file"),
+        (None, "names no GGUF file"),
+        ([*good, ollama.layer("params", b"[1]")], r"is not a JSON object \(the params of ollama:me/dbrx:latest\)"),
+        ([*good, ollama.layer("params", {"stop": {"a": 1}})], "its stop is no list of texts"),
+        ([*good, ollama.layer("system", b"\xff")], r"is not UTF-8.*\(the system of"),
+        ([*good, ollama.layer("system", b" " * 2**21)], "has 2097152 bytes, more than"),
+        ([*good, ollama.layer("adapter", b"GGUF")], "has an adapter, which is not applied here"),
+        ([*good, {"mediaType": f"{kind}system", "digest": "sha256:" + "0" * 64}], "is missing, the system of"),
+    ):
+        ollama.tag.write_text(json.dumps({"layers": layers}))
+        with pytest.raises(ModelError, match=message) as error:
+            AutoTokenizer.from_pretrained("ollama:me/dbrx")
+        assert error.value.hint and "dbrx download" not in error.value.hint
+    ollama.tag.unlink()
+    ollama.tag.mkdir()
+    with pytest.raises(ModelError, match="is not in ollama's store"):
+        resolve("ollama:me/dbrx")
+    assert not _listed(cli)
 
 
 def test_models_of_lm_studio_and_llama_cpp_are_listed(
@@ -353,8 +459,9 @@ def test_models_of_lm_studio_and_llama_cpp_are_listed(
     first = write_gguf(studio / "m.gguf", split=10)
     single = write_gguf(flat / "acme_dbrx.gguf")
     write_gguf(flat / "other.gguf", arch="llama")
+    link = in_cache(flat, "acme/other-GGUF", single, "Q8/dbrx-Q8_0.gguf")  # as llama.cpp does it now
     listed = _listed(cli)
-    assert listed.keys() == {str(first), str(single)}
+    assert listed.keys() == {str(first), str(single), str(link)}
     assert listed[str(first)]["bytes"] == sum(part.stat().st_size for part in studio.iterdir())
     sorted(studio.iterdir())[-1].unlink()
     row = _listed(cli)[str(first)]

@@ -92,7 +92,8 @@ def _list(json_output: bool = False, speed: bool = False) -> None:
     from model.hub.inventory import inventory
 
     rows = [_row(model) for model in inventory()]
-    rows += [_elsewhere(name, model) for name, model in elsewhere()]
+    cached = [row["path"] for row in rows]  # LLAMA_CACHE may name the Hub's cache, or have a layout like it
+    rows += [_elsewhere(*each) for each in elsewhere() if not any(map(each[1].is_relative_to, cached))]
     rows += [demo for name in DEMOS if (demo := _demo(name))]
     for row in rows:
         row["form"] = _form(row)
@@ -216,7 +217,7 @@ def find_folder(name: str, revision: str | None) -> Path:
 
 def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
     """What is deleted, and how it is called."""
-    from model.formats.locate import OF_OLLAMA
+    from model.formats.ollama import PREFIX
     from model.hub.inventory import inventory, removal
     from model.hub.plan import check_revision
 
@@ -229,8 +230,8 @@ def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
         return [Path(demo["path"])], f"the model {name}"
     if name.startswith((".", "/", "~")):
         raise InputError(f"{name} is a folder of your own, not in the cache", "remove it yourself")
-    if name.startswith(OF_OLLAMA):
-        raise InputError(f"{name} is in ollama's store", f"ollama rm {name.removeprefix(OF_OLLAMA)}")
+    if name.startswith(PREFIX):
+        raise InputError(f"{name} is in ollama's store", f"ollama rm {name.removeprefix(PREFIX)}")
     cached = [model for model in inventory() if model.name == name]
     if not cached:
         raise ModelError(f"no DBRX checkpoint {name} is in the cache", "`dbrx models` lists those that are")

@@ -77,11 +77,12 @@ class LocalEngine:
         """Find the model, read it with a progress bar, and make it ready."""
         start = time.perf_counter()
         folder = find_model(options, report)
+        from model.formats.ollama import manifest_of
         from model.model_files import ModelFiles
         from model.tokenizer import Tokenizer
 
         ranks = lead(options)
-        files = ModelFiles(folder)
+        files = ModelFiles(folder, manifest_of(options.model))
         config = check_source(files)  # what is no model is told so before all else
         require_context(options.context, config.max_seq_len)
         tokenizer = Tokenizer.from_source(files)

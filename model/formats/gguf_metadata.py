@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bpe import CL100K_PATTERN
 from ..safetensors_file import shown
 from .gguf_file import IMPORTANCE_MATRIX, GgufFile, open_gguf
+
+if TYPE_CHECKING:
+    from ..model_files import ModelFiles
+    from .ollama import Manifest
 
 EPS = 1e-5
 NO_CLAMP = 1e29  # llama.cpp has no null for clip_qkv: converters write 0 or a number that no activation reaches
@@ -115,10 +118,10 @@ def check_head_dim(file: GgufFile, head_dim: int) -> None:
 
 
 class GgufTokenizer:
-    """The tokenizer's part of a header, in the form of a checkpoint's files."""
+    """The tokenizer's part of a header, in the form of a checkpoint's files; and what ollama's manifest adds."""
 
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
+    def __init__(self, file: GgufFile, manifest: Manifest | None = None) -> None:
+        self.file, self.manifest = file, manifest
         self.tokens = self._list("tokenizer.ggml.tokens", str)
         self.types = self._list("tokenizer.ggml.token_type", int, [NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
@@ -126,11 +129,11 @@ class GgufTokenizer:
         self._correct_types()
 
     @classmethod
-    def open(cls, path: Path) -> GgufTokenizer:
+    def open(cls, files: ModelFiles) -> GgufTokenizer:
         """Read a file's header."""
-        file = open_gguf(path)
+        file = open_gguf(files.path)
         check_architecture(file)
-        return cls(file)
+        return cls(file, files.manifest)
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Contents of tokenizer.json, tokenizer_config.json and generation_config.json."""
@@ -200,8 +203,12 @@ class GgufTokenizer:
 
     def generation_config(self) -> dict[str, Any]:
         """A turn ends with `<|im_end|>`, a plain text with `<|endoftext|>`: a file names only one as its eos."""
-        ends = [*map(self._id, ("eos", "eot", "eom")), *map(self._control, ENDS)]
-        return {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
+        values: dict[str, Any] = {} if self.manifest is None else self.manifest.parameters
+        stops = {text: self._control(text) for text in values.pop("stop", [])}
+        if others := [text for text, token_id in stops.items() if token_id is None]:
+            values["stop"] = others
+        ends = [*map(self._id, ("eos", "eot", "eom")), *map(self._control, ENDS), *stops.values()]
+        return values | {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
 
     def _id(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"

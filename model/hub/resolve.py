@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AccessError, ConnectionFault, ModelError
-from ..formats.locate import OF_OLLAMA, locate, of_ollama
+from ..formats.locate import locate
+from ..formats.ollama import PREFIX, manifest_of
 from .download import cached, download
 from .plan import is_offline
 from .progress import Progress, Silent
@@ -32,8 +33,8 @@ def resolve(
     if os.path.exists(local):  # False for a name that is too long, or has a NUL
         return locate(local)
     name = str(name_or_path)
-    if name.startswith(OF_OLLAMA):
-        return of_ollama(name.removeprefix(OF_OLLAMA))
+    if name.startswith(PREFIX) and (manifest := manifest_of(name)):
+        return manifest.weights
     if isinstance(name_or_path, Path) or _is_path(name):
         raise ModelError(f"{name} does not exist", "give the folder of a checkpoint or a Hub id (org/name)")
     if not download or is_offline():
