@@ -22,10 +22,10 @@ from model.formats.write_quantized import Writer
 from model.kernels import cuda_block, cuda_check, cuda_glu, cuda_linear
 from model.kernels.cuda_block import CudaBlocks, decode_on_card
 from model.kernels.cuda_glu import CudaGlu
-from model.kernels.cuda_linear import CudaLinear, Tile
+from model.kernels.cuda_linear import BITS, CudaLinear, Tile
 from model.kernels.cuda_norm import router_kernel
 from model.kv_cache import KVCache
-from model.quantization import int4, int8
+from model.quantization import dequantize, int4, int8
 from model.transformer import EPS
 from model.weights import FloatExpert, QuantizedMatrix
 from tests.weights import make_checkpoint
@@ -42,8 +42,8 @@ TOLERANCE = 1e-5  # of the largest number: sums of some hundred products in floa
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
-    # One program for all of a small expert: they cost a tenth of a second each.
-    cuda_glu.DOWN = Tile(128, 8, 4)
+    # One program for all of a small expert: they cost a tenth of a second each, whatever their tiles.
+    cuda_glu.DOWN = Tile(256, 16, 4)
     cuda_glu.tile = cuda_linear.tile = lambda tokens: cuda_glu.DOWN
     cuda_block.SPLITS = 2
     # Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
@@ -89,7 +89,7 @@ def check_linear(form: str, group: int, tokens: int, inputs: int, outputs: int) 
 
 
 @pytest.mark.parametrize(("form", "group"), FORMATS)
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 530, 17), (8, 70, 33), (20, 130, 17)])
+@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 1070, 17), (8, 70, 33), (20, 130, 17)])
 def test_a_matrix(form: str, group: int, tokens: int, inputs: int, outputs: int) -> None:
     torch.manual_seed(tokens)
     check_linear(form, group, tokens, inputs, outputs)
@@ -148,21 +148,21 @@ def choices(tokens: int, experts: int, top_k: int) -> Tensor:
     return torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
 
 
-@pytest.mark.parametrize(("form", "group"), FORMATS)
+@pytest.mark.parametrize(("form", "group"), [FORMATS[0], *FORMATS[2:]])
 def test_experts(form: str, group: int) -> None:
     """A number that is not finite reaches all of its own row, and no other."""
     torch.manual_seed(1)
-    experts = Experts.of(form, group, 5, 38, 70)
-    x, ids, weights = torch.randn(3, 70), choices(3, 5, 2), torch.rand(3, 2)
+    experts = Experts.of(form, group, 3, 38, 70)
+    x, ids, weights = torch.randn(2, 70), torch.tensor([[0, 2], [2, 1]]), torch.rand(2, 2)
     x[1, 69] = torch.inf if form == "int8" else torch.nan
     found, exact = experts.forward(x, ids, weights), experts.answer(x, ids, weights)
-    agree(found[::2], exact[::2])
+    agree(found[:1], exact[:1])
     assert not found[1].isfinite().any()
 
 
 def test_all_of_sixteen_experts_are_chosen() -> None:
     torch.manual_seed(2)
-    Experts.of("int4", 128, 16, 10, 34).check(torch.randn(4, 34), torch.randperm(16).view(4, 4), torch.rand(4, 4))
+    Experts.of("bfloat16", 0, 16, 10, 34).check(torch.randn(4, 34), torch.randperm(16).view(4, 4), torch.rand(4, 4))
 
 
 def test_one_expert_is_chosen_by_all() -> None:
@@ -183,12 +183,6 @@ def test_experts_that_lie_elsewhere_add_nothing(tokens: int) -> None:
     agree(experts.forward(x, ids, weights), experts.answer(x, ids, weights * (ids < 2)))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_activations(activation: str) -> None:
-    torch.manual_seed(3)
-    Experts.of("bfloat16", 0, 2, 20, 48, activation).check(torch.randn(1, 48), choices(1, 2, 1), torch.rand(1, 1))
-
-
 @pytest.mark.parametrize(("form", "group"), FORMATS)
 def test_numbers_that_are_not_finite_stay_in_their_row(form: str, group: int) -> None:
     torch.manual_seed(4)
@@ -201,15 +195,20 @@ def test_numbers_that_are_not_finite_stay_in_their_row(form: str, group: int) ->
     assert not found[1:3].isfinite().any()
 
 
-@pytest.mark.soak
-def test_random_shapes() -> None:
-    draw = random.Random(0)
-    for seed in range(100):
+@pytest.mark.parametrize(
+    "first", [40, *(pytest.param(i, marks=pytest.mark.soak) for i in range(0, 100, 10) if i != 40)]
+)
+def test_random_shapes(first: int) -> None:
+    """Twenty: a matrix and experts in turn. An interpreted program takes as long for few numbers as for many."""
+    for seed in range(first, first + 10):
+        draw = random.Random(seed)
         torch.manual_seed(seed)
         form, group = draw.choice([*FORMATS, ("int4", 64), ("int4", 256)])
-        check_linear(form, group, draw.randint(1, 10), 2 * draw.randint(1, 300), draw.randint(1, 90))
-        count, hidden, d_model = draw.randint(1, 16), 2 * draw.randint(1, 40), 2 * draw.randint(1, 60)
-        tokens, top_k = draw.randint(1, 8), draw.randint(1, count)
+        most = 600 // BITS[form]
+        check_linear(form, group, draw.randint(1, 10), 2 * draw.randint(1, most), draw.randint(1, 90))
+        count, hidden, d_model = draw.randint(1, 16), 2 * draw.randint(1, 40), 2 * draw.randint(1, most)
+        top_k = draw.randint(1, min(count, 4))
+        tokens = draw.randint(1, 4 // top_k)
         experts = Experts.of(form, group, count, hidden, d_model, draw.choice(list(ACTIVATIONS)))
         experts.check(torch.randn(tokens, d_model), choices(tokens, count, top_k), torch.rand(tokens, top_k))
 
@@ -279,6 +278,7 @@ def networks(
     return network, plain
 
 
+@pytest.mark.soak
 def test_a_step_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 1, 37 and 64 tokens in blocks of 32: the first of a block, within one, and behind the last."""
     network, plain = networks("int8", 0, tmp_path, monkeypatch, n_layers=1)
@@ -298,7 +298,7 @@ def test_a_step_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_doctor_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kernel that there is, and a constant that is wrong in one of them shows."""
+    """Each kernel that there is; numbers that are off by a hundredth show."""
     found = list(cuda_check.compare(torch.device(DEVICE)))
     assert all(each.agrees for each in found), found
     there = {
@@ -306,8 +306,9 @@ def test_what_doctor_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     said = " ".join(each.kernels for each in found).replace(",", "").split()
     assert len(there) == 9 and {name.removesuffix("_kernel") for name in there} <= {*said}
-    monkeypatch.setattr(cuda_block, "EPS", 0.1)
-    assert not cuda_check._step(torch.device(DEVICE), torch.Generator().manual_seed(0)).agrees
+    monkeypatch.setattr(cuda_check, "dequantize", lambda *stored: 1.01 * dequantize(*stored))
+    found = list(cuda_check._products(linear("int8", 0), torch.Generator().manual_seed(0)))
+    assert len(found) == 3 and not any(each.agrees for each in found)
 
 
 @pytest.mark.soak

@@ -22,7 +22,7 @@ from .cuda_linear import BITS, CudaLinear, CudaMatrix
 from .linear import PackedLinear
 
 EXACT, ROUNDED = 1e-4, 0.05  # of the largest number: sums in float32; keys, values and scores in bfloat16
-TOKENS, TOP_K, BLOCK = 8, 2, 64  # of a step, of experts that a token chooses, of a block of keys and values
+TOKENS, TOP_K, BLOCK = 8, 2, 32  # of a step, of experts that a token chooses, of a block of keys and values
 INPUTS, OUTPUTS, HIDDEN, EXPERTS = 96, 41, 38, 5
 
 
@@ -63,7 +63,7 @@ def _products(kernel: CudaLinear, numbers: torch.Generator) -> Iterator[Compared
 def _experts(kernel: CudaGlu, numbers: torch.Generator) -> Compared:
     floats = [[torch.randn(HIDDEN, INPUTS, generator=numbers) / 8 for _ in range(3)] for _ in range(EXPERTS)]
     packed, meant = zip(*(_expert(kernel, FloatExpert(*each)) for each in floats), strict=True)
-    x, weights = torch.randn(3, INPUTS, generator=numbers), torch.rand(3, TOP_K, generator=numbers)
+    x, weights = torch.randn(2, INPUTS, generator=numbers), torch.rand(2, TOP_K, generator=numbers)
     ids = torch.stack([torch.randperm(EXPERTS, generator=numbers)[:TOP_K] for _ in x])
     exact = torch.zeros(x.shape, dtype=torch.float64)
     for token, row in enumerate(x.double()):
@@ -76,7 +76,7 @@ def _experts(kernel: CudaGlu, numbers: torch.Generator) -> Compared:
 
 
 def _step(device: torch.device, numbers: torch.Generator) -> Compared:
-    """A layer, of rows that go on behind 5 and 130 tokens: all that lies between the products."""
+    """A layer, of rows that go on behind 37 and 64 tokens: all that lies between the products."""
     attention = DbrxAttentionConfig(kv_n_heads=2, clip_qkv=4)
     ffn = DbrxFFNConfig(ffn_hidden_size=HIDDEN, moe_num_experts=EXPERTS, moe_top_k=TOP_K)
     config = DbrxConfig(INPUTS, n_heads=6, n_layers=1, vocab_size=8, attn_config=attention, ffn_config=ffn)
@@ -104,8 +104,9 @@ def _step(device: torch.device, numbers: torch.Generator) -> Compared:
                 weight.copy_(meant)
     block.ffn.experts = PackedExperts(glu, experts)
     there.at_once = CudaBlocks([block], config, records=False)
-    caches, found = (KVCache(1, 2, BLOCK), KVCache(1, 2, BLOCK)), []
-    for row, length in enumerate((5, 130)):
+    lengths, found = (37, 64), []  # within a block, and behind the last
+    caches = [KVCache(1, len(lengths), BLOCK) for _ in range(2)]
+    for row, length in enumerate(lengths):
         k, v = torch.randn(2, length, 2, config.head_dim, generator=numbers).to(kept)
         caches[0].rows[row].write(0, 0, k.double(), v.double())
         caches[1].rows[row].write(0, 0, k.to(device), v.to(device))
