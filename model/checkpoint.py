@@ -40,7 +40,7 @@ SINGLE_NAME = "model.safetensors"
 MAX_TENSORS = 50_000
 SHARD_NAME = re.compile(r"[\w+-][\w.+-]{0,200}\.safetensors", re.ASCII)
 # Buffers that some programs save beside the parameters; they are computed from the config.
-HARMLESS = re.compile(r".*\.(rotary_emb|rope)\.inv_freq")
+HARMLESS = re.compile(r".*\.((rotary_emb|rope)\.inv_freq|input_scale)")
 FLOATS = ("F32", "BF16", "F16")
 FITS = "config.json and the weights must come from the same checkpoint"  # the hint where they do not
 

@@ -161,7 +161,8 @@ def read_header(fd: int, size: int, path: Path) -> Header:
     if not content.startswith(b"{"):
         raise damaged(path, "is not a safetensors file: its header does not begin with '{'")
     entries = parse_json(content, path, "header ")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what mlx writes for none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ModelError(f"{path}: header __metadata__ must map text to text")
     infos = [_tensor_info(name, entry, path, 8 + length) for name, entry in entries.items()]

@@ -24,6 +24,7 @@ from model.generation_config import GenerationConfig
 from model.hub import inventory, resolve
 from model.messages import Message
 from model.model_files import ModelFiles
+from model.quantization import groups
 from model.sampling import SamplingParams
 from tests.cli import Cli
 from tests.gguf_files import SPECIAL, write_gguf
@@ -55,7 +56,7 @@ def eight(name: str, w: Tensor) -> Tensors:
 
 
 def fp8(name: str, w: Tensor) -> Tensors:
-    return {f"{name}.weight": w.to(torch.float8_e4m3fn), f"{name}.weight_scale": w[:, :1]}
+    return {f"{name}.weight": w.to(torch.float8_e4m3fn), f"{name}.weight_scale": torch.zeros(len(w), 2).byte()}
 
 
 def nf4(name: str, w: Tensor) -> Tensors:
@@ -72,6 +73,7 @@ def w4a16(name: str, w: Tensor) -> Tensors:
         f"{name}.weight_packed": words(len(w), w.shape[1] // 8),
         f"{name}.weight_scale": scale,
         f"{name}.weight_shape": shape,
+        f"{name}.weight_zero_point": words(len(w) // 8, 1),
     }
 
 
@@ -107,19 +109,18 @@ def native(parts: Parts) -> Tensors:
 
 
 Q = "quantization_config"
+ASYMMETRIC = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": False}}}
 FOREIGN: dict[str, tuple[dict[str, Any], Callable[[], Tensors], str]] = {
     "nf4": ({Q: {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
             lambda: native(nf4), r"bitsandbytes \(nf4\)"),
     "bnb_int8": ({Q: {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}},
                  lambda: native(eight), r"bitsandbytes \(int8\)"),
-    "w4a16": ({Q: {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-              lambda: packed(apart(), w4a16), r"compressed-tensors \(pack-quantized\)"),
-    "w4a16_native": ({"compression_config": {"format": "pack-quantized"}},
-                     lambda: native(w4a16), r"compressed-tensors \(pack-quantized\)"),
-    "fp8_apart": ({Q: {"quant_method": "compressed-tensors", "format": "float-quantized"}},
-                  lambda: packed(apart(), fp8), r"compressed-tensors \(float-quantized\)"),
-    "int8_apart": ({Q: {"quant_method": "compressed-tensors", "format": "int-quantized"}},
-                   lambda: packed(apart(), eight), r"compressed-tensors \(int-quantized\)"),
+    "w4a16": ({Q: {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": ASYMMETRIC}},
+              lambda: packed(apart(), w4a16), r"compressed-tensors \(pack-quantized, asymmetric\)"),
+    "w4a16_native": ({"compression_config": {"format": "pack-quantized", "config_groups": ASYMMETRIC}},
+                     lambda: native(w4a16), r"compressed-tensors \(pack-quantized, asymmetric\)"),
+    "mxfp8": ({Q: {"quant_method": "compressed-tensors", "format": "mxfp8-quantized"}},
+              lambda: packed(apart(), fp8), r"compressed-tensors \(mxfp8-quantized\)"),
     "nvfp4": ({Q: {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
               lambda: packed(apart(), named(".weight_packed", ".weight_global_scale")), "nvfp4-pack-quantized"),
     "fp8": ({Q: {"quant_method": "fp8", "weight_block_size": [128, 128]}}, lambda: native(fp8), "quantized by fp8"),
@@ -167,6 +168,54 @@ def test_what_others_quantized_is_named(tmp_path: Path, form: str) -> None:
     if form not in ("not_yet_known", "gptq_p"):
         assert "quantized" in error.value.message or "biases" in error.value.message, error.value.message
         assert error.value.hint != FITS
+
+
+def compressed(form: str, of: dict[str, Tensor]) -> Parts:
+    """A matrix in one of compressed-tensors' forms; `of` hears its values."""
+
+    def parts(name: str, w: Tensor) -> Tensors:
+        count = 2 if form == "pack-quantized" else 1
+        apart = w.view(len(w), count, -1)
+        top = {"pack-quantized": 7, "int-quantized": 127, "float-quantized": 448}[form]
+        scale = apart.abs().amax(2) / top
+        scale = scale.max().view(1) if form == "float-quantized" else scale
+        levels = apart / scale.view(-1, 1 if form == "float-quantized" else count, 1)
+        levels = levels.to(torch.float8_e4m3fn) if form == "float-quantized" else levels.round().to(torch.int8)
+        of[f"{name}.weight"] = (levels.float() * scale.view(-1, scale.shape[-1], 1)).view(w.shape)
+        levels = levels.view(w.shape)
+        if form != "pack-quantized":
+            return {f"{name}.weight": levels, f"{name}.weight_scale": scale, f"{name}.input_scale": torch.ones(1)}
+        eights = (levels.long() + 8).view(len(w), -1, 8)
+        packed = sum(eights[..., i] << 4 * i for i in range(8))
+        assert isinstance(packed, Tensor)
+        return {
+            f"{name}.weight_packed": (packed - (packed >= 2**31) * 2**32).to(torch.int32),
+            f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor(w.shape),
+        }  # fmt: skip
+
+    return parts
+
+
+@pytest.mark.parametrize("form", ["float-quantized", "int-quantized", "pack-quantized"])
+def test_symmetric_forms_of_compressed_tensors_are_read(tmp_path: Path, form: str) -> None:
+    values: dict[str, Tensor] = {}
+    stored = packed(apart(), compressed(form, values))
+    config = {**CONFIG, Q: {"quant_method": "compressed-tensors", "format": form}}
+    folder = write(tmp_path / "m", stored, config)
+    block = "transformer.blocks.1"
+    with open_weights(folder) as opened:
+        name = f"{block}.norm_attn_norm.attn.out_proj.weight"
+        assert torch.equal(opened.read(name, torch.float32), values[name])
+        experts = [values[f"{block}.{APART.format(e=2, m=m)}.weight"] for m in ("w1", "v1", "w2")]
+        for found, value in zip(opened.expert(1, 2), [*experts[:2], experts[2].t()], strict=True):
+            assert torch.equal(found, value)
+        assert (opened.kept is not None) == (form == "pack-quantized")
+        if opened.kept is not None:
+            for kept, value in zip(opened.kept_expert(1, 2), experts, strict=True):
+                assert torch.allclose(groups.dequantize(kept), value, rtol=1e-6, atol=1e-7)
+    gone = {name: tensor for name, tensor in stored.items() if not name.startswith("lm_head")}
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):  # not blamed on the form, which can be read
+        open_weights(write(tmp_path / "gone", gone, config))
 
 
 def test_settings_in_files_of_their_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from ..model_files import ModelFiles
 from ..quantization import GROUP_BITS
 from ..safetensors_file import read_json, shown
 
+COMPRESSED = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")  # if symmetric
 READABLE_BITS = {"gptq": (2, 3, 4, 8), "mlx": GROUP_BITS}
 # Where programs say how they quantized: a file, its key if it is a part of it, and the method where none is named.
 PLACES = (
@@ -49,7 +50,7 @@ def refusal(files: ModelFiles) -> ModelError | None:
         return None
     way = {"gptq": GPTQ_WAY, "mlx": MLX_WAY, "awq": AWQ_WAY}.get(method, FROM_SOURCE)
     detail = _detail(method, settings)
-    if method in ("gptq", "mlx", "awq") and detail is None:
+    if method in ("gptq", "mlx", "awq", "compressed-tensors") and detail is None:
         return None
     program = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ"}.get(method, shown(method))
     what = f"weights quantized by {program}" + (f" ({shown(detail)})" if detail else "")
@@ -57,7 +58,7 @@ def refusal(files: ModelFiles) -> ModelError | None:
 
 
 def _detail(method: str, settings: Mapping[str, Any]) -> str | None:
-    """The variety; of GPTQ, AWQ and MLX what makes it another than those that are read."""
+    """The variety; of GPTQ, AWQ, MLX and compressed-tensors what makes it another than those that are read."""
     bits = [settings.get("bits"), *(part.get("bits") for part in settings.values() if isinstance(part, dict))]
     if method == "gptq":
         marlin = "marlin" if settings.get("is_marlin_format") else None
@@ -72,9 +73,24 @@ def _detail(method: str, settings: Mapping[str, Any]) -> str | None:
     if method in READABLE_BITS:
         odd = [each for each in bits if each is not None and each not in READABLE_BITS[method]]
         return f"{odd[0]} bits" if odd else None
+    if method == "compressed-tensors" and settings.get("format") in COMPRESSED:
+        return _odd_group(settings)
     if method == "bitsandbytes":
         return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
     for key in ("format", "packing_format", "weights", "quant_algo"):
         if isinstance(settings.get(key), str):
             return str(settings[key])
     return f"{bits[0]} bits" if bits[0] is not None else None
+
+
+def _odd_group(settings: Mapping[str, Any]) -> str | None:
+    """What makes one of compressed-tensors' groups of modules another than those that are read."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            if weights.get("symmetric") is False or weights.get("actorder") == "group":
+                return f"{settings['format']}, {'asymmetric' if weights.get('symmetric') is False else 'act-order'}"
+            if settings["format"] == "pack-quantized" and weights.get("num_bits") not in (None, 2, 4, 8):
+                return f"{settings['format']}, {weights['num_bits']} bits"
+    return None

@@ -20,6 +20,7 @@ from ..quantization import Groups
 from ..safetensors_file import TensorInfo
 from ..weights import CheckpointWeights, Extent, FloatExpert, GroupMatrix, KeptExpert
 from .awq import Awq
+from .compressed import Packed, Scaled
 from .encoding import Encoding, Floats, Shape
 from .foreign import MLX_WAY, quantization_of
 from .gptq import Gptq
@@ -43,13 +44,14 @@ MATRICES = ("w1", "v1", "w2")
 EMBEDDING = "transformer.wte.weight"
 FIRST = "transformer.blocks.0."
 FLOATS: Encoding = Floats()
+MARKERS = tuple(each.marker for each in (Mlx, Gptq, Awq, Packed, Scaled))
 
 
 def is_unfused(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether tensors have the names of these layouts, or Databricks' names and an encoding."""
     modules = {name.rpartition(".")[0] for name in tensors}
     apart = (*(name.format(e=0, m="w1") for name in EXPERTS), QKV[0])
-    packed = any(f"{FIRST}{FUSED}.{marker}" in tensors for marker in (Mlx.marker, Gptq.marker, Awq.marker))
+    packed = any(f"{FIRST}{FUSED}.{marker}" in tensors for marker in MARKERS)
     return packed or any(FIRST + name in modules for name in apart)
 
 
@@ -110,8 +112,9 @@ class UnfusedWeights(CheckpointWeights):
         self.config = files.config
         self._checkpoint = checkpoint
         settings = quantization_of(files)
-        of_awq = [Awq()] if settings.get("quant_method") == "awq" else []
-        self._encodings: tuple[Encoding, ...] = (Gptq(settings), *of_awq, Mlx())  # all have scales
+        named: dict[str, list[Encoding]] = {"awq": [Awq()], "compressed-tensors": [Packed(), Scaled()]}
+        by_name = named.get(str(settings.get("quant_method")), [])
+        self._encodings: tuple[Encoding, ...] = (Gptq(settings), *by_name, Mlx())  # all have scales
         found = checkpoint.tensors
         if self.config.n_layers > len(found):  # before a table of that length is made
             raise ModelError(f"{files.path}: holds {len(found)} tensors, too few for {self.config.n_layers} layers")
