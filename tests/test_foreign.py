@@ -490,6 +490,12 @@ def test_hostile_manifests_of_ollama(ollama: Ollama, tmp_path: Path, cli: Cli) -
         with pytest.raises(ModelError, match=message) as error:
             AutoTokenizer.from_pretrained("ollama:me/dbrx")
         assert error.value.hint and "dbrx download" not in error.value.hint
+    ollama.tag.write_bytes(b"\xff")
+    with pytest.raises(ModelError, match="is not UTF-8") as error:
+        resolve("ollama:me/dbrx")
+    assert error.value.hint == "fetch it again: ollama pull me/dbrx:latest"
+    with pytest.raises(ModelError, match="is not in ollama's store"):
+        resolve(f"ollama:{'x' * 300}")
     ollama.tag.unlink()
     ollama.tag.mkdir()
     with pytest.raises(ModelError, match="is not in ollama's store"):

@@ -48,7 +48,10 @@ class Manifest:
         if store is None or path.suffix == ".gguf" or path.stat().st_size > MAX_MANIFEST:
             return None
         found = cls(_name(path), store, {})
-        layers = read_json(path).get("layers")
+        try:
+            layers = read_json(path).get("layers")
+        except ModelError as error:
+            raise found.fault(error.message) from None
         for layer in layers if isinstance(layers, list) else ():
             kind, digest = (layer.get(key) if isinstance(layer, dict) else None for key in ("mediaType", "digest"))
             if not isinstance(kind, str) or not isinstance(digest, str) or not DIGEST.fullmatch(digest):
@@ -165,7 +168,7 @@ def _named(name: str) -> Manifest:
             f"{PREFIX}{shown(name)}: is no name of ollama's", "as `ollama list` has it: ollama:dbrx:latest"
         )
     path = store() / "manifests" / Path(*parts)
-    manifest = Manifest.read(path) if path.is_file() else None
+    manifest = Manifest.read(path) if os.path.isfile(path) else None  # False for a name that is too long
     if manifest is None:
         raise ModelError(
             f"{PREFIX}{shown(name)}: is not in ollama's store, {store()}",
