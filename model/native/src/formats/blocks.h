@@ -25,16 +25,21 @@ struct BlockSpan {
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
-    const uint8_t *at;
+    const uint8_t *row, *at;
+    int64_t inputs;
     alignas(32) float scale[GROUPS];
     Floats min[GROUPS / LANES];
     uint8_t padded[BYTES];
 
+    void begin(const dbrx_matrix &m, int64_t output) {
+        row = static_cast<const uint8_t *>(m.values) + output * row_bytes(m);
+        inputs = m.inputs;
+    }
     // One that ends inside a span goes through memory of its own, with blocks of zeros behind its last: nothing may be read
     // behind a matrix.
-    DBRX_INLINE void open(const dbrx_matrix &m, int64_t output, int64_t index) {
-        at = static_cast<const uint8_t *>(m.values) + output * row_bytes(m) + index * BYTES;
-        if (const int64_t left = m.inputs - index * SPAN; left < SPAN) {
+    DBRX_INLINE void open(int64_t index) {
+        at = row + index * BYTES;
+        if (const int64_t left = inputs - index * SPAN; left < SPAN) {
             std::memset(padded, 0, sizeof padded);
             at = static_cast<const uint8_t *>(std::memcpy(padded, at, size_t(left / Type::INPUTS * Type::BYTES)));
         }

@@ -66,24 +66,32 @@ struct GroupSpan {
     static constexpr int PARTS = SPAN / 32;  // of 32 inputs, the smallest group
 
     static int64_t groups(const dbrx_matrix &m) { return (m.inputs + m.group - 1) / m.group; }
-    static int64_t range_bytes(const dbrx_matrix &m) { return (m.ranges & DBRX_RANGES_F32) ? 4 : 2; }
+    static int range_bytes(const dbrx_matrix &m) { return (m.ranges & DBRX_RANGES_F32) ? 4 : 2; }
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs * BITS / 8 + 2 * groups(m) * range_bytes(m); }
 
-    const uint8_t *at;
+    const uint8_t *row, *scales_of_row, *offsets_of_row, *at;
+    int64_t inputs, groups_of_row;
+    int each, times, nbytes;  // groups of a span; parts of a group; bytes of a scale
+    bool from_zero, is_half;
     alignas(32) float scale[PARTS];
     Floats offset;
-    bool from_zero;
     uint8_t padded[BYTES];
 
-    DBRX_INLINE void open(const dbrx_matrix &m, int64_t output, int64_t index) {
-        from_zero = m.ranges & DBRX_ZERO_POINTS;
-        at = static_cast<const uint8_t *>(m.values) + output * (m.inputs * BITS / 8) + index * BYTES;
-        if (const int64_t left = m.inputs - index * SPAN; left < SPAN) {  // nothing may be read behind a matrix
+    void begin(const dbrx_matrix &m, int64_t output) {
+        inputs = m.inputs, groups_of_row = groups(m), each = SPAN / m.group, times = m.group / 32, nbytes = range_bytes(m);
+        from_zero = m.ranges & DBRX_ZERO_POINTS, is_half = m.ranges & DBRX_RANGES_F16;
+        row = static_cast<const uint8_t *>(m.values) + output * (inputs * BITS / 8);
+        scales_of_row = static_cast<const uint8_t *>(m.scale) + output * groups_of_row * nbytes;
+        offsets_of_row = static_cast<const uint8_t *>(m.zero) + output * groups_of_row * nbytes;
+    }
+    DBRX_INLINE void open(int64_t index) {
+        at = row + index * BYTES;
+        if (const int64_t left = inputs - index * SPAN; left < SPAN) {  // nothing may be read behind a matrix
             std::memset(padded, 0, sizeof padded);
             at = static_cast<const uint8_t *>(std::memcpy(padded, at, size_t(left * BITS / 8)));
         }
-        ranges(m, m.scale, output, index).store(scale);
-        offset = ranges(m, m.zero, output, index);
+        ranges(scales_of_row, index).store(scale);
+        offset = ranges(offsets_of_row, index);
     }
     DBRX_INLINE Floats less(const SpanActivations &of) const {
         return offset * (from_zero ? Floats::load(scale) : Floats::all(-1)) * Floats::load(of.less_of_32);
@@ -124,16 +132,14 @@ struct GroupSpan {
 
   private:
     // Scales or offsets of a span, one for each 32 inputs.
-    static DBRX_INLINE Floats ranges(const dbrx_matrix &m, const void *of_all, int64_t output, int64_t index) {
-        const int64_t each = SPAN / m.group, first = index * each, nbytes = range_bytes(m);
-        const uint8_t *from = static_cast<const uint8_t *>(of_all) + (output * groups(m) + first) * nbytes;
-        uint8_t last[4 * PARTS] = {};
-        if (const int64_t there = groups(m) - first; there < each)
+    DBRX_INLINE Floats ranges(const uint8_t *from, int64_t index) const {
+        from += index * each * nbytes;
+        uint8_t last[4 * PARTS];
+        if (const int64_t there = groups_of_row - index * each; there < each) {
+            std::memset(last, 0, sizeof last);
             from = static_cast<const uint8_t *>(std::memcpy(last, from, size_t(there * nbytes)));
-        Floats found;
-        if (m.ranges & DBRX_RANGES_F32) found = first_floats(from, int(each));
-        else found = first_halves(from, int(each), m.ranges & DBRX_RANGES_F16);
-        return spread(found, int(m.group / 32));
+        }
+        return spread(nbytes == 4 ? first_floats(from, each) : first_halves(from, each, is_half), times);
     }
 };
 

@@ -43,8 +43,9 @@ struct SpanRows {
     }
 };
 
-// Span: `open` one of an output; then, chunk by chunk, its `weights` as Shorts, to `multiply` with as many activations, and the
-// `scales` of the lanes that this gives. `less` is what minima add up to; `unpack` gives the weights themselves.
+// Span: `begin` an output, `open` one of its spans after the other; then, chunk by chunk, its `weights` as Shorts, to `multiply`
+// with as many activations, and the `scales` of the lanes that this gives. `less` is what minima add up to; `unpack` gives the
+// weights themselves.
 template <class Span>
 struct Spans : SpanRows {
     static constexpr int AT_ONCE = 2;  // outputs whose products share a loop: with four, scales leave no registers
@@ -61,7 +62,8 @@ struct Spans : SpanRows {
     // The 256 weights of a span, as the programs dequantize them that made the file, to the bit.
     static void unpack_span(const dbrx_matrix &m, int64_t output, int64_t index, float *out) {
         Span span;
-        span.open(m, output, index);
+        span.begin(m, output);
+        span.open(index);
         span.unpack(out);
     }
     static void unpack(const dbrx_matrix &m, int64_t output, float *to) {
@@ -75,23 +77,24 @@ struct Spans : SpanRows {
     template <int W, int R>
     static void dot(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, float (&y)[W][R]) {
         Floats sums[W][R];
-        for (auto &row : sums)
-            for (Floats &one : row) one = Floats::all(0);
-        for (int64_t s = 0; s < spans(m.inputs); ++s) add<W, R>(m, outputs, x, s, sums);
+        Span of[W];
+        for (int w = 0; w < W; ++w) {
+            of[w].begin(m, outputs[w]);
+            for (Floats &one : sums[w]) one = Floats::all(0);
+        }
+        for (int64_t s = 0; s < spans(m.inputs); ++s) add<W, R>(of, x, s, sums);
         for (int w = 0; w < W; ++w)
             for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);
     }
 
   private:
     template <int W, int R>
-    static DBRX_INLINE void add(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, int64_t index,
-                                Floats (&sums)[W][R]) {
+    static DBRX_INLINE void add(Span (&span)[W], const std::byte *const *x, int64_t index, Floats (&sums)[W][R]) {
         const SpanActivations *of[R];
         for (int r = 0; r < R; ++r) of[r] = reinterpret_cast<const SpanActivations *>(x[r]) + index;
-        Span span[W];
         Floats found[W][R];
         for (int w = 0; w < W; ++w) {
-            span[w].open(m, outputs[w], index);
+            span[w].open(index);
             for (int64_t line = 0; line < Span::BYTES; line += 64) read_ahead(span[w].at + line);
             for (int r = 0; r < R; ++r) found[w][r] = span[w].less(*of[r]);
         }
