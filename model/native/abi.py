@@ -24,7 +24,7 @@ class Format(IntEnum):
     """How a matrix's numbers are stored."""
 
     F32, BF16, INT8, INT4, INT3 = range(5)
-    # Groups of inputs: 128 and the bits of a level
+    # Groups of inputs: 128 and the bits of a weight
     GROUPS_2, GROUPS_3, GROUPS_4, GROUPS_5, GROUPS_6, GROUPS_8 = 130, 131, 132, 133, 134, 136
     # ggml's blocks: 256 and ggml's number of a type
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = 258, 259, 262, 263, 264

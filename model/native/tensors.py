@@ -102,7 +102,7 @@ def group_matrix(values: Tensor, scale: Tensor, offset: Tensor, bits: int, group
     inputs, rest = divmod(nbytes * 8, bits)
     if rest or group not in GROUP_SIZES or scale.dtype not in RANGES:
         raise ValueError(
-            f"rows of {nbytes} bytes, {bits} bits a level, groups of {group}, {scale.dtype}: no such format"
+            f"rows of {nbytes} bytes, {bits} bits a weight, groups of {group}, {scale.dtype}: no such format"
         )
     if max(outputs, inputs) > LARGEST:
         raise ValueError(f"a matrix of {outputs} x {inputs} is too large")

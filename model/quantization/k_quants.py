@@ -1,7 +1,7 @@
 """ggml's K-quants out of floats: blocks of 256 inputs, cut into sub-blocks whose scales are small whole numbers.
 
-Q4_K and Q5_K: value = d * scale * level - dmin * minimum, with a scale and a minimum for 32 inputs; Q6_K: value =
-d * scale * (level - 32), with a scale for 16. d and dmin are float16, one a block.
+Q4_K and Q5_K: value = d * scale * q - dmin * minimum, with a scale and a minimum for 32 inputs; Q6_K: value =
+d * scale * (q - 32), with a scale for 16. d and dmin are float16, one a block.
 Layout: ggml-common.h and ggml-quants.c of https://github.com/ggml-org/ggml
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 PIECE = 2**19  # weights that are fitted at once: with fewer, most of the time goes into calls of torch
-STARTS = ((0.0, 0.0), (0.0, 0.7), (0.7, 0.0), (0.7, 0.7))  # of a sub-block's range, levels cut off below and above
-PEAKS = (-32.0, -33.5, -30.5)  # the levels that the largest weight of a sub-block gets first
+STARTS = ((0.0, 0.0), (0.0, 0.7), (0.7, 0.0), (0.7, 0.7))  # of a sub-block's range, steps cut off below and above
+PEAKS = (-32.0, -33.5, -30.5)  # what the largest weight of a sub-block becomes first
 ROUNDS = 3
 LARGEST = 65504.0  # of float16
 SMALLEST = 1e-30  # what is divided by instead of 0
@@ -27,36 +27,36 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
 
 
 def _q4(x: Tensor) -> Tensor:
-    scales, levels = _with_minimum(x, 15)
-    return torch.cat([*scales, _nibbles(levels)], 1)
+    scales, quantized = _with_minimum(x, 15)
+    return torch.cat([*scales, _nibbles(quantized)], 1)
 
 
 def _q5(x: Tensor) -> Tensor:
-    scales, levels = _with_minimum(x, 31)
+    scales, quantized = _with_minimum(x, 31)
     bit = torch.arange(8, dtype=torch.uint8)[:, None]
-    high = ((levels >> 4) << bit).sum(1, dtype=torch.uint8)  # byte i has a bit of input i of each sub-block
-    return torch.cat([*scales, high, _nibbles(levels & 15)], 1)
+    high = ((quantized >> 4) << bit).sum(1, dtype=torch.uint8)  # byte i has a bit of input i of each sub-block
+    return torch.cat([*scales, high, _nibbles(quantized & 15)], 1)
 
 
-def _nibbles(levels: Tensor) -> Tensor:
+def _nibbles(quantized: Tensor) -> Tensor:
     """uint8 [blocks, 8, 32] -> [blocks, 128]: sub-blocks 0 and 1 share bytes, 2 and 3, and so on."""
-    pairs = levels.view(-1, 4, 2, 32)
+    pairs = quantized.view(-1, 4, 2, 32)
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
 
 
-def _with_minimum(x: Tensor, most: int) -> tuple[list[Tensor], Tensor]:
-    """d, dmin and packed scales of blocks [n, 256], and levels 0 ... most uint8 [n, 8, 32]."""
+def _with_minimum(x: Tensor, qmax: int) -> tuple[list[Tensor], Tensor]:
+    """d, dmin and packed scales of blocks [n, 256], and quantized 0 ... qmax uint8 [n, 8, 32]."""
     n, x = len(x), _columns(x, 32)
-    scale, base = _fit(x, most)
+    scale, base = _fit(x, qmax)
     d, scales = _in_few_bits(scale.view(n, 8), 63)
     scale = (d * scales).view(-1)
-    # What rounding changed of a scale, the minimum makes up for, as far as it is the same for all levels.
-    q = _nearest(x, scale, base, 0, most, torch.empty_like(x))
+    # What rounding changed of a scale, the minimum makes up for, as far as it is the same for all weights.
+    q = _nearest(x, scale, base, 0, qmax, torch.empty_like(x))
     minimum = (scale * q.sum(0) - x.sum(0)).div_(32).clamp_(min=0)
     dmin, minima = _in_few_bits(minimum.view(n, 8), 63)
-    levels = _nearest(x, scale, -(dmin * minima).view(-1), 0, most, q)
+    quantized = _nearest(x, scale, -(dmin * minima).view(-1), 0, qmax, q)
     parts = [_bytes(d), _bytes(dmin), _six_bits(scales.to(torch.uint8), minima.to(torch.uint8))]
-    return parts, levels.t().contiguous().to(torch.uint8).view(n, 8, 32)
+    return parts, quantized.t().contiguous().to(torch.uint8).view(n, 8, 32)
 
 
 def _six_bits(scales: Tensor, minima: Tensor) -> Tensor:
@@ -70,14 +70,14 @@ def _q6(x: Tensor) -> Tensor:
     d, scales = _in_few_bits(_fit_symmetric(x).view(n, 16), -128)
     q, product = torch.empty_like(x), torch.empty_like(x)
 
-    def levels() -> Tensor:
+    def rounded() -> Tensor:
         return _nearest(x, (d * scales).view(-1), None, -32, 31, q)
 
-    q_x, q_q = (part.view(n, 16) for part in _products(levels(), x, product))
+    q_x, q_q = (part.view(n, 16) for part in _products(rounded(), x, product))
     square = (scales * scales * q_q).sum(1, keepdim=True)
     d = _half(torch.where(square > 0, (scales * q_x).sum(1, keepdim=True) / square, d))
     # Of each half of a block, runs of 32 inputs share bytes: 0 and 2, 1 and 3; of the upper bits all four.
-    runs = (levels() + 32).t().contiguous().to(torch.uint8).view(n, 2, 4, 32)
+    runs = (rounded() + 32).t().contiguous().to(torch.uint8).view(n, 2, 4, 32)
     low, high = runs & 15, runs >> 4
     lows = low[:, :, :2] | low[:, :, 2:] << 4
     highs = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
@@ -92,19 +92,19 @@ def _columns(x: Tensor, size: int) -> Tensor:
     return x.view(-1, size).t().contiguous()
 
 
-def _fit(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Of each column scale >= 0 and base <= 0 with which scale * level + base errs least.
+def _fit(x: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """Of each column scale >= 0 and base <= 0 with which scale * q + base errs least.
 
-    Levels and range are improved in turn: the nearest levels for a range, then the range of least squares for these.
+    Weights are rounded to a range, then the range of least squares for what they became is taken, in turn.
     """
     size, low, high, sum_x = float(len(x)), x.amin(0).clamp(max=0), x.amax(0), x.sum(0)
-    step = (high - low) / most
+    step = (high - low) / qmax
     best, best_scale, best_base = torch.full_like(low, -1), step, low
     q, product = torch.empty_like(x), torch.empty_like(x)
     for below, above in STARTS:
-        scale, base = step * (1 - (below + above) / most), (low + step * below).clamp(max=0)
+        scale, base = step * (1 - (below + above) / qmax), (low + step * below).clamp(max=0)
         for _ in range(ROUNDS):
-            sum_q = _nearest(x, scale, base, 0, most, q).sum(0)
+            sum_q = _nearest(x, scale, base, 0, qmax, q).sum(0)
             q_x, q_q = _products(q, x, product)
             spread = torch.maximum(size * q_q - sum_q * sum_q, 1e-5 * size * q_q).clamp_(min=SMALLEST)
             scale = (size * q_x - sum_q * sum_x) / spread
@@ -122,13 +122,13 @@ def _fit(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _fit_symmetric(x: Tensor) -> Tensor:
-    """Of each column the scale with which scale * level errs least, levels -32 ... 31."""
+    """Of each column the scale with which scale * q errs least, q from -32 to 31."""
     high, low = x.amax(0), x.amin(0)
     peak = torch.where(high > -low, high, low)
     best, best_scale = torch.full_like(peak, -1), torch.zeros_like(peak)
     q, product = torch.empty_like(x), torch.empty_like(x)
-    for level in PEAKS:
-        scale = peak / level
+    for first in PEAKS:
+        scale = peak / first
         for _ in range(ROUNDS):
             q_x, q_q = _products(_nearest(x, scale, None, -32, 31, q), x, product)
             scale = q_x / q_q.clamp(min=1e-12)
@@ -138,10 +138,10 @@ def _fit_symmetric(x: Tensor) -> Tensor:
     return best_scale
 
 
-def _nearest(x: Tensor, scale: Tensor, base: Tensor | None, least: int, most: int, out: Tensor) -> Tensor:
-    """The levels whose scale * level + base is nearest to x, in `out`; any where the scale is 0."""
+def _nearest(x: Tensor, scale: Tensor, base: Tensor | None, qmin: int, qmax: int, out: Tensor) -> Tensor:
+    """The integers q whose scale * q + base is nearest to x, in `out`; any where the scale is 0."""
     shifted = x if base is None else torch.sub(x, base, out=out)
-    return torch.mul(shifted, _inverse(scale), out=out).round_().clamp_(least, most)
+    return torch.mul(shifted, _inverse(scale), out=out).round_().clamp_(qmin, qmax)
 
 
 def _products(q: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +149,11 @@ def _products(q: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return torch.mul(q, x, out=out).sum(0), torch.mul(q, q, out=out).sum(0)
 
 
-def _in_few_bits(numbers: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """[n, k] -> a factor of float16 [n, 1] and whole numbers, the largest `most`; of both signs if that is below 0."""
+def _in_few_bits(numbers: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """[n, k] -> a factor of float16 [n, 1] and whole numbers, the largest `qmax`; of both signs if that is below 0."""
     high, low = numbers.amax(1, keepdim=True), numbers.amin(1, keepdim=True)
-    factor = _half(torch.where(high > -low, high, low) / most)
-    return factor, (numbers * _inverse(factor)).round().clamp(min(most, 0), max(most, -most - 1))
+    factor = _half(torch.where(high > -low, high, low) / qmax)
+    return factor, (numbers * _inverse(factor)).round().clamp(min(qmax, 0), max(qmax, -qmax - 1))
 
 
 def _inverse(scale: Tensor) -> Tensor:

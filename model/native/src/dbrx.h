@@ -21,12 +21,12 @@ enum dbrx_format {
     DBRX_BF16 = 1,  // values uint16_t [outputs, inputs]: the upper half of a float
     DBRX_INT8 = 2,  // values int8_t [outputs, inputs], scale float [outputs]: value * scale
     DBRX_INT4 = 3,  // values uint8_t [outputs, inputs / 2], an even input in the low half of a byte and the odd one after
-                    // it in the high half; scale and zero bfloat16 [outputs, ceil(inputs / group)]: (level - zero) * scale
+                    // it in the high half; scale and zero bfloat16 [outputs, ceil(inputs / group)]: (quantized - zero) * scale
     DBRX_INT3 = 4,  // values uint8_t [outputs, inputs * 3 / 8]: two bits of all inputs, four in a byte, then the third bits,
                     // eight in a byte; the first input in the lowest bits. scale and zero as above
-    // Groups of inputs as MLX, GPTQ and AWQ have them, by 128 and the bits of a level: values uint8_t [outputs, inputs * bits / 8],
-    // levels bit by bit, the first in the lowest bits; scale and zero [outputs, ceil(inputs / group)] as `ranges` says:
-    // scale * level + zero, or scale * (level - zero)
+    // Groups of inputs as MLX, GPTQ and AWQ have them, by 128 and the bits of a weight: values uint8_t [outputs, inputs * bits / 8],
+    // quantized bit by bit, the first in the lowest bits; scale and zero [outputs, ceil(inputs / group)] as `ranges` says:
+    // scale * q + zero, or scale * (q - zero)
     DBRX_GROUPS_2 = 130,
     DBRX_GROUPS_3 = 131,
     DBRX_GROUPS_4 = 132,

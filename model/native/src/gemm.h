@@ -5,7 +5,7 @@
 
 namespace dbrx {
 
-// A row of activations as tiles take it: its step, whether it has a second row, at VALUES its numbers, and zeros up to a
+// A row of activations as tiles take it: its scale, whether it has a residual, at VALUES its numbers, and zeros up to a
 // word of 32 bits. The line that the step takes also keeps rows from beginning in the same sets of the cache.
 struct PreparedRow {
     static constexpr int64_t VALUES = 64;
@@ -49,12 +49,12 @@ struct Rows<ShortDot> {
     }
 };
 
-// 8 bits. A row whose extreme is farther out than PEAK times its root mean square gets a second row, of what rounding
-// took away: the levels are too few for the rest of it. Inside an expert activations are products of two, and nearly all
+// 8 bits. A row whose extreme is farther out than PEAK times its root mean square gets a residual row, of what rounding
+// took away: 8 bits are too few for the rest of it. Inside an expert activations are products of two, and nearly all
 // rows have extremes.
 template <>
 struct Rows<ByteDot> {
-    static constexpr float PEAK = 6, INNER_PEAK = 10, RESIDUAL_SCALE = 254;  // levels of a second row in one of the first
+    static constexpr float PEAK = 6, INNER_PEAK = 10, RESIDUAL_SCALE = 254;  // units of a residual in one of its row
     static int64_t values_bytes(int64_t inputs) { return (inputs + 63) / 64 * 64; }
     static int64_t bytes(int64_t inputs) { return PreparedRow::VALUES + 2 * values_bytes(inputs); }
     static void prepare(const float *x, int64_t inputs, bool inner, std::byte *to) {
@@ -63,9 +63,9 @@ struct Rows<ByteDot> {
         *(PreparedRow *)to = {step, spread < most};
         uint8_t *first = (uint8_t *)(to + PreparedRow::VALUES), *second = first + values_bytes(inputs);
         for (int64_t i = 0; i < inputs; ++i) {
-            const float scaled = x[i] * inverse, level = (scaled + ROUNDING) - ROUNDING;
-            first[i] = uint8_t(int(level) + ByteDot::OFFSET);
-            second[i] = uint8_t(int(std::nearbyint((scaled - level) * RESIDUAL_SCALE)) + ByteDot::OFFSET);
+            const float scaled = x[i] * inverse, quantized = (scaled + ROUNDING) - ROUNDING;
+            first[i] = uint8_t(int(quantized) + ByteDot::OFFSET);
+            second[i] = uint8_t(int(std::nearbyint((scaled - quantized) * RESIDUAL_SCALE)) + ByteDot::OFFSET);
         }
         std::fill(first + inputs, second, uint8_t(ByteDot::OFFSET));
         std::fill(second + inputs, second + values_bytes(inputs), uint8_t(ByteDot::OFFSET));

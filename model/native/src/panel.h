@@ -106,22 +106,22 @@ struct Unpack<DBRX_INT8> {
 };
 
 #if defined(__AVX2__)
-// The levels of inputs first .. first + 31, in their order.
-inline __m256i levels_of_32(const Levels<4> &levels, int first) {
-    const __m128i both = _mm_loadu_si128((const __m128i *)(levels.low + first / 2)), mask = _mm_set1_epi8(15);
+// The quantized weights of inputs first .. first + 31, in their order.
+inline __m256i unpack_32(const Quantized<4> &quantized, int first) {
+    const __m128i both = _mm_loadu_si128((const __m128i *)(quantized.low + first / 2)), mask = _mm_set1_epi8(15);
     const __m128i even = _mm_and_si128(both, mask), odd = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
     return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
 }
 // A word for each four inputs: their bits, once more for each byte and shifted so that the byte's own come lowest.
 //     two bits each: b | b << 6 | b << 12 | b << 18; third bits: b | b << 7 | b << 14 | b << 21, two places higher
-inline __m256i levels_of_32(const Levels<3> &levels, int first) {
+inline __m256i unpack_32(const Quantized<3> &quantized, int first) {
     int32_t third_bits;
-    std::memcpy(&third_bits, levels.high + first / 8, 4);
+    std::memcpy(&third_bits, quantized.high + first / 8, 4);
     const auto for_each_byte = [](__m256i once, int shift) {
         const __m256i twice = _mm256_or_si256(once, _mm256_slli_epi32(once, 2 * shift));
         return _mm256_or_si256(twice, _mm256_slli_epi32(twice, shift));
     };
-    const __m256i two = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(levels.low + first / 4)));
+    const __m256i two = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(quantized.low + first / 4)));
     const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     const __m256i third = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(third_bits), shifts), _mm256_set1_epi32(15));
     return _mm256_or_si256(_mm256_and_si256(for_each_byte(two, 6), _mm256_set1_epi8(3)),
@@ -143,7 +143,7 @@ struct UnpackAffine {
 
     static int64_t groups(const dbrx_matrix &m) { return (m.inputs + m.group - 1) / m.group; }
 
-    // The norm is bounded rather than computed: by what the farthest of all levels would give in each place.
+    // The norm is bounded rather than computed: by what the farthest of all numbers would give in each place.
     static float step(const dbrx_matrix &m, int64_t output) {
         if (!ROUNDS) return 1;
         const int64_t count = groups(m);
@@ -164,33 +164,33 @@ struct UnpackAffine {
     static void row(const dbrx_matrix &m, int64_t output, int64_t first, int64_t count, float inverse, Dot::Element *out) {
         const int64_t offset = output * groups(m) + first / m.group;  // `first` begins a group
         const uint16_t *scale = (const uint16_t *)m.scale + offset, *zero = (const uint16_t *)m.zero + offset;
-        const Levels<BITS> levels = Levels<BITS>::of(m, output).block(first / BLOCK);
+        const Quantized<BITS> quantized = Quantized<BITS>::of(m, output).block(first / BLOCK);
         for (int64_t i = 0; i < count; i += m.group, ++scale, ++zero)
-            group(levels, int(i), int(std::min(i + m.group, count)), widen(*scale) * inverse, widen(*zero), out);
+            group(quantized, int(i), int(std::min(i + m.group, count)), widen(*scale) * inverse, widen(*zero), out);
     }
-    static void group(const Levels<BITS> &levels, int first, int last, float scale, float zero, float *out) {
-        for (int i = first; i < last; ++i) out[i] = (float(levels.at(i)) - zero) * scale;
+    static void group(const Quantized<BITS> &quantized, int first, int last, float scale, float zero, float *out) {
+        for (int i = first; i < last; ++i) out[i] = (float(quantized.at(i)) - zero) * scale;
     }
-    static void group(const Levels<BITS> &levels, int first, int last, float scale, float zero, int16_t *out) {
+    static void group(const Quantized<BITS> &quantized, int first, int last, float scale, float zero, int16_t *out) {
         alignas(32) int16_t table[16] = {};
-        for (int level = 0; level <= QMAX; ++level)
-            table[level] = int16_t(std::bit_cast<int32_t>((float(level) - zero) * scale + ROUNDING));
+        for (int q = 0; q <= QMAX; ++q)
+            table[q] = int16_t(std::bit_cast<int32_t>((float(q) - zero) * scale + ROUNDING));
         int i = first;
 #if defined(__AVX2__)
-        // Bytes of the table apart, since `vpshufb` looks up bytes: low ones and high ones of 16 levels, in both lanes.
+        // Bytes of the table apart, since `vpshufb` looks up bytes: low ones and high ones of 16 entries, in both lanes.
         const __m256i split = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
                                                0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
         const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(_mm256_load_si256((const __m256i *)table), split), 0xD8);
         const __m256i low = _mm256_permute2x128_si256(apart, apart, 0x00), high = _mm256_permute2x128_si256(apart, apart, 0x11);
         for (; i + 32 <= last; i += 32) {
-            const __m256i in_order = levels_of_32(levels, i);
+            const __m256i in_order = unpack_32(quantized, i);
             const __m256i lows = _mm256_shuffle_epi8(low, in_order), highs = _mm256_shuffle_epi8(high, in_order);
             const __m256i a = _mm256_unpacklo_epi8(lows, highs), b = _mm256_unpackhi_epi8(lows, highs);
             _mm256_storeu_si256((__m256i *)(out + i), _mm256_permute2x128_si256(a, b, 0x20));
             _mm256_storeu_si256((__m256i *)(out + i + 16), _mm256_permute2x128_si256(a, b, 0x31));
         }
 #endif
-        for (; i < last; ++i) out[i] = table[levels.at(i)];
+        for (; i < last; ++i) out[i] = table[quantized.at(i)];
     }
 };
 

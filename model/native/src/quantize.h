@@ -46,7 +46,7 @@ void float_rows(const dbrx_matrix &m, int64_t first, int count, const float *row
     }
 }
 
-// The nearest of 255 levels; NaN and infinity show in the scale.
+// Rounded to -127 ... 127; NaN and infinity show in the scale.
 inline void quantize_int8(const float *x, int64_t inputs, int8_t *values, float *scale) {
     int32_t most = 0;  // of numbers without sign, bits are ordered as the numbers are, NaN last
     for (int64_t i = 0; i < inputs; ++i) most = std::max(most, std::bit_cast<int32_t>(x[i]) & 0x7FFFFFFF);
@@ -55,16 +55,16 @@ inline void quantize_int8(const float *x, int64_t inputs, int8_t *values, float 
     for (int64_t i = 0; i < inputs; ++i) values[i] = int8_t(std::bit_cast<int32_t>(x[i] * inverse + ROUNDING));
 }
 
-// The levels 0 to qmax for each group, fitted to its weights: levels and range are improved in turn, eight groups side by
+// Numbers 0 to qmax for each group, fitted to its weights: rounding and range are improved in turn, eight groups side by
 // side.
 class AffineFit {
   public:
     AffineFit(int group, int qmax) : group_(group), qmax_(Floats::all(float(qmax))) {}
 
-    // x [8 groups] -> levels, a byte each, in the same order; scale and zero [8] in bfloat16. The numbers are those of
-    // affine.py but for the order of sums, and for t / scale, here t * (1 / scale) until the fit is done: levels differ
+    // x [8 groups] -> quantized, a byte each, in the same order; scale and zero [8] in bfloat16. The numbers are those of
+    // affine.py but for the order of sums, and for t / scale, here t * (1 / scale) until the fit is done: they differ
     // where that is a tie.
-    void fit(const float *x, uint8_t *levels, uint16_t *scale_out, uint16_t *zero_out) {
+    void fit(const float *x, uint8_t *quantized, uint16_t *scale_out, uint16_t *zero_out) {
         for (int i = 0; i < group_; i += 8) transpose_8(x + i, group_, w_[i], LANES);
         Floats low = at(w_, 0), high = low, mean = Floats::all(0);
         for (int i = 0; i < group_; ++i) {
@@ -83,7 +83,7 @@ class AffineFit {
             best_base = where_less(error, best_error, base, best_base);
             best_error = where_less(error, best_error, error, best_error);
         }
-        write(best_scale, best_base, levels, scale_out, zero_out);
+        write(best_scale, best_base, quantized, scale_out, zero_out);
     }
 
   private:
@@ -93,7 +93,7 @@ class AffineFit {
     static Floats at(const Lanes *lanes, int i) { return Floats::load(lanes[i]); }
     Floats clamped(Floats t) const { return max(Floats::all(0), min(qmax_, round(t))); }
 
-    // The nearest levels for a range, then the range of least squares for these levels, until nothing changes.
+    // Rounds to a range, then takes the range of least squares for what came out, until nothing changes.
     void improve(Floats mean, Floats &scale, Floats &base) const {
         const Floats share = Floats::all(1.0f / float(group_));
         for (int turn = 0; turn < ROUNDS; ++turn) {
@@ -102,10 +102,10 @@ class AffineFit {
             for (int j = 0; j < 2; ++j) sum[j] = squares[j] = products[j] = Floats::all(0);
             for (int i = 0; i < group_; i += 2) {
                 DBRX_UNROLL for (int j = 0; j < 2; ++j) {
-                    const Floats level = clamped((at(w_, i + j) - base) * inverse);
-                    sum[j] = sum[j] + level;
-                    squares[j] = fma(level, level, squares[j]);
-                    products[j] = fma(level, at(centred_, i + j), products[j]);
+                    const Floats q = clamped((at(w_, i + j) - base) * inverse);
+                    sum[j] = sum[j] + q;
+                    squares[j] = fma(q, q, squares[j]);
+                    products[j] = fma(q, at(centred_, i + j), products[j]);
                 }
             }
             const Floats all = sum[0] + sum[1], middle = all * share;
@@ -135,8 +135,8 @@ class AffineFit {
         return error[0] + error[1];
     }
 
-    // Kept in bfloat16: the levels are the nearest for what is kept.
-    void write(Floats best_scale, Floats best_base, uint8_t *levels, uint16_t *scale_out, uint16_t *zero_out) {
+    // Kept in bfloat16: weights are rounded to what is kept.
+    void write(Floats best_scale, Floats best_base, uint8_t *quantized, uint16_t *scale_out, uint16_t *zero_out) {
         Lanes scales, bases;
         best_scale.store(scales), best_base.store(bases);
         for (int g = 0; g < LANES; ++g) {
@@ -148,7 +148,7 @@ class AffineFit {
         for (int i = 0; i < group_; ++i) {
             Lanes at_i;
             clamped(at(w_, i) / scale + zero).store(at_i);
-            for (int g = 0; g < LANES; ++g) levels[g * group_ + i] = uint8_t(at_i[g]);
+            for (int g = 0; g < LANES; ++g) quantized[g * group_ + i] = uint8_t(at_i[g]);
         }
     }
 
@@ -160,20 +160,20 @@ class AffineFit {
 
 // An output in a few bits. x has room for whole eights of groups, and is written over behind the last input: a short group
 // is filled with its last weight.
-inline void quantize_affine(AffineFit &fit, float *x, const dbrx_matrix &to, int64_t output, uint8_t *levels) {
+inline void quantize_affine(AffineFit &fit, float *x, const dbrx_matrix &to, int64_t output, uint8_t *quantized) {
     const int64_t groups = (to.inputs + to.group - 1) / to.group;
     std::fill(x + to.inputs, x + (groups + 7) / 8 * 8 * to.group, x[to.inputs - 1]);
     uint16_t *scale = (uint16_t *)to.scale + output * groups, *zero = (uint16_t *)to.zero + output * groups;
     for (int64_t g = 0; g < groups; g += 8) {
         uint16_t scales[8], zeros[8];
-        fit.fit(x + g * to.group, levels + g * to.group, scales, zeros);
+        fit.fit(x + g * to.group, quantized + g * to.group, scales, zeros);
         const int64_t count = std::min<int64_t>(8, groups - g);
         std::copy(scales, scales + count, scale + g);
         std::copy(zeros, zeros + count, zero + g);
     }
     uint8_t *row = (uint8_t *)to.values + output * (to.inputs * bits_of(to) / 8);
-    if (to.format == DBRX_INT4) pack_levels<4>(levels, to.inputs, row);
-    else pack_levels<3>(levels, to.inputs, row);
+    if (to.format == DBRX_INT4) pack_quantized<4>(quantized, to.inputs, row);
+    else pack_quantized<3>(quantized, to.inputs, row);
 }
 
 inline bool all_finite(const float *x, int64_t count) {
@@ -190,7 +190,7 @@ inline void quantize(Pool &pool, const dbrx_matrix &from, const float *row_scale
     std::atomic<bool> finite{true};
     const auto work = [&](int64_t piece, int thread) {
         float *rows = (float *)(scratch + bytes_each * thread);
-        uint8_t *levels = (uint8_t *)(rows + stride * QUANTIZED_AT_ONCE);
+        uint8_t *quantized = (uint8_t *)(rows + stride * QUANTIZED_AT_ONCE);
         const int64_t first = piece * QUANTIZED_AT_ONCE;
         const int count = int(std::min<int64_t>(QUANTIZED_AT_ONCE, from.outputs - first));
         if (from.format == DBRX_F32) float_rows<float>(from, first, count, row_scale, column_scale, rows, stride);
@@ -202,7 +202,7 @@ inline void quantize(Pool &pool, const dbrx_matrix &from, const float *row_scale
             if (to.format == DBRX_INT8) {
                 quantize_int8(row, from.inputs, (int8_t *)to.values + output * from.inputs, (float *)to.scale + output);
             } else if (all_finite(row, from.inputs)) {
-                quantize_affine(fit, row, to, output, levels);
+                quantize_affine(fit, row, to, output, quantized);
             } else {
                 finite.store(false);
             }

@@ -121,7 +121,7 @@ struct Shape {
     }
     int64_t numbers() const { return outputs * inputs; }
     bool is_groups() const { return DBRX_GROUPS_2 <= format && format <= DBRX_GROUPS_8; }
-    int bits() const { return is_groups() ? format - 128 : format == DBRX_INT4 ? 4 : format == DBRX_INT3 ? 3 : 0; }  // of levels
+    int bits() const { return is_groups() ? format - 128 : format == DBRX_INT4 ? 4 : format == DBRX_INT3 ? 3 : 0; }  // of a weight
     bool has_biases() const { return is_groups() && !(ranges & DBRX_ZERO_POINTS); }
     bool has_wide_ranges() const { return is_groups() && ranges & DBRX_RANGES_F32; }
     int64_t groups() const { return group ? (inputs + group - 1) / group : 0; }
@@ -203,7 +203,7 @@ struct Matrix {
         return {shape, uint64_t(from.number())};
     }
 
-    int level(int64_t output, int64_t input) {  // of int4 and int3
+    int quantized(int64_t output, int64_t input) {  // of int4 and int3
         if (shape.format == DBRX_INT4) return (bytes[(output * shape.inputs + input) / 2] >> (input % 2 * 4)) & 15;
         const int64_t row = output * shape.inputs * 3 / 8;
         const int low = (bytes[row + input / 4] >> (input % 4 * 2)) & 3;
@@ -215,7 +215,7 @@ struct Matrix {
         const int64_t n = output * shape.inputs + input;
         if (shape.format == DBRX_INT8) return float(int8_t(bytes[n])) * scale[output];
         const int64_t part = output * shape.groups() + input / shape.group;
-        return (float(level(output, input)) - widened(zeros[part])) * widened(scales[part]);
+        return (float(quantized(output, input)) - widened(zeros[part])) * widened(scales[part]);
     }
 };
 

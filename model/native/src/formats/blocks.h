@@ -1,4 +1,4 @@
-// Weights in ggml's blocks, as a GGUF file has them: of each group of 16 or 32 inputs scale * level - minimum.
+// Weights in ggml's blocks, as a GGUF file has them: of each group of 16 or 32 inputs scale * q - minimum.
 //
 // What a type is, ggml_32.h and ggml_256.h say; here is how a span of any of them is read, which is one block or eight.
 #pragma once
@@ -54,7 +54,7 @@ struct BlockSpan {
                 found = fma(min[g / LANES], Floats::load((Type::GROUP == 32 ? of.less_of_32 : of.less_of_16) + g), found);
         return found;
     }
-    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const { split(Type::levels(at, chunk), Type::IS_SIGNED, out); }
+    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const { split(Type::quantized(at, chunk), Type::IS_SIGNED, out); }
     DBRX_INLINE Floats scales(int chunk) const {
         return Type::GROUP == CHUNK ? Floats::all(scale[chunk]) : halves(scale[2 * chunk], scale[2 * chunk + 1]);
     }
@@ -66,7 +66,7 @@ struct BlockSpan {
     void unpack(float *out) const {
         alignas(32) uint8_t bytes[SPAN];
         float minima[GROUPS];
-        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk) Type::levels(at, chunk).store(bytes + chunk * CHUNK);
+        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk) Type::quantized(at, chunk).store(bytes + chunk * CHUNK);
         if constexpr (Type::HAS_MIN)
             for (int g = 0; g < GROUPS; g += LANES) min[g / LANES].store(minima + g);
         for (int g = 0; g < GROUPS; ++g)

@@ -14,7 +14,7 @@ inline uint32_t word(const uint8_t *at) {
 inline uint64_t words(uint32_t low, uint32_t high) { return uint64_t(high) << 32 | low; }
 constexpr uint32_t TWO_BITS = 0x03030303, FOUR_BITS = 0x0f0f0f0f, SIX_BITS = 0x3f3f3f3f;
 
-struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of levels, two scales of 16 bits
+struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, two scales of 16 bits
     static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) {
@@ -24,7 +24,7 @@ struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of levels, tw
             scale[i] = d * eight_bytes(both & low), min[i] = d_min * eight_bytes(both >> 4 & low);
         }
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         return Bytes::load(block + 16 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
     }
 };
@@ -39,7 +39,7 @@ struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits
         scale[0] = d * (eight_bytes(words(six_bits(a, c), six_bits(b, c >> 2))) - middle);
         scale[1] = d * (eight_bytes(words(six_bits(a >> 4, c >> 4), six_bits(b >> 4, c >> 6))) - middle);
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const Bytes low = Bytes::load(block + 32 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
         return (low | (Bytes::load(block) >> chunk & Bytes::all(1)) << 2) - Bytes::all(4);
     }
@@ -56,7 +56,7 @@ struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of n
         *scale = Floats::all(half(block)) * eight_bytes(words(a & SIX_BITS, upper(c, a)));
         *min = Floats::all(half(block + 2)) * eight_bytes(words(b & SIX_BITS, upper(c >> 4, b)));
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         return Bytes::load(block + 16 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
     }
 };
@@ -65,7 +65,7 @@ struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
     static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) { Q4_K::scales(block, scale, min); }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const Bytes low = Bytes::load(block + 48 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
         return low | (Bytes::load(block + 16) >> chunk & Bytes::all(1)) << 4;
     }
@@ -78,7 +78,7 @@ struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bit
         const Floats d = Floats::all(half(block + 208));
         for (int i = 0; i < 2; ++i) scale[i] = d * eight_signed(block + 192 + 8 * i);
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const int part = chunk / 4, at = chunk % 4;
         const Bytes low = Bytes::load(block + part * 64 + at % 2 * 32) >> at / 2 * 4 & Bytes::all(15);
         const Bytes high = Bytes::load(block + 128 + part * 32) >> at * 2 & Bytes::all(3);
@@ -95,8 +95,8 @@ struct IQ4_XS {  // a scale of 16 bits, 6 bytes of scales in 6 bits: of eight th
         for (int i = 0; i < 8; ++i) each |= uint64_t((lower >> 4 * i & 15) | (upper >> 2 * i & 3) << 4) << 8 * i;
         *scale = Floats::all(half(block)) * (eight_bytes(each) - Floats::all(32));
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *block, int chunk) {
-        return look_up(IQ4_LEVELS, Bytes::nibbles(block + 8 + chunk * 16));
+    static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
+        return look_up(IQ4_VALUES, Bytes::nibbles(block + 8 + chunk * 16));
     }
 };
 

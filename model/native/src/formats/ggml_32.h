@@ -1,8 +1,8 @@
-// ggml's types in blocks of 32 weights, as llama.cpp writes them: a scale of 16 bits, maybe a minimum, then the levels.
+// ggml's types in blocks of 32 weights, as llama.cpp writes them: a scale of 16 bits, maybe a minimum, then the quantized weights.
 //
 // A type tells of a span of 256 inputs, here eight blocks, the scales of its groups and, where it HAS_MIN, what is taken
-// away: a weight is scale * level - minimum. `levels` gives the 32 levels of a chunk, in the order of the inputs. 4 bits a
-// level lie as nibbles: those of inputs 0 and 16 in the first byte.
+// away: a weight is scale * q - minimum. `quantized` gives the 32 q of a chunk, in the order of the inputs. 4 bits a
+// weight lie as nibbles: those of inputs 0 and 16 in the first byte.
 #pragma once
 #include "../dbrx.h"
 #include "../simd.h"
@@ -13,7 +13,7 @@ struct Q4_0 {
     static constexpr int FORMAT = DBRX_Q4_0, INPUTS = 32, BYTES = 18, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 2) - Bytes::all(8); }
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 2) - Bytes::all(8); }
 };
 
 struct Q4_1 {
@@ -22,14 +22,14 @@ struct Q4_1 {
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *min) {
         *scale = eight_halves(span, BYTES), *min = eight_halves(span + 2, BYTES) * Floats::all(-1);
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 4); }
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 4); }
 };
 
 struct Q5_0 {  // the fifth bits lie apart, before the nibbles
     static constexpr int FORMAT = DBRX_Q5_0, INPUTS = 32, BYTES = 22, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) {
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) {
         return (Bytes::nibbles(span + chunk * BYTES + 6) | Bytes::bits(span + chunk * BYTES + 2) << 4) - Bytes::all(16);
     }
 };
@@ -40,24 +40,24 @@ struct Q5_1 {
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *min) {
         *scale = eight_halves(span, BYTES), *min = eight_halves(span + 2, BYTES) * Floats::all(-1);
     }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 8) | Bytes::bits(span + chunk * BYTES + 4) << 4; }
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return Bytes::nibbles(span + chunk * BYTES + 8) | Bytes::bits(span + chunk * BYTES + 4) << 4; }
 };
 
 struct Q8_0 {
     static constexpr int FORMAT = DBRX_Q8_0, INPUTS = 32, BYTES = 34, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return Bytes::load(span + chunk * BYTES + 2); }
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return Bytes::load(span + chunk * BYTES + 2); }
 };
 
-// 4 bits that choose one of 16 levels, closer together near zero.
-constexpr int8_t IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// 4 bits that choose one of 16 values, closer together near zero.
+constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct IQ4_NL {
     static constexpr int FORMAT = DBRX_IQ4_NL, INPUTS = 32, BYTES = 18, GROUP = 32;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static DBRX_INLINE Bytes levels(const uint8_t *span, int chunk) { return look_up(IQ4_LEVELS, Bytes::nibbles(span + chunk * BYTES + 2)); }
+    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return look_up(IQ4_VALUES, Bytes::nibbles(span + chunk * BYTES + 2)); }
 };
 
 }  // namespace dbrx

@@ -1,9 +1,9 @@
 // A few bits a weight with scale and offset for each group of inputs, as MLX, GPTQ and AWQ mean it: a weight is
-// scale * level + offset, or scale * (level - offset) where offsets are zero points.
+// scale * q + offset, or scale * (q - offset) where offsets are zero points.
 //
-// An output's levels follow each other bit by bit, the first in the lowest bits. Of 2, 4 or 8 bits a chunk is 16 words of 16
-// bits: shifted and cut they give 16 levels at a time, one of each word, and activations are kept in that order. Of 3, 5 or
-// 6 bits eight levels lie in as many bytes as a level has bits; each is cut out of the two bytes in which it lies.
+// An output's numbers q follow each other bit by bit, the first in the lowest bits. Of 2, 4 or 8 bits a chunk is 16 words of 16
+// bits: shifted and cut they give 16 of them at a time, one of each word, and activations are kept in that order. Of 3, 5 or
+// 6 bits eight of them lie in as many bytes as one has bits; each is cut out of the two bytes in which it lies.
 //     4 bits: word 0 has inputs 0 to 3, word 15 inputs 60 to 63; so x is 0 4 8 .. 60, 1 5 9 .. 61, 2 6 10 .. 62, 3 7 11 .. 63
 //     3 bits: input 5 has bits 15 to 17: the last of byte 1, and two of byte 2
 #pragma once
@@ -11,13 +11,13 @@
 
 namespace dbrx {
 
-// Of 16 levels: the two bytes in which each lies, 255 for none, the first `before` bytes being passed over; and what moves its
+// Of 16 weights: the two bytes in which each lies, 255 for none, the first `before` bytes being passed over; and what moves its
 // bits to the upper end of these.
 template <int BITS>
-struct LevelPlaces {
+struct BitPlaces {
     alignas(32) uint8_t bytes[32] = {};
     alignas(32) int16_t shift[16] = {}, factor[16] = {};
-    constexpr explicit LevelPlaces(int before) {
+    constexpr explicit BitPlaces(int before) {
         for (int i = 0; i < 16; ++i) {
             const int first = before + i * BITS / 8;
             bytes[2 * i] = uint8_t(first), bytes[2 * i + 1] = uint8_t(first + 1 < 16 ? first + 1 : 255);
@@ -26,13 +26,13 @@ struct LevelPlaces {
     }
 };
 
-// 16 levels of 3, 5 or 6 bits. late: bytes before them may be read, else those behind.
+// 16 weights of 3, 5 or 6 bits. late: bytes before them may be read, else those behind.
 template <int BITS>
-DBRX_INLINE Shorts sixteen_levels(const uint8_t *at, bool late) {
+DBRX_INLINE Shorts sixteen_weights(const uint8_t *at, bool late) {
     constexpr int BYTES = 2 * BITS;
 #if defined(__AVX2__) || defined(__ARM_NEON)
-    static constexpr LevelPlaces<BITS> EARLY{0}, LATE{16 - BYTES};
-    const LevelPlaces<BITS> &places = late ? LATE : EARLY;
+    static constexpr BitPlaces<BITS> EARLY{0}, LATE{16 - BYTES};
+    const BitPlaces<BITS> &places = late ? LATE : EARLY;
     at -= late ? 16 - BYTES : 0;
 #endif
 #if defined(__AVX2__)
@@ -100,7 +100,7 @@ struct GroupSpan {
         const uint8_t *from = at + chunk * (CHUNK * BITS / 8);
         for (int v = 0; v < VECTORS; ++v) {
             if constexpr (IN_WORDS) out[v] = cut(Shorts::load(from), v * BITS, BITS);
-            else out[v] = sixteen_levels<BITS>(from + v * 2 * BITS, chunk >= PARTS / 2);
+            else out[v] = sixteen_weights<BITS>(from + v * 2 * BITS, chunk >= PARTS / 2);
         }
     }
     // Of 4 bits a lane has two words, 8 inputs; so four lanes have a group of 32.
@@ -115,18 +115,18 @@ struct GroupSpan {
     }
 
     void unpack(float *out) const {
-        alignas(32) int16_t levels[SPAN];
+        alignas(32) int16_t quantized[SPAN];
         float offsets[PARTS];
         if constexpr (IN_WORDS) {
             for (int byte = 0; byte < BYTES; ++byte)
-                for (int k = 0; k < 8 / BITS; ++k) levels[byte * (8 / BITS) + k] = int16_t(at[byte] >> k * BITS & ((1 << BITS) - 1));
+                for (int k = 0; k < 8 / BITS; ++k) quantized[byte * (8 / BITS) + k] = int16_t(at[byte] >> k * BITS & ((1 << BITS) - 1));
         } else {
-            for (int i = 0; i < SPAN; i += 16) sixteen_levels<BITS>(at + i * BITS / 8, i >= SPAN / 2).store(levels + i);
+            for (int i = 0; i < SPAN; i += 16) sixteen_weights<BITS>(at + i * BITS / 8, i >= SPAN / 2).store(quantized + i);
         }
         offset.store(offsets);
         for (int part = 0; part < PARTS; ++part) {
             const float zero = from_zero ? offsets[part] : 0, more = from_zero ? 0 : offsets[part];
-            for (int i = part * 32; i < (part + 1) * 32; ++i) out[i] = (float(levels[i]) - zero) * scale[part] + more;
+            for (int i = part * 32; i < (part + 1) * 32; ++i) out[i] = (float(quantized[i]) - zero) * scale[part] + more;
         }
     }
 

@@ -35,12 +35,12 @@ struct Int8 {
         }
         const float root = std::sqrt(float(inputs));
         const float bound = 2147483647.0f * 0.9999f / (128 * root) - 0.5f * root;  // rounding adds at most half of each
-        const float levels = std::min(32766.0f, bound / std::sqrt(sum(squares)));
-        const Floats factor = Floats::all(levels);
+        const float qmax = std::min(32766.0f, bound / std::sqrt(sum(squares)));
+        const Floats factor = Floats::all(qmax);
         int64_t i = 0;
         for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse * factor, out + i);
         for (; i < padded(inputs); ++i) out[i] = 0;
-        *reinterpret_cast<float *>(to) = most / levels;
+        *reinterpret_cast<float *>(to) = most / qmax;
     }
 
     template <int W, int R>

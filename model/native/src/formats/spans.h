@@ -1,8 +1,8 @@
-// What formats share that are read in spans of 256 inputs, with levels of 8 bits at most and activations of 16: ggml's
+// What formats share that are read in spans of 256 inputs, with weights of 8 bits at most and activations of 16: ggml's
 // blocks (blocks.h), and the groups of MLX, GPTQ and AWQ (groups.h).
 //
 // Activations have a scale for each span, so rounding errs by 1 in 40,000 (root mean square) of numbers that are alike. A
-// sum of 128 products with levels up to 255 and activations up to 32,767 is below 2^31; it becomes a float before it meets
+// sum of 128 products with numbers up to 255 and activations up to 32,767 is below 2^31; it becomes a float before it meets
 // its scale.
 #pragma once
 #include <cstddef>
@@ -16,7 +16,7 @@ constexpr int SPAN = 256;  // inputs
 inline int64_t spans(int64_t inputs) { return (inputs + SPAN - 1) / SPAN; }
 
 struct SpanActivations {  // zeros behind the last input
-    int16_t x[SPAN];      // in the order in which a format's levels come apart
+    int16_t x[SPAN];      // in the order in which a format's weights come apart
     float less_of_32[SPAN / 32], less_of_16[SPAN / 16];  // minus the sums of x, for minima
     float scale;
     float unused[7];
