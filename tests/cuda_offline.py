@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 
 from model.kernels.cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
 from model.kernels.cuda_glu import DOWN, DOWN_REGISTERS, down_kernel, gate_up_kernel
-from model.kernels.cuda_linear import gemv_kernel, tile
+from model.kernels.cuda_linear import GEMV_REGISTERS, gemv_kernel, tile
 from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
@@ -184,7 +184,9 @@ def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[st
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     signature = {n: types.get(n, "constexpr") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": warps} | ({"maxnreg": DOWN_REGISTERS} if function is down_kernel else {})
+    options = {"num_warps": warps}
+    if function is down_kernel or (function is gemv_kernel and constants["T"] > 1):
+        options["maxnreg"] = DOWN_REGISTERS if function is down_kernel else GEMV_REGISTERS
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

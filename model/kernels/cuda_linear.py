@@ -17,6 +17,7 @@ from .base import Packed, RowByRow, Rows, check_scales
 from .cuda_tiles import CHUNK, add_products
 
 GEMV_MAX_TOKENS = 8
+GEMV_REGISTERS = 168  # of a thread, with several tokens: the assembler takes 128 for sm_120, and spills
 PIECE = 2**24  # weights that are dequantized at once: 32 MB of bfloat16, which stay in the second cache
 BITS = {"int4": 4, "int8": 8, "bfloat16": 16}
 
@@ -177,6 +178,8 @@ class CudaLinear(RowByRow):
         T = triton.next_power_of_2(tokens)
         N, C, warps = tile(T)
         constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group}
+        if T > 1:
+            constants["maxnreg"] = GEMV_REGISTERS
         gemv_kernel[(triton.cdiv(matrix.outputs, N),)](
             x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, N=N, C=C, num_warps=warps, **constants
         )
