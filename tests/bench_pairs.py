@@ -12,12 +12,12 @@ given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     outside, k = 2 * 0.5**n, 0
     while outside <= 1 - LEVEL:
         k += 1
-        outside += 2 * comb(n, k) * 0.5**n
+        outside += 2 * math.comb(n, k) * 0.5**n
     return (ordered[k - 1], ordered[n - k]) if k else (0.0, float("inf"))
 
 
 def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float]:
-    """which: new, or again, the old one's second run of the round."""
-    return [each[which][key] / each["old"][key] for each in rounds]
+    """which: new, over the old one's mean before and behind it; or again, the old one's second run over its first."""
+    if which == "again":
+        return [each["again"][key] / each["old"][key] for each in rounds]
+    return [each["new"][key] / math.sqrt(each["old"][key] * each["again"][key]) for each in rounds]
 
 
 def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
