@@ -120,11 +120,12 @@ def pack_into(
     ranks = weights.ranks.size if isinstance(weights, ShardedWeights) else 1
     first = next(iter(kernels.values()))  # what is asked below is the same on every device
     mapped = ranks > 1 or reads_mapped(first.experts, weights)
+    exact = torch.float32 if plan.format == "float32" else None
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
         place = next(place for prefix, place in plan.device_map.items() if name.startswith(f"{prefix}."))
         kernel = kernels[str(place)].dense
-        packed = _pack_dense(weights, kernel, name)
+        packed = _pack_dense(weights, kernel, name, exact)
         setattr(module, attribute, PackedLinear(kernel, packed, last=module is network))
         if not mapped:
             weights.give_back()  # each at once: all of them together would be in memory twice
@@ -179,7 +180,8 @@ def at_once(weights: Weights, room: int) -> int:
     return max(1, min(torch.get_num_threads(), room // floats))
 
 
-def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any, ...]:
+def _pack_dense(weights: Weights, kernel: LinearKernel, name: str, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """dtype: of floats that are read out of few bits, bfloat16 unless given."""
     whole = weights.whole if isinstance(weights, ShardedWeights) else weights
     if isinstance(whole, QuantizedWeights) and kernel.quantization == DENSE:
         matrix = whole.quantized_matrix(name)
@@ -187,7 +189,7 @@ def _pack_dense(weights: Weights, kernel: LinearKernel, name: str) -> tuple[Any,
     if isinstance(weights, KeptWeights):
         stored = weights.kept_matrix(name)
         return kernel.load(stored) if stored else kernel.pack(weights.read_exactly(name))
-    return kernel.pack(weights.read(name))
+    return kernel.pack(weights.read(name, dtype))
 
 
 def read_expert(weights: Weights, layer: int, expert: int) -> tuple[Tensor, ...]:

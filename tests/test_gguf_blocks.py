@@ -62,11 +62,14 @@ def test_products_of_few_and_many_rows(kind: str) -> None:
 @pytest.mark.parametrize("kind", MIXES)
 def test_a_network_gives_the_logits_and_tokens_of_its_values(tmp_path: Path, kind: str) -> None:
     path = mixed(tmp_path / "m.gguf", kind)
-    exact = DbrxForCausalLM.from_pretrained(path, dtype="float32")
+    with torch.inference_mode():  # which threads that read do not inherit
+        exact = DbrxForCausalLM.from_pretrained(path, dtype="float32")
+    packed = DbrxForCausalLM.from_pretrained(path, dtype="float32", pack=True)
     network = DbrxForCausalLM.from_pretrained(path, quantize="none", pack=True)
     assert network.load_plan is not None and (network.load_plan.scheme, network.load_plan.format) == (GGUF, kind)
     with torch.inference_mode():
         wanted = exact(PROMPT).logits
+        assert (packed(PROMPT).logits - wanted).norm() <= 1e-5 * wanted.norm()
         found = network(PROMPT).logits
         assert (found - wanted).norm() <= 1e-3 * wanted.norm()
         greedy = [each.generate(PROMPT, max_new_tokens=24, do_sample=False) for each in (exact, network)]

@@ -156,12 +156,14 @@ MADE: dict[str, Callable[[Path], Path]] = {
 def test_a_network_gives_the_logits_and_tokens_of_its_values(tmp_path: Path, form: str) -> None:
     folder = MADE[form](tmp_path / "m")
     exact = DbrxForCausalLM.from_pretrained(folder, dtype="float32")
+    packed = DbrxForCausalLM.from_pretrained(folder, dtype="float32", pack=True)
     network = DbrxForCausalLM.from_pretrained(folder, quantize="none", pack=True)
     assert network.load_plan is not None and network.kernels is not None
     assert (network.load_plan.scheme, network.load_plan.format) == (form.partition("-")[0], form)
     assert network.kernels.name == f"{network.load_plan.scheme} native"
     with torch.inference_mode():
         wanted, found = exact(PROMPT).logits, network(PROMPT).logits
+        assert (packed(PROMPT).logits - wanted).norm() <= 1e-5 * wanted.norm()
         assert (found - wanted).norm() <= 1e-3 * wanted.norm()
         greedy = [each.generate(PROMPT, max_new_tokens=24, do_sample=False) for each in (exact, network)]
     assert torch.equal(*greedy)

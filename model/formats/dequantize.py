@@ -40,11 +40,13 @@ def fill(out: Tensor, raw: Tensor, kind: str) -> None:
         return
     data = raw.view(rows, -1).numpy()
     quantization = GGMLQuantizationType[kind]
+    inference = torch.is_inference_mode_enabled()  # of this thread only
 
     def piece(start: int) -> None:
         with np.errstate(all="ignore"):  # a scale may be infinite: what it makes is told when logits are computed
             values = dequantize(data[start : start + step], quantization)
-        out[start : start + step].copy_(torch.from_numpy(values))
+        with torch.inference_mode(inference):
+            out[start : start + step].copy_(torch.from_numpy(values))
 
     step = max(1, PIECE // columns)
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
