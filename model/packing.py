@@ -145,7 +145,7 @@ def pack_into(
     # A dense matrix counts as an expert: there are few.
     size = len(jobs) * first.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
     most = MOST_ON_CARD if first.dense.device.type == "cuda" else len(jobs)
-    with threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
+    with freed_at_once(), threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if not plan.streamed:
@@ -217,25 +217,32 @@ def _read(extent: Extent) -> Tensor:
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads that share the cores, in memory that goes back to the system when a tensor is freed."""
+    """So many threads that share the cores."""
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(max(1, cores // count),))
-    _set_heap(SMALL, SMALL)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)  # what a thread sets reaches MKL in all of them
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Memory goes back to the system when a tensor is freed, for as long as weights are packed.
+
+    Packed experts lie between the floats they were made from: in a heap a model would take twice its size. Activations
+    stay in the heap: to give them back and to take them again was 50,000 page faults a prompt of 512 tokens.
+    """
+    _set_heap(SMALL, SMALL)
+    try:
+        yield
+    finally:
         _set_heap(LARGE, SPARE)
 
 
 def _set_heap(mapped: int, kept: int) -> None:
-    """Tell glibc from what size on it maps memory by itself, and how much it keeps free at the end of its heap.
-
-    While weights are packed, all that is freed goes back at once: packed experts lie between the floats they were made
-    from, and in a heap a model would take twice its size. Activations stay in the heap: to give them back and to take
-    them again was 50,000 page faults a prompt of 512 tokens.
-    """
+    """Tell glibc from what size on it maps memory by itself, and how much it keeps free at the end of its heap."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, mapped)

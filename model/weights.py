@@ -175,6 +175,11 @@ class WrappedWeights:
         self.kept = whole.kept
         self._whole = whole
 
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
+    ) -> Tensor:
+        return self._whole.read(name, dtype, device, owned)
+
     def nbytes_of(self, name: str) -> int:
         return self._whole.nbytes_of(name)
 
@@ -226,11 +231,6 @@ class KeptWeights(WrappedWeights):
     def __init__(self, whole: CanBeKept, scheme: str) -> None:
         super().__init__(whole)
         self.quantization = scheme
-
-    def read(
-        self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
-    ) -> Tensor:
-        return self._whole.read(name, dtype, device, owned)
 
     def kept_matrix(self, name: str) -> KeptMatrix | None:
         return self._whole.kept_matrix(name)

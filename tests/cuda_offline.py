@@ -185,8 +185,10 @@ def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[st
     signature = {n: types.get(n, "constexpr") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = {"num_warps": warps}
-    if function is down_kernel or (function is gemv_kernel and constants["T"] > 1):
-        options["maxnreg"] = DOWN_REGISTERS if function is down_kernel else GEMV_REGISTERS
+    if function is down_kernel:
+        options["maxnreg"] = DOWN_REGISTERS
+    elif function is gemv_kernel and constants["T"] > 1:
+        options["maxnreg"] = GEMV_REGISTERS
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

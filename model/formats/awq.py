@@ -46,11 +46,11 @@ class Awq:
         return Groups.of(AWQ, BITS, wanted[1] // shapes[2][0], 4 if dtypes[2] == "F32" else 2)
 
     def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
-        from ..quantization.groups import pack_nibbles
+        from ..quantization.int4 import pack
         from ..weights import GroupMatrix
 
         words, zeros, scales = tensors
-        values = pack_nibbles(self._codes(words).byte().t().contiguous())
+        values = pack(self._codes(words).byte().t().contiguous())
         ranges = spread_groups(scales, self._codes(zeros), len(words) // len(scales), len(words), groups)
         return GroupMatrix(values, *ranges, groups.bits, groups.group, zero_points=True)
 

@@ -6,11 +6,11 @@ Source: the compressors of compressed-tensors. Scales of activations (`input_sca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ..checkpoint import FLOATS
 from ..quantization import GROUP_SIZES, MLX, Groups
-from .encoding import Fault, Shape, codes
+from .encoding import Fault, InNoGroups, Shape, codes
 from .foreign import FROM_SOURCE
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BITS = (2, 4, 8)  # of packed codes: versions part where words hold no whole number of them
 
 
-class Scaled:
+class Scaled(InNoGroups):
     """float-quantized, int-quantized: weight F8_E4M3 or I8 [out, in], value = weight * scale."""
 
     name = "compressed-tensors"
@@ -34,12 +34,6 @@ class Scaled:
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         return _scaled(*tensors)
-
-    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> None:
-        return None
-
-    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> NoReturn:
-        raise ValueError("8-bit floats are in no groups")
 
 
 class Packed:

@@ -43,7 +43,17 @@ class Encoding(Protocol):
         """The weight in that form."""
 
 
-class Floats:
+class InNoGroups:
+    """What encodings share that become floats."""
+
+    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> None:
+        return None
+
+    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> NoReturn:
+        raise ValueError("a weight that becomes floats is in no groups")
+
+
+class Floats(InNoGroups):
     """The weight itself."""
 
     name = "float"
@@ -61,12 +71,6 @@ class Floats:
 
     def unpack(self, tensors: Sequence[Tensor], wanted: Shape) -> Tensor:
         return tensors[0]
-
-    def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> None:
-        return None
-
-    def keep(self, tensors: Sequence[Tensor], groups: Groups) -> NoReturn:
-        raise ValueError("floats are in no groups")
 
 
 def spread_groups(scales: Tensor, zeros: Tensor, size: int, inputs: int, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +20,7 @@ from ..bpe import merges_of, pattern_of
 from ..checkpoint import expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
+from ..packing import threads
 from ..quantization import BLOCKS, blocks, is_finite, not_finite
 from ..quantization.k_quants import PIECE
 from ..safetensors_file import shown
@@ -88,9 +89,9 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         done = 0
-        with closing(writer), _threads() as threads:
+        with closing(writer), threads(torch.get_num_threads()) as pool:
             for name, size in sizes.items():
-                rows: Any = _Rows(size, _pieces(weights, name, kinds[name], threads))
+                rows: Any = _Rows(size, _pieces(weights, name, kinds[name], pool))
                 writer.write_tensor_data(rows)
                 done += size
                 if progress:
@@ -101,17 +102,6 @@ def write_gguf(
                 raise InputError(f"{path} exists already", "name one that does not, or remove it")
         put_in_place(scratch, files)
     return list(files.values())
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """One a core, in each of which torch starts no others."""
-    cores = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(cores)
 
 
 class _Rows:
@@ -182,7 +172,7 @@ def _nbytes(config: DbrxConfig, name: str, kind: GGMLQuantizationType) -> int:
     return int(np.prod(rows, dtype=np.int64)) * row_bytes(kind.name, columns)
 
 
-def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, threads: ThreadPoolExecutor) -> Iterator[Bytes]:
+def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, pool: ThreadPoolExecutor) -> Iterator[Bytes]:
     """A tensor's bytes in llama.cpp's order: whole matrices of experts, cut so that all threads have work."""
     matrices: Iterator[Tensor]
     if ".experts." in name:
@@ -193,7 +183,7 @@ def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, threads: Th
         matrices = iter([weights.read(name)])
     for each in matrices:
         rows = each.reshape(1, -1) if each.dim() == 1 else each
-        yield from threads.map(lambda part: _packed(part, kind), torch.split(rows, max(1, PIECE // rows.shape[1])))
+        yield from pool.map(lambda part: _packed(part, kind), torch.split(rows, max(1, PIECE // rows.shape[1])))
 
 
 def _packed(rows: Tensor, kind: GGMLQuantizationType) -> Bytes:

@@ -20,7 +20,7 @@ from ..checkpoint import INDEX_NAME, expected_tensors
 from ..errors import InputError, ModelError, ResourceError
 from ..kernels import choose, experts_of
 from ..machine import available_memory
-from ..packing import at_once, in_order, read_expert, threads
+from ..packing import at_once, freed_at_once, in_order, read_expert, threads
 from ..quantization import DENSE as DENSE_SCHEME
 from ..quantization import SCHEMES, is_finite, not_finite, quantize
 from ..safetensors_file import BITS, opened, read_header
@@ -145,7 +145,7 @@ class Writer:
         digests = {}
         files = self._source_files()
         cores = torch.get_num_threads()
-        with threads(cores) as pool:
+        with freed_at_once(), threads(cores) as pool:
             for path, found in zip(files, in_order(pool, cores, digest, files), strict=True):
                 digests[path.name] = found
                 count.add(path.stat().st_size)
@@ -221,7 +221,7 @@ class Writer:
             return self._experts_kernel.quantize(floats)
 
         count = at_once(self.weights, available_memory() // 4)
-        with threads(count) as pool:
+        with freed_at_once(), threads(count) as pool:
             yield from in_order(pool, count + 1, make, range(self.weights.config.ffn_config.moe_num_experts))
 
     def _calibrated(self, layer: int) -> Iterator[QuantizedExpert]:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..weights import GroupMatrix
+from . import int4
+from .affine import spread
 
 
 def unpack(values: Tensor, bits: int) -> Tensor:
@@ -23,19 +25,11 @@ def quantize(weight: Tensor, group: int = 64) -> GroupMatrix:
     low, high = grouped.amin(-1).bfloat16(), grouped.amax(-1)
     scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
     quantized = ((grouped - low[..., None]) / scale[..., None]).round_().clamp_(0, 15).byte().flatten(1)
-    return GroupMatrix(pack_nibbles(quantized), scale, low, 4, group)
-
-
-def pack_nibbles(quantized: Tensor) -> Tensor:
-    """Numbers of 4 bits, one a byte [outputs, inputs] -> two a byte."""
-    return quantized[:, 0::2] | quantized[:, 1::2] << 4
+    return GroupMatrix(int4.pack(quantized), scale, low, 4, group)
 
 
 def dequantize(matrix: GroupMatrix) -> Tensor:
     """The float32 matrix [outputs, inputs] that is meant."""
     quantized = unpack(matrix.values, matrix.bits)
-    scale, offset = (
-        part.float().repeat_interleave(matrix.group, dim=1)[:, : quantized.shape[1]]
-        for part in (matrix.scale, matrix.offset)
-    )
+    scale, offset = (spread(part, matrix.group, quantized.shape[1]) for part in (matrix.scale, matrix.offset))
     return (quantized - offset) * scale if matrix.zero_points else quantized * scale + offset

@@ -16,7 +16,7 @@ def quantize(weight: Tensor, group: int = GROUP, moments: Tensor | None = None) 
 
     moments: of the inputs, as `affine.fit` takes them.
     """
-    return affine.quantize("int4", lambda q: q[:, 0::2] | q[:, 1::2] << 4, weight, group, moments)
+    return affine.quantize("int4", pack, weight, group, moments)
 
 
 def dequantize(matrix: QuantizedMatrix, group: int = GROUP) -> Tensor:
@@ -24,6 +24,11 @@ def dequantize(matrix: QuantizedMatrix, group: int = GROUP) -> Tensor:
     return affine.dequantize(unpack, matrix, group)
 
 
+def pack(quantized: Tensor) -> Tensor:
+    """Numbers 0 to 15, one a byte [outputs, inputs] -> two a byte [outputs, inputs / 2]."""
+    return quantized[:, 0::2] | quantized[:, 1::2] << 4
+
+
 def unpack(values: Tensor) -> Tensor:
-    """Two numbers a byte [outputs, inputs / 2] -> one a byte [outputs, inputs]."""
+    """The way back."""
     return torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
