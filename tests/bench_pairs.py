@@ -21,23 +21,29 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from tests.bench_peers import KEYS, figures
 
 NARROW, LEVEL = 0.05, 0.95
 
 
-def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Where the median of all rounds lies with 95 % certainty, whatever their distribution; 0 to inf for too few.
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The median ratio and where it lies with 95 % certainty; 0 to inf for too few.
 
-    Of n values the median is below the k-th smallest if at least n - k + 1 are above it: the binomial distribution. Of
-    six the smallest and the largest enclose it with 1 - 2 / 2^6 = 97 %.
+    Hodges and Lehmann's estimate: two equal programs give logarithms of ratios that lie alike on both sides of their
+    middle, so the median of the means of all pairs (each with itself too) finds it in two thirds of the rounds that a
+    median of the ratios needs. Its ends come from Wilcoxon's signed ranks, counted exactly: each of the ranks 1 to n is
+    in the sum with 1/2, and the sum is below k with at most 2.5 % (of ten: k = 9).
     """
-    n, ordered = len(ratios), sorted(ratios)
-    outside, k = 2 * 0.5**n, 0
-    while outside <= 1 - LEVEL:
-        k += 1
-        outside += 2 * math.comb(n, k) * 0.5**n
-    return (ordered[k - 1], ordered[n - k]) if k else (0.0, float("inf"))
+    logs = numpy.log(numpy.asarray(ratios))
+    means = numpy.sort(((logs[:, None] + logs) / 2)[numpy.triu_indices(len(logs))])
+    chance = numpy.ones(1)  # of each sum of ranks
+    for rank in range(1, len(logs) + 1):
+        chance = (numpy.pad(chance, (0, rank)) + numpy.pad(chance, (rank, 0))) / 2
+    k = int(numpy.searchsorted(numpy.cumsum(chance), (1 - LEVEL) / 2, side="right"))
+    ends = (float(numpy.exp(means[k - 1])), float(numpy.exp(means[-k]))) if k else (0.0, math.inf)
+    return float(numpy.exp(numpy.median(means))), *ends
 
 
 def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float]:
@@ -48,8 +54,8 @@ def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float
 
 
 def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
-    ends = [interval(ratios(rounds, "new", key)) for key in KEYS]
-    return all(high - low < NARROW * low for low, high in ends)
+    ends = [interval(ratios(rounds, "new", key)) for key in KEYS if rounds]
+    return bool(ends) and all(high - low < NARROW * low for _, low, high in ends)
 
 
 def sitting(name: str, forward: bool, old: list[str], new: list[str], turns: int = 0) -> Iterator[dict[str, Any]]:
@@ -109,18 +115,18 @@ def main() -> None:
 
 
 def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians of the rates in tokens/s and of the seconds to load, of the ratios, and the ratios' intervals."""
+    """Medians of the rates in tokens/s and of the seconds to load (one a sitting), of the ratios, with intervals."""
     lines = ["| | rounds | | old | new | new / old | old / old |", "|---|---|---|---|---|---|---|"]
     for name, done in rounds.items():
         for key in (*KEYS, *(["load_s"] if "load_s" in done[0]["old"] else [])):
-            old, new = (statistics.median(each[which][key] for each in done) for which in ("old", "new"))
+            counted = list({each["old"][key]: each for each in done}.values()) if key == "load_s" else done
+            old, new = (statistics.median(each[which][key] for each in counted) for which in ("old", "new"))
             told = []
             for which in ("new", "again"):
-                found = ratios(done, which, key)
-                low, high = interval(found)
-                told.append(f"{statistics.median(found):.3f} ({low:.3f} to {high:.3f})")
+                middle, low, high = interval(ratios(counted, which, key))
+                told.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
             what = key.removesuffix("_tokens_per_s").removesuffix("_s")
-            lines.append(f"| {name} | {len(done)} | {what} | {old:.1f} | {new:.1f} | {told[0]} | {told[1]} |")
+            lines.append(f"| {name} | {len(counted)} | {what} | {old:.1f} | {new:.1f} | {told[0]} | {told[1]} |")
     return "\n".join(lines)
 
 
