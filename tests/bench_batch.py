@@ -1,9 +1,9 @@
 """Tokens a second of a batch of eight, for bench_pairs.py: run in the checkout to measure, with its environment:
 
-    python .../bench_batch.py MODEL [repeating]
+    python .../bench_batch.py MODEL [LOOKUP]
 
 The last line is JSON as bench_peers.py reads it. The rate counts the whole work, prompts included; loading is apart.
-repeating: replies that repeat their prompts, with --lookup auto.
+LOOKUP: replies that repeat their prompts, with --lookup LOOKUP (auto; 0: no drafts).
 """
 
 import json
@@ -29,8 +29,9 @@ def prompt(topic: str, repeating: bool) -> str:
     return LINE.format(topic, topic) * 6 if repeating else f"Write a story about {topic}."
 
 
-def main(model: str, repeating: bool) -> None:
-    params = SamplingParams(temperature=0, max_tokens=NEW, lookup="auto" if repeating else 0)
+def main(model: str, lookup: str | None = None) -> None:
+    repeating = lookup is not None
+    params = SamplingParams(temperature=0, max_tokens=NEW, lookup="auto" if lookup == "auto" else 0)
     texts = [prompt(topic, repeating) for topic in TOPICS]
     requests = [Request(text if repeating else [Message("user", text)], params) for text in texts]
     engine = LocalEngine.load(ModelOptions(model=model), Report(OutputOptions(quiet=True)))
@@ -46,4 +47,4 @@ def main(model: str, repeating: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] == ["repeating"])
+    main(*sys.argv[1:])
