@@ -5,8 +5,8 @@
 SPEC.json: {"name": {"old": ["command", ...], "new": ["command", ...]}, ...}; commands as in bench_peers.py, or with
 "turns": N beside them as bench_turns.py: started once for N rounds. A round is old, new, old of one name, or the
 reverse: new / old, and beside it old / old, which shows what the machine does by itself. Rounds are made until the
-intervals of new / old are narrower than 5 % of it, of prefill and of decoding, or there are ROUNDS of them (40 unless
-given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
+intervals of new / old are narrower than 5 % of it, of prefill and of decoding where both tell them, or there are
+ROUNDS of them (40 unless given). Each is appended to RUNS.jsonl: an interrupted comparison goes on.
 """
 
 from __future__ import annotations
@@ -53,8 +53,13 @@ def ratios(rounds: Sequence[dict[str, Any]], which: str, key: str) -> list[float
     return [each["new"][key] / math.sqrt(each["old"][key] * each["again"][key]) for each in rounds]
 
 
+def told(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    """What both programs tell: behind many tokens bench_turns.py reads no prompt."""
+    return [key for key in rounds[0]["old"] if key in rounds[0]["new"]] if rounds else []
+
+
 def is_clear(rounds: Sequence[dict[str, Any]]) -> bool:
-    ends = [interval(ratios(rounds, "new", key)) for key in KEYS if rounds]
+    ends = [interval(ratios(rounds, "new", key)) for key in KEYS if key in told(rounds)]
     return bool(ends) and all(high - low < NARROW * low for _, low, high in ends)
 
 
@@ -108,25 +113,24 @@ def main() -> None:
                 rounds[name].append(row)
                 with runs.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                print(
-                    name, len(rounds[name]), *(f"{ratios([row], 'new', key)[0]:.3f}" for key in KEYS), file=sys.stderr
-                )
+                found = (f"{key} {ratios([row], 'new', key)[0]:.3f}" for key in told([row]))
+                print(name, len(rounds[name]), *found, file=sys.stderr)
     print(table(rounds))
 
 
 def table(rounds: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians of the rates in tokens/s and of the seconds to load (one a sitting), of the ratios, with intervals."""
+    """Medians of what was told (the seconds to load once a sitting), of the ratios, with intervals."""
     lines = ["| | rounds | | old | new | new / old | old / old |", "|---|---|---|---|---|---|---|"]
     for name, done in rounds.items():
-        for key in (*KEYS, *(["load_s"] if "load_s" in done[0]["old"] else [])):
+        for key in told(done):
             counted = list({each["old"][key]: each for each in done}.values()) if key == "load_s" else done
             old, new = (statistics.median(each[which][key] for each in counted) for which in ("old", "new"))
-            told = []
+            both = []
             for which in ("new", "again"):
                 middle, low, high = interval(ratios(counted, which, key))
-                told.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
-            what = key.removesuffix("_tokens_per_s").removesuffix("_s")
-            lines.append(f"| {name} | {len(counted)} | {what} | {old:.1f} | {new:.1f} | {told[0]} | {told[1]} |")
+                both.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+            what = key.removesuffix("_tokens_per_s")
+            lines.append(f"| {name} | {len(counted)} | {what} | {old:.1f} | {new:.1f} | {both[0]} | {both[1]} |")
     return "\n".join(lines)
 
 
