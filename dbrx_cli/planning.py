@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from dbrx_cli.cores import configure_openmp
+from dbrx_cli.engine.use import use_of
 from dbrx_cli.options import DEMOS, ModelOptions, require_context
 from model.config import OFFICIAL, DbrxConfig, official
 from model.errors import InputError, ModelError
+from model.expert_use import Counts
 from model.hub import resolve
 from model.load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
@@ -55,7 +57,7 @@ class Question:
         found = _find(name, options.revision)
         require_context(options.context, found.config.max_seq_len)
         machine = parse_devices(devices) if devices else this_machine(found.experts)
-        question = cls(name, found.config, found.stored, machine, LoadOptions(**options.loading))
+        question = cls(name, found.config, found.stored, machine, LoadOptions(use=found.use, **options.loading))
         plan = question.plan
         if options.attn == "flash" and (not plan.machine.gpus or plan.dtype == "float32"):
             raise ModelError("flash attention needs an NVIDIA GPU, and bfloat16 or float16", "leave out --attn")
@@ -97,6 +99,8 @@ def advice(question: Question) -> Iterator[str]:
         needed = plan.sizes.total - plan.sizes.n_layers * plan.sizes.experts
         yield f"it does not run so: {plan.fault.message}; {decimal(needed)} of it lie beside the experts"
     yield from plan.notices
+    if plan.on_cpu:
+        yield _by_use(plan)
     if plan.on_disk:
         read = next((tier for tier in tiers(plan) if tier.what == "disk"), None)
         if read:
@@ -141,6 +145,15 @@ def _better(question: Question) -> str | None:
     return f"{flags} would be faster: predicted, at most {rate(tokens_per_s(other))} tokens/s"
 
 
+def _by_use(plan: LoadPlan) -> str:
+    """Which experts the GPUs have, and what that is worth."""
+    if not any(map(sum, plan.use)):
+        return "the experts of most use will lie on the GPU; no use was counted yet (replies count it, and dbrx trace)"
+    on_cpu = sum(layer.cpu_share for layer in plan.layers) / len(plan.layers)
+    of_all = plan.on_cpu / (len(plan.layers) * plan.sizes.n_experts)
+    return f"{1 - of_all:.0%} of the experts lie on the GPU, those of most use: {1 - on_cpu:.0%} of the choices so far"
+
+
 def _place(plan: LoadPlan) -> str:
     used = {layer.device for layer in plan.layers}
     if used == {"cpu"}:
@@ -166,6 +179,7 @@ class Found:
     config: DbrxConfig
     stored: Stored
     experts: Sequence[Sequence[Extent]] = ()
+    use: Counts = ()  # of its experts so far
 
 
 def _find(name: str, revision: str | None) -> Found:
@@ -188,4 +202,5 @@ def _find(name: str, revision: str | None) -> Found:
     with open_weights(path) as weights:
         config = weights.config
         places = product(range(config.n_layers), range(config.ffn_config.moe_num_experts))
-        return Found(config, Stored.of(weights), [weights.expert_extents(layer, expert) for layer, expert in places])
+        extents = [weights.expert_extents(layer, expert) for layer, expert in places]
+        return Found(config, Stored.of(weights), extents, use_of(path))

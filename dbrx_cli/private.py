@@ -17,7 +17,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def data_folder() -> Path:
-    """Where sessions and history are kept: DBRX_DATA, or the platform's folder for a user's data."""
+    """Where sessions, history and counts of experts are kept: DBRX_DATA, or the platform's folder for a user's data."""
     given = os.environ.get(DATA)
     if given:
         return at_home(DATA, given)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from .absent import absent
 from .checkpoint import expected_tensors
 from .config import DbrxConfig
+from .experts import HybridExperts
 from .kv_cache import KVCache
 from .moe import load_balancing_loss
 from .outputs import CausalLMOutput
@@ -80,6 +81,12 @@ class DbrxForCausalLM(nn.Module):
             "experts": dict(plan.experts_by_place),
             "bus_bytes": {"down": bus.down, "up": bus.up, "weights": bus.weights} if bus else None,
         }
+
+    def place_by_use(self) -> None:
+        """Before a reply: experts on a card and on the CPU change places where their use says that it pays."""
+        if self.bus is not None:
+            layers = [module for module in self.modules() if isinstance(module, HybridExperts)]
+            self.bus.rearrange(layers, self.config.ffn_config.moe_top_k)
 
     def __getattr__(self, name: str) -> Any:
         try:

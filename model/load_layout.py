@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .errors import ResourceError
+from .expert_use import known, least_used, shares
 from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
 from .placement import Device, Layer, capacity
 
@@ -127,14 +128,23 @@ def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
         hint = f"leave out --offload none, or {ON_THE_CPU}" if options.offload == "none" else ON_THE_CPU
         return replace(plan, fault=ResourceError(_too_large(plan).message, hint))
     # 10 experts of 4 layers are away: 3, 3, 2, 2.
-    layers = (Layer(name, name, -(-(away[name] - i) // count)) for name, count in counts.items() for i in range(count))
+    split = [(name, -(-(away[name] - i) // count)) for name, count in counts.items() for i in range(count)]
+    use = known(options.use, n, parts.n_experts)
+    layers = tuple(_by_use(*each, counted) for each, counted in zip(split, use, strict=True))
     weights = {name: count * (parts.dense + parts.experts) for name, count in counts.items()}
     weights = {name: held + ends[name] - away[name] * parts.expert for name, held in weights.items()}
     return replace(
-        _placed(plan, tuple(layers)),
+        _placed(plan, layers),
+        use=use,
         weights=weights | ({"cpu": waiting} if waiting else {}),
         kv={name: count * parts.kv * capacity(plan.context) for name, count in counts.items()},
     )
+
+
+def _by_use(device: str, on_cpu: int, counts: Sequence[int]) -> Layer:
+    """A layer on a GPU that leaves so many experts to the CPU."""
+    away, falls = least_used(counts, on_cpu), shares(counts)
+    return Layer(device, device, away, sum(falls[expert] for expert in away))
 
 
 def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .errors import DbrxError
+from .expert_use import Counts
 from .placement import (
     FLOAT_BYTES,
     KV_BLOCK,
@@ -85,6 +86,7 @@ class LoadOptions:
     expert_cache: int | None = None  # bytes
     context: int | None = None
     ranks: int = 1  # processes that share every layer
+    use: Counts = ()  # of the experts so far: where a card does not hold all, it holds those of most use
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -118,6 +120,7 @@ class LoadPlan:
     kv: Mapping[str, int] = field(default_factory=dict)
     kept: int = 0  # experts of those that are streamed that find room beside what computes them
     cache: int = 0  # bytes of that device for them, with what is on its way
+    use: Counts = ()  # by which the experts of layers lie on a GPU or on the CPU
     notices: tuple[str, ...] = ()
     fault: DbrxError | None = None
 

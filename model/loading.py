@@ -17,6 +17,7 @@ from .checkpoint import expected_tensors
 from .config import DbrxConfig
 from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
+from .expert_use import Counts
 from .formats import open_weights
 from .formats.ollama import manifest_of
 from .generation_config import GenerationConfig
@@ -61,6 +62,7 @@ def from_pretrained(
     quantize: str = "none",
     pack: bool = False,
     graph: bool = True,
+    use: Counts = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Network:
     """Load a checkpoint from a folder (or its `ModelFiles`) or a Hub id, ready for inference.
@@ -75,7 +77,9 @@ def from_pretrained(
     LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: a key of
     `SCHEMES`; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype
     is asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
-    any more. graph: decode steps on a card are replayed as CUDA graphs. `progress` hears bytes read and bytes in all.
+    any more. graph: decode steps on a card are replayed as CUDA graphs. use: how many tokens chose each expert so far
+    (`Bus.used`): a card that does not hold all experts gets those of most use. `progress` hears bytes read and bytes in
+    all.
 
     What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of
     another kind, `ResourceError` if it does not fit.
@@ -100,6 +104,7 @@ def from_pretrained(
                 expert_cache=expert_cache,
                 context=context,
                 ranks=ranks.size if ranks is not None else 1,
+                use=use,
             ),
         )
         weights = KeptWeights(cast("CanBeKept", opened), plan.scheme) if plan.scheme in KEPT else opened

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
-from .experts import Bus, HybridExperts, LongSteps, PackedExperts, packed_expert
+from .experts import Bus, Crossing, HybridExperts, PackedExperts, packed_expert
 from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
 from .kernels.native_kept import NativeKept
@@ -116,7 +116,6 @@ def pack_into(
     """
     ffn = weights.config.ffn_config
     every: list[list[Packed]] = [[()] * ffn.moe_num_experts for _ in range(weights.config.n_layers)]
-    here = [ffn.moe_num_experts - layer.on_cpu for layer in plan.layers]
     ranks = weights.ranks.size if isinstance(weights, ShardedWeights) else 1
     first = next(iter(kernels.values()))  # what is asked below is the same on every device
     mapped = ranks > 1 or reads_mapped(first.experts, weights)
@@ -133,7 +132,7 @@ def pack_into(
 
     def expert(layer: int, i: int) -> int:
         choice = kernels[plan.layers[layer].device]
-        kernel = choice.experts if i < here[layer] else choice.on_cpu
+        kernel = choice.on_cpu if i in plan.layers[layer].away else choice.experts
         assert kernel is not None
         data = None if ranks > 1 or reads_mapped(kernel, weights) else read_expert(weights, layer, i)
         every[layer][i] = packed_expert(kernel, weights, layer, i, data)
@@ -149,22 +148,21 @@ def pack_into(
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if not plan.streamed:
-        network.bus = Bus() if first.on_cpu else None
-        for block, held, count, layer in zip(_blocks(network), every, here, plan.layers, strict=True):
-            block.ffn.experts = _placed(kernels[layer.device], held, count, network.bus)
+        bus = network.bus = Bus(plan.use) if first.on_cpu else None
+        for i, (block, held, layer) in enumerate(zip(_blocks(network), every, plan.layers, strict=True)):
+            block.ffn.experts = _placed(kernels[layer.device], held, layer.away, bus, i)
 
 
-def _placed(kernels: KernelChoice, held: list[Packed], here: int, bus: Bus | None) -> nn.Module:
-    """A layer's experts, of which so many lie where all else computes."""
-    absent: list[Packed] = [()]
-    away = len(held) - here
+def _placed(kernels: KernelChoice, held: list[Packed], away: Sequence[int], bus: Bus | None, layer: int) -> nn.Module:
+    """A layer's experts, of which some are away from where all else computes."""
     if not away or bus is None or kernels.on_cpu is None:
         return PackedExperts(kernels.experts, held)
-    ours, others = held[:here] + absent * away, absent * here + held[here:]
-    on_card = PackedExperts(kernels.experts, ours) if here else None
-    can_come = kernels.on_cpu.stored(held[-1]) is not None
-    long = LongSteps(kernels.experts, ours, kernels.on_cpu, others, bus) if can_come else None
-    return HybridExperts(on_card, PackedExperts(kernels.on_cpu, others), bus, long)
+    here: list[Packed] = [() if i in away else packed for i, packed in enumerate(held)]
+    there: list[Packed] = [packed if i in away else () for i, packed in enumerate(held)]
+    on_card = PackedExperts(kernels.experts, here) if len(away) < len(held) else None
+    can_cross = kernels.on_cpu.stored(there[away[0]]) is not None
+    crossing = Crossing(kernels.experts, here, kernels.on_cpu, there, bus, bus.used[layer]) if can_cross else None
+    return HybridExperts(on_card, PackedExperts(kernels.on_cpu, there), bus, crossing)
 
 
 def reads_mapped(kernel: GluExpertKernel, weights: Weights) -> bool:

@@ -162,10 +162,16 @@ def capacity(tokens: int) -> int:
 class Layer:
     """Where one layer lies: attention and norms on `device`; its experts there, or on "cpu" or "disk" beside a cache.
 
-    Beside GPUs, a whole layer on the "cpu" comes to the first GPU each time that it runs. Of the experts on a GPU the
-    last `on_cpu` lie in the CPU's memory instead, and are computed there.
+    Beside GPUs, a whole layer on the "cpu" comes to the first GPU each time that it runs. Of the experts on a GPU those
+    that are `away` lie in the CPU's memory instead, and are computed there.
     """
 
     device: str
     experts: str
-    on_cpu: int = 0
+    away: tuple[int, ...] = ()
+    cpu_share: float = 0.0  # of what a token chooses, what falls on those that are away
+
+    @property
+    def on_cpu(self) -> int:
+        """How many are away."""
+        return len(self.away)

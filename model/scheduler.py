@@ -76,6 +76,8 @@ class Scheduler:
         if not row.prompt or row.left <= 0:
             raise ValueError(f"a prompt of {len(row.prompt)} tokens leaves {row.left} to be made")
         self._pool.require_room(row)
+        if not len(self):
+            self._network.place_by_use()
         self._waiting.append(row)
 
     def cancel(self, row: Sequence) -> None:

@@ -55,7 +55,7 @@ def steps(plan: LoadPlan) -> Iterator[tuple[Tier, ...]]:
         yield (tier(memory, parts.dense, home.bandwidth),)
         experts = tier(memory, chosen, home.bandwidth)
         if layer.on_cpu:
-            away = chosen * layer.on_cpu / parts.n_experts
+            away = chosen * layer.cpu_share
             yield tier(memory, chosen - away, home.bandwidth), tier("CPU memory", away, machine.cpu.bandwidth)
         elif layer.experts == layer.device:
             yield (experts,)
@@ -117,6 +117,7 @@ class Sides(NamedTuple):
     cpu: Side
     card: Side
     bus: float
+    sooner: float = 0.0  # seconds by which the card has computed an expert for one token before the CPU has
 
     def split(self, away: Mapping[int, int], here: Iterable[int]) -> tuple[list[int], float]:
         """The experts that come over the bus, and seconds until both sides are done.

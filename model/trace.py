@@ -104,10 +104,14 @@ def _listening(routers: Sequence[DbrxRouter]) -> Iterator[list[list[tuple[Any, A
             hook.remove()
 
 
+def counts(trace: Trace) -> NDArray[np.int64]:
+    """[layers, experts]: how many tokens chose an expert."""
+    return np.stack([np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in trace.expert_ids])
+
+
 def usage(trace: Trace) -> Floats:
     """[layers, experts]: the share of tokens that chose an expert. Each row sums to top_k."""
-    counts = [np.bincount(layer.ravel(), minlength=trace.n_experts) for layer in trace.expert_ids]
-    shares: Floats = np.stack(counts) / trace.expert_ids.shape[1]
+    shares: Floats = counts(trace) / trace.expert_ids.shape[1]
     return shares
 
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,17 @@ def test_experts_that_lie_elsewhere_add_nothing(tokens: int) -> None:
     x, ids, weights = torch.randn(tokens, 34), choices(tokens, 4, 2), torch.rand(tokens, 2)
     ids[0] = torch.tensor([2, 3])
     agree(experts.forward(x, ids, weights), experts.answer(x, ids, weights * (ids < 2)))
+
+
+@pytest.mark.parametrize(("form", "group"), FORMATS[:3])
+def test_an_expert_leaves_the_card_as_it_came(form: str, group: int) -> None:
+    torch.manual_seed(8)
+    kernel = CudaGlu(linear(form, group), "silu")
+    came = kernel.quantize(FloatExpert(*(torch.randn(18, 70) for _ in range(3))))
+    left = kernel.stored(kernel.load(came))
+    assert left is not None
+    for one, other in zip(chain(*came), chain(*left), strict=True):
+        assert (one is other is None) or torch.equal(one.cpu(), other)
 
 
 @pytest.mark.parametrize(("form", "group"), FORMATS)

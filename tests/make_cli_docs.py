@@ -65,7 +65,7 @@ VARIABLES = """\
 | `DBRX_CACHE` | where the demo model is kept, instead of the user's cache folder |
 | `DBRX_DEMO_WHEEL` | path of the demo model's wheel, for a machine without a package index |
 | `DBRX_CONFIG` | the settings file, instead of `config.toml` in the user's folder for settings |
-| `DBRX_DATA` | where sessions and history are kept, instead of the user's data folder |
+| `DBRX_DATA` | where sessions, history and counts of experts are kept, instead of the user's data folder |
 | `DBRX_DEBUG` | `1` shows the traceback of a fault |
 | `NO_COLOR` | not empty: no colours, as with `--no-color`; `TERM=dumb`: no styles at all |
 | `HF_HOME`, `HF_HUB_CACHE` | where the Hub's files are kept |

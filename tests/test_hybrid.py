@@ -18,17 +18,22 @@ from dbrx_cli.repl.phrases import card_in_words
 from model import DbrxForCausalLM
 from model.config import DbrxConfig, official
 from model.errors import ResourceError
-from model.experts import Bus, HybridExperts, PackedExperts
+from model.expert_use import Counts
+from model.experts import Bus, Crossing, HybridExperts, PackedExperts
 from model.formats import open_weights
 from model.formats.write_quantized import Writer
 from model.kernels import experts_of, kernel_facts
 from model.kernels.registry import KERNELS
 from model.kernels.torch_plain import PlainKernel
+from model.kv_cache import KVCache
 from model.load_layout import ARRIVING, STREAMED_CHUNK
 from model.load_plan import LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.machine import parse_devices
 from model.placement import PREFILL_CHUNK, Device, KernelFacts, Machine, capacity
+from model.sampling import SamplingParams
+from model.scheduler import Scheduler
+from model.sequence import Sequence
 from model.speed import Side, Sides, tokens_per_s
 from model.weights import FloatExpert
 from tests.weights import make_checkpoint
@@ -41,6 +46,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 MANY = 300
 SPLITS = {"all on the card": 48, "uneven": 20, "one layer has none": 2, "none on the card": 0}
+MOVES = Sides(Side(0, 0), Side(1, 1), 1e-3, 1.0)  # experts of a long step stay, and of short ones the card is quicker
 STAY, COME = (Sides(Side(1, 1), Side(0, 0), bus) for bus in (1e9, 0.0))  # experts of the CPU, in a long step
 
 
@@ -92,19 +98,19 @@ def planned(folder: Path, machine: Machine) -> LoadPlan:
         return plan_load(weights.config, Stored.of(weights), machine, LoadOptions(device_map="auto", offload="auto"))
 
 
-def load(folder: Path, on_card: int, monkeypatch: pytest.MonkeyPatch) -> DbrxForCausalLM:
+def load(folder: Path, on_card: int, monkeypatch: pytest.MonkeyPatch, use: Counts = ()) -> DbrxForCausalLM:
     """With room for so many experts on the card, to the byte."""
     plenty, away = planned(folder, machine_with(2**40)), EXPERTS * LAYERS - on_card
     room = 2**40 - plenty.free(plenty.machine.gpus[0]) - plenty.sizes.expert * away
     room += plenty.sizes.expert * ARRIVING * (away > 0)
-    network = load_on(folder, machine_with(room), monkeypatch)
+    network = load_on(folder, machine_with(room), monkeypatch, use)
     assert network.load_plan is not None and network.load_plan.on_cpu == away
     return network
 
 
-def load_on(folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> DbrxForCausalLM:
+def load_on(folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, use: Counts = ()) -> DbrxForCausalLM:
     monkeypatch.setattr("model.loading.free_memory", lambda gpus: machine)
-    return DbrxForCausalLM.from_pretrained(folder, device_map="auto", offload="auto")
+    return DbrxForCausalLM.from_pretrained(folder, device_map="auto", offload="auto", use=use)
 
 
 def greedy(network: DbrxForCausalLM, count: int = 40, length: int = 20) -> list[int]:
@@ -156,11 +162,75 @@ def test_experts_of_a_prompt_come_to_the_card(
     with torch.inference_mode():
         routers = network(torch.tensor([after_many[:MANY]]), output_router_logits=True).router_logits[:-1]
     chosen = [set(each.topk(TOP_K).indices.flatten().tolist()) for each in routers]
-    came = sum(i >= EXPERTS - layer.on_cpu for each, layer in zip(chosen, plan.layers, strict=False) for i in each)
+    came = sum(i in layer.away for each, layer in zip(chosen, plan.layers, strict=False) for i in each)
     assert brought == came * network.expert_bytes > 0
     bus.sides = None
     assert greedy(network, new, MANY) == after_many
     assert bus.sides is not None and min(bus.sides.bus, bus.sides.cpu.seconds(1), bus.sides.card.seconds(1)) > 0
+
+
+def lie_on_card(network: DbrxForCausalLM) -> list[list[int]]:
+    """The experts of each layer that the card's kernel computes."""
+    runs = [block.get_submodule("ffn.experts.on_card").held.runs for block in network.transformer.blocks]
+    return [[expert for run in of for expert in range(*run)] for of in runs]
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_experts_change_places_between_replies(
+    folder: Path, alone: DbrxForCausalLM, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted as a network in one place routes; then those of most use lie on the card, and the tokens are the same."""
+    network = load(folder, 20, monkeypatch)
+    bus, before = network.bus, lie_on_card(network)
+    assert bus is not None and before == [[*range(count)] for count in (6, 7, 7)]
+    bus.sides = MOVES
+    assert greedy(network) == tokens and lie_on_card(network) == before
+    cache, by_hand = KVCache(LAYERS), torch.zeros(LAYERS, EXPERTS, dtype=torch.long)
+    with torch.inference_mode():
+        for ids in (tokens[:20], *([token] for token in tokens[20:-1])):
+            routers = alone(torch.tensor([ids]), past_key_values=cache, output_router_logits=True).router_logits
+            for layer, router in enumerate(routers):
+                if len(ids) == 1 or layer == LAYERS - 1:  # which sees the last token of a prompt alone
+                    by_hand[layer, router[-1].topk(TOP_K).indices] += 1
+    assert bus.used == by_hand.tolist()
+
+    def hear(counts: list[int]) -> None:
+        for used in bus.used:
+            used[:] = counts
+
+    hear([100 * expert for expert in range(EXPERTS)])  # those of most use are on the CPU
+    with monkeypatch.context() as full:
+        full.setattr(Crossing, "_bring", lambda *_: torch.empty(2**60))
+        network.place_by_use()
+        assert lie_on_card(network) == before
+    assert greedy(network) == tokens
+    after = [[*range(EXPERTS - len(each), EXPERTS)] for each in before]
+    assert lie_on_card(network) == after and bus.weights == 2 * 20 * network.expert_bytes
+    told = network.on_card()
+    assert told is not None and told["experts"] == {"cpu:0": 20, "cpu": 28}
+    scheduler = Scheduler(network, 2)
+    for _ in range(2):
+        scheduler.add(Sequence([1, 2, 3], SamplingParams(max_tokens=3)))
+        scheduler.step()
+        hear([100 * (EXPERTS - expert) for expert in range(EXPERTS)])
+    assert lie_on_card(network) == after  # a reply was under way
+    while len(scheduler):
+        scheduler.step()
+    scheduler.add(Sequence([1, 2, 3], SamplingParams(max_tokens=3)))
+    assert lie_on_card(network) == before
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_load_begins_with_the_experts_of_most_use(
+    folder: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use = [random.Random(layer).sample(range(1000), EXPERTS) for layer in range(LAYERS)]
+    network = load(folder, 20, monkeypatch, use)
+    best = [sorted(range(EXPERTS), key=counts.__getitem__) for counts in use]
+    assert lie_on_card(network) == [sorted(each[-count:]) for each, count in zip(best, (6, 7, 7), strict=True)]
+    assert network.bus is not None and network.bus.used == use
+    network.bus.sides = STAY
+    assert greedy(network) == tokens
 
 
 def test_a_prompt_is_never_slower_than_in_one_place() -> None:

@@ -57,7 +57,8 @@ def trace(
     report = Report(output)
     engine = load_engine(model, report)
     from dbrx_cli.engine.damage import damage_named
-    from model.trace import record
+    from dbrx_cli.engine.use import add_use
+    from model.trace import counts, record
 
     ids = _encode(engine.tokenizer, text if raw else _messages(text, system))
     if len(ids) + new_tokens > engine.context:
@@ -68,6 +69,8 @@ def trace(
     with damage_named(engine.source):
         reply = _reply(engine, ids, new_tokens) if new_tokens else []
         recorded = record(engine.network, [*ids, *reply])
+    if engine.source is not None:
+        add_use(engine.source, counts(recorded).tolist())
     _show(recorded, engine.tokenizer, len(ids), model, report, html, json_output)
 
 

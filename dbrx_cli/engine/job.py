@@ -101,8 +101,9 @@ class Job:
         self.close()
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal, and keep what was counted."""
         self._opened.close()
+        self._engine.keep_use()
 
     def deltas(self) -> Iterator[Delta]:
         """What came since the last call; after an interrupt the next call goes on behind the one it struck at."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dbrx_cli.cores import configure_openmp, require_addresses
 from dbrx_cli.engine.damage import damage_named
+from dbrx_cli.engine.use import use_of
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, ModelOptions
 from dbrx_cli.report import Report
 from model.errors import ModelError
@@ -61,6 +62,7 @@ def load_network(
             ranks=ranks,
             adapter=options.adapter,
             graph=options.graph == "auto",
+            use=use_of(files.path),
             progress=advance,
             **options.loading,
         )

@@ -239,6 +239,13 @@ class LocalEngine:
         each, plan = kv_bytes(self.network, self.context), self.network.load_plan
         return max(each, min(rows * each, plan.kv_room if plan is not None else rows * each))
 
+    def keep_use(self) -> None:
+        """Keep how often each expert was chosen, where that decides which lie on a card."""
+        if self.network.bus is not None and self.source is not None:
+            from dbrx_cli.engine.use import keep_use
+
+            keep_use(self.source, self.network.bus.used)
+
     def _forget(self) -> None:
         """Give the memory of keys and values back."""
         from model.session import Session

@@ -1,7 +1,7 @@
 """A choice: where the experts' weights live."""
 
-from .hybrid import Bus, HybridExperts, LongSteps
+from .hybrid import Bus, Crossing, HybridExperts
 from .packed import PackedExperts, packed_expert
 from .resident import ResidentExperts
 
-__all__ = ["Bus", "HybridExperts", "LongSteps", "PackedExperts", "ResidentExperts", "packed_expert"]
+__all__ = ["Bus", "Crossing", "HybridExperts", "PackedExperts", "ResidentExperts", "packed_expert"]

@@ -72,7 +72,7 @@ class GluExpertKernel(Protocol):
         """From an expert that is stored quantized: of `KEPT` a `KeptExpert`, of others a `QuantizedExpert`."""
 
     def stored(self, packed: Packed) -> QuantizedExpert | None:
-        """What `load` made it of, for another kernel; None where that is not kept."""
+        """What `load` made it of, for another kernel, in the CPU's memory; None where that is not kept."""
 
     def nbytes(self, hidden: int, d_model: int, itemsize: int) -> int:
         """Bytes of a packed expert of that size; itemsize: of the floats it is packed from."""

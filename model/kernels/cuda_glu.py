@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from ..weights import QuantizedExpert, QuantizedMatrix
 from .base import Packed
 from .cuda_linear import GEMV_MAX_TOKENS, CudaLinear, CudaMatrix, Tile, prepared, tile
 from .cuda_tiles import add_products, place_of, pointer
@@ -18,7 +19,7 @@ from .dispatch import Dispatched
 from .torch_glu import LinearsGlu
 
 if TYPE_CHECKING:
-    from ..weights import FloatExpert, QuantizedExpert
+    from ..weights import FloatExpert
 
 DOWN = Tile(16, 32, 4)  # a thread has four outputs: with eight, in a loop over experts, registers are spilled
 DOWN_REGISTERS = 120  # of a thread: left to itself, the assembler takes 64 or 72 for sm_80, and spills
@@ -142,6 +143,14 @@ class CudaGlu(LinearsGlu):
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
         """On the card: its floats are there meanwhile."""
         return super().quantize(type(expert)(*(matrix.to(self.linear.device) for matrix in expert)))
+
+    def stored(self, packed: Packed) -> QuantizedExpert | None:
+        if self.quantization == "none":
+            return None
+        both, w2 = (self.linear.stored(cast(CudaMatrix, matrix)) for matrix in packed)
+        halves = [part.chunk(2) for part in both if part is not None]
+        w1, v1 = (QuantizedMatrix(*parts) for parts in zip(*halves, strict=True))
+        return QuantizedExpert(w1, v1, w2)
 
     def stack(self, experts: Sequence[Packed]) -> Any:
         return CudaExperts([cast("tuple[CudaMatrix, CudaMatrix] | tuple[()]", expert) for expert in experts])

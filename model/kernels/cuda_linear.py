@@ -154,6 +154,15 @@ class CudaLinear(RowByRow):
         # Little endian: the zero point is the lower half of the word.
         return CudaMatrix(values, torch.stack((zero, scale), dim=-1).view(torch.int32)[..., 0], inputs)
 
+    def stored(self, matrix: CudaMatrix) -> QuantizedMatrix:
+        """What `load` made it of, in the CPU's memory."""
+        values, ranges = (part.cpu() for part in matrix[:2])
+        values = values.view(torch.uint8)[:, : matrix.inputs * self.bits // 8].contiguous()
+        if self.form == "int8":
+            return QuantizedMatrix(values.view(torch.int8) ^ -128, ranges[:, 0].contiguous())
+        zero, scale = ranges.view(torch.bfloat16).view(*ranges.shape, 2).unbind(-1)
+        return QuantizedMatrix(values, scale.contiguous(), zero.contiguous())
+
     def _words(self, values: Tensor) -> Tensor:
         """Rows filled up to whole chunks, as words."""
         filled = pad(values, (0, -values.shape[1] % (CHUNK // 8 // values.itemsize)))

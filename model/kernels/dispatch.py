@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .base import GluExpertKernel, Packed
+
+if TYPE_CHECKING:
+    from ..weights import QuantizedExpert
 
 # A layer's source of packed experts: gives each that is asked for, with its id, in the order in which they are at hand.
 Fetch = Callable[[Sequence[int]], Iterable[tuple[int, Packed]]]
@@ -17,7 +21,7 @@ Fetch = Callable[[Sequence[int]], Iterable[tuple[int, Packed]]]
 class Dispatched:
     """`stack` and `forward` of kernels that compute one expert after the other; of these none keeps what is stored."""
 
-    def stored(self, packed: Packed) -> None:
+    def stored(self, packed: Packed) -> QuantizedExpert | None:
         return None
 
     def stack(self, experts: Sequence[Packed]) -> list[Packed]:
