@@ -8,9 +8,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -24,6 +24,9 @@ from .kernels.native_kept import NativeKept
 from .parallel import ShardedWeights
 from .quantization import DENSE, KEPT, SCHEMES
 from .safetensors_file import damaged
+from .staging import Staging, staged
+from .streaming.slots import Slot
+from .streaming.source import data_in
 from .weights import KeptWeights
 
 if TYPE_CHECKING:
@@ -134,8 +137,12 @@ def pack_into(
         choice = kernels[plan.layers[layer].device]
         kernel = choice.on_cpu if i in plan.layers[layer].away else choice.experts
         assert kernel is not None
-        data = None if ranks > 1 or reads_mapped(kernel, weights) else read_expert(weights, layer, i)
-        every[layer][i] = packed_expert(kernel, weights, layer, i, data)
+        if staging is not None and kernel is choice.experts:
+            with staging.buffer(choice.dense.device) as buffer:
+                every[layer][i] = packed_expert(kernel, weights, layer, i, read_expert(weights, layer, i, buffer))
+        else:
+            data = None if ranks > 1 or reads_mapped(kernel, weights) else read_expert(weights, layer, i)
+            every[layer][i] = packed_expert(kernel, weights, layer, i, data)
         return sum(extent.nbytes for extent in weights.expert_extents(layer, i)) // ranks
 
     jobs = [partial(matrix, *place) for place in _dense(network)][::-1]  # the head first: it is the largest
@@ -144,13 +151,22 @@ def pack_into(
     # A dense matrix counts as an expert: there are few.
     size = len(jobs) * first.experts.nbytes(ffn.ffn_hidden_size, weights.config.d_model, 2)
     most = MOST_ON_CARD if first.dense.device.type == "cuda" else len(jobs)
-    with freed_at_once(), threads(min(most, at_once(weights, int(size * UNDER_WAY)))) as pool:
+    count = min(most, at_once(weights, int(size * UNDER_WAY)))
+    with freed_at_once(), _staged(weights, first) as staging, threads(count) as pool:
         for done in as_completed([pool.submit(job) for job in jobs]):
             advance(done.result())
     if not plan.streamed:
         bus = network.bus = Bus(plan.use) if first.on_cpu else None
         for i, (block, held, layer) in enumerate(zip(_blocks(network), every, plan.layers, strict=True)):
             block.ffn.experts = _placed(kernels[layer.device], held, layer.away, bus, i)
+
+
+def _staged(weights: Weights, kernels: KernelChoice) -> AbstractContextManager[Staging | None]:
+    """Buffers for experts on their way to a card; ranks read their slices from mapped files."""
+    if isinstance(weights, ShardedWeights):
+        return nullcontext()
+    places = product(range(weights.config.n_layers), range(weights.config.ffn_config.moe_num_experts))
+    return staged(MOST_ON_CARD, (weights.expert_extents(*place) for place in places), kernels.dense.device)
 
 
 def _placed(kernels: KernelChoice, held: list[Packed], away: Sequence[int], bus: Bus | None, layer: int) -> nn.Module:
@@ -190,13 +206,19 @@ def _pack_dense(weights: Weights, kernel: LinearKernel, name: str, dtype: torch.
     return kernel.pack(weights.read(name, dtype))
 
 
-def read_expert(weights: Weights, layer: int, expert: int) -> tuple[Tensor, ...]:
-    """The bytes of an expert's extents, in memory of their own: a map would keep the file's pages in use."""
-    return tuple(_read(extent) for extent in weights.expert_extents(layer, expert))
+def read_expert(weights: Weights, layer: int, expert: int, to: Slot | None = None) -> tuple[Tensor, ...]:
+    """The bytes of an expert's extents, in `to` or in memory of their own: a map would keep the file's pages in use."""
+    extents = weights.expert_extents(layer, expert)
+    if to is not None:
+        parts = data_in(to, extents)
+    else:
+        parts = tuple(torch.empty(extent.nbytes, dtype=torch.uint8) for extent in extents)
+    for extent, part in zip(extents, parts, strict=True):
+        _read(extent, part)
+    return parts
 
 
-def _read(extent: Extent) -> Tensor:
-    buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+def _read(extent: Extent, buffer: Tensor) -> None:
     view = memoryview(buffer.numpy().data)
     try:
         fd = os.open(extent.file, os.O_RDONLY)
@@ -210,7 +232,6 @@ def _read(extent: Extent) -> Tensor:
         raise ModelError(f"{extent.file}: cannot be read: {error.strerror}") from None
     if done < extent.nbytes:
         raise damaged(extent.file, "became shorter while it was in use")
-    return buffer
 
 
 @contextmanager

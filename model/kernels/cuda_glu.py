@@ -142,7 +142,7 @@ class CudaGlu(LinearsGlu):
 
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
         """On the card: its floats are there meanwhile."""
-        return super().quantize(type(expert)(*(matrix.to(self.linear.device) for matrix in expert)))
+        return super().quantize(type(expert)(*(matrix.to(self.linear.device, non_blocking=True) for matrix in expert)))
 
     def stored(self, packed: Packed) -> QuantizedExpert | None:
         if self.quantization == "none":

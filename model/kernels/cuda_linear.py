@@ -144,13 +144,13 @@ class CudaLinear(RowByRow):
 
     def load(self, *stored: QuantizedMatrix) -> Packed:
         check_scales(stored)
-        values = torch.cat([part.values.to(self.device) for part in stored])
+        values = torch.cat([part.values.to(self.device, non_blocking=True) for part in stored])
         values = self._words(values ^ -128 if self.form == "int8" else values)
         inputs = stored[0].values.shape[1] * (8 // self.bits)
-        scale = torch.cat([part.scale.to(self.device) for part in stored])
+        scale = torch.cat([part.scale.to(self.device, non_blocking=True) for part in stored])
         if self.form == "int8":
             return CudaMatrix(values, scale[:, None].contiguous(), inputs)
-        zero = torch.cat([cast(Tensor, part.zero).to(self.device) for part in stored])
+        zero = torch.cat([cast(Tensor, part.zero).to(self.device, non_blocking=True) for part in stored])
         # Little endian: the zero point is the lower half of the word.
         return CudaMatrix(values, torch.stack((zero, scale), dim=-1).view(torch.int32)[..., 0], inputs)
 

@@ -46,6 +46,7 @@ class CpuSlot:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._map)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pinned = pinned
         if pinned:
             _pin(self.tensor)
 
@@ -54,6 +55,12 @@ class CpuSlot:
 
     def release(self) -> None:
         """Nothing to do: a CPU has computed when the call returns."""
+
+    def unpin(self) -> None:
+        """Before its memory is given back: no copy of a GPU's is under way."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())  # type: ignore[no-untyped-call]
+            self._pinned = False
 
 
 class GpuSlot:
