@@ -97,7 +97,7 @@ def advice(question: Question) -> Iterator[str]:
     plan = question.plan
     if plan.fault:
         needed = plan.sizes.total - plan.sizes.n_layers * plan.sizes.experts
-        yield f"it does not run so: {plan.fault.message}; {decimal(needed)} of it lie beside the experts"
+        yield f"it does not run so: {plan.fault.message}; {decimal(needed)} of them lie beside the experts"
     yield from plan.notices
     if plan.on_cpu:
         yield _by_use(plan)
@@ -109,7 +109,7 @@ def advice(question: Question) -> Iterator[str]:
         yield better
     longest = plan.largest_context(question.config.max_seq_len)
     if plan.runs and longest < question.config.max_seq_len:
-        yield f"there is room for a context of {longest} tokens; the model was made for {question.config.max_seq_len}"
+        yield f"--context has room for {longest} at most; the model was made for {question.config.max_seq_len}"
 
 
 def alternatives(question: Question) -> Iterator[tuple[str, Question]]:

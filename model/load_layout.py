@@ -16,6 +16,8 @@ CACHE_SHARE = 0.75  # of the memory that is left: what streamed experts get, unl
 READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
 STREAMED_CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are
 ON_THE_CPU = "give --device-map cpu, or see `dbrx plan` for what fits"
+FROM_THE_DISK = "read the experts from the disk as they are needed (--offload disk), or see `dbrx plan` for what fits"
+MORE_RANKS = "start more ranks (torchrun --nproc-per-node), or see `dbrx plan` for what fits in one process"
 
 
 def lay_out(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPlan:
@@ -27,9 +29,9 @@ def lay_out(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPlan:
     if plan.kernel is not None:
         return _beside(plan, options)
     if options.offload in ("auto", "none"):
-        return _spread(plan, options.device_map)
+        return _spread(plan, options)
     if options.offload == "cpu" and plan.machine.cpu.memory < plan.sizes.n_layers * plan.sizes.experts:
-        return replace(plan, fault=_too_large(plan))
+        return replace(plan, fault=_too_large(plan, options))
     return _stream(plan, stored, options, plan.machine.gpus[0], options.offload)
 
 
@@ -43,7 +45,7 @@ def _on_the_cpu(plan: LoadPlan, stored: Stored, options: LoadOptions) -> LoadPla
     # Pages of a file give way, unless the user says how much there may be.
     gives_way = plan.mapped and left > 0 and "cpu" not in (options.max_memory or {})
     if not fits and not gives_way:
-        return replace(plan, fault=_too_large(plan))
+        return replace(plan, fault=_too_large(plan, options))
     note = () if fits else ("not all weights find room in memory: what gave way is read from the disk again",)
     return replace(
         _placed(plan, (Layer("cpu", "cpu"),) * parts.n_layers),
@@ -97,7 +99,7 @@ def _beside(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
     largest = sorted(plan.machine.gpus, key=lambda gpu: -gpu.memory)
     some = (largest[: count + 1] for count in range(len(largest)))
     tried = [_over(plan, [gpu for gpu in plan.machine.gpus if gpu in each], options) for each in some]
-    return min(tried, key=lambda each: (not each.runs, each.on_cpu))
+    return min((each for each in tried if each.runs), key=lambda each: each.on_cpu, default=tried[-1])
 
 
 def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
@@ -124,9 +126,10 @@ def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
     waiting = sum(away.values()) * parts.expert
     plan = replace(plan, machine=replace(plan.machine, gpus=tuple(gpus)))
     too_small = min(counts.values()) == 0 or any(room < counts[name] * beside for name, room in rooms.items())
-    if too_small or waiting > plan.machine.cpu.memory or (waiting and options.offload == "none"):
-        hint = f"leave out --offload none, or {ON_THE_CPU}" if options.offload == "none" else ON_THE_CPU
-        return replace(plan, fault=ResourceError(_too_large(plan).message, hint))
+    too_small |= waiting > plan.machine.cpu.memory
+    if too_small or (waiting and options.offload == "none"):
+        hint = ON_THE_CPU if too_small else f"have the CPU compute the others (--offload auto), or {ON_THE_CPU}"
+        return replace(plan, fault=_too_large(plan, options, hint))
     # 10 experts of 4 layers are away: 3, 3, 2, 2.
     split = [(name, -(-(away[name] - i) // count)) for name, count in counts.items() for i in range(count)]
     use = known(options.use, n, parts.n_experts)
@@ -147,7 +150,7 @@ def _by_use(device: str, on_cpu: int, counts: Sequence[int]) -> Layer:
     return Layer(device, device, away, sum(falls[expert] for expert in away))
 
 
-def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
+def _spread(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
     """Whole layers over the GPUs, in order, even by what is left free; those that do not fit in the CPU's memory.
 
     A layer that comes from there needs room for itself on the first GPU, which computes it and keeps its keys and
@@ -155,13 +158,13 @@ def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
     """
     parts, machine = plan.sizes, plan.machine
     kv, block = parts.kv * capacity(plan.context), parts.dense + parts.experts
-    fault = replace(plan, fault=_too_large(plan))
+    fault = replace(plan, fault=_too_large(plan, options))
     # A GPU that holds not even one layer beside its ends is left alone.
     least = parts.buffers + parts.embedding + parts.head + block + parts.n_layers * kv
     gpus = [gpu for gpu in machine.gpus if gpu.memory >= least]
     if not gpus:
         return fault
-    evenly = device_map != "sequential"
+    evenly = options.device_map != "sequential"
     first, last = gpus[0].name, gpus[-1].name
     rooms = {gpu.name: gpu.memory - parts.buffers for gpu in gpus}
     rooms[first] -= parts.embedding
@@ -170,7 +173,7 @@ def _spread(plan: LoadPlan, device_map: str) -> LoadPlan:
     counts = _fill(whole, block + kv, parts.n_layers, evenly)
     waiting = parts.n_layers - sum(counts.values())
     if waiting:
-        if device_map not in AUTOMATIC:
+        if options.device_map not in AUTOMATIC:
             return fault
         rooms[first] -= block + parts.n_layers * kv
         counts = _fill(rooms, block + kv, parts.n_layers, evenly)
@@ -226,12 +229,13 @@ def _fill(rooms: Mapping[str, int], each: int, most: int, evenly: bool) -> dict[
     return counts
 
 
-def _too_large(plan: LoadPlan) -> ResourceError:
-    """The weights find no room."""
+def _too_large(plan: LoadPlan, options: LoadOptions, hint: str = FROM_THE_DISK) -> ResourceError:
+    """The weights find no room. Ranks of a torchrun have neither --offload nor --device-map."""
+    split = options.ranks > 1
     return ResourceError(
-        f"the weights take {plan.sizes.total / 1e9:.1f} GB in {plan.format}, "
-        "more than the memory that is free (or that --max-memory allows)",
-        "read the experts from the disk as they are needed (--offload disk), or see `dbrx plan` for what fits",
+        f"the weights {'of a rank ' * split}take {plan.sizes.total / 1e9:.1f} GB in {plan.format}, "
+        f"more than the memory that is free{' within --max-memory' * bool(options.max_memory)}",
+        MORE_RANKS if split else hint,
     )
 
 

@@ -125,17 +125,18 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
 
 def _on_cards(machine: Machine, options: LoadOptions, scheme: str, group: int | None) -> tuple[Machine, KernelFacts]:
     """The machine with the GPUs that can compute weights in few bits, and their kernels."""
+    hint = ON_THE_CPU if options.ranks == 1 else f"run it without torchrun, and {ON_THE_CPU}"
     apart = not isinstance(options.device_map, str) or options.offload == "disk"
     if scheme in SCHEMES and not SCHEMES[scheme].on_cards:
-        raise ModelError(f"{scheme} weights compute on the CPU", ON_THE_CPU)
+        raise ModelError(f"{scheme} weights compute on the CPU", hint)
     if apart or scheme not in SCHEMES:
-        raise ModelError(f"{scheme} weights compute on GPUs and on the CPU, from their memory", ON_THE_CPU)
+        raise ModelError(f"{scheme} weights compute on GPUs and on the CPU, from their memory", hint)
     kernels = {gpu.name: machine.card(scheme, group, gpu.name) for gpu in machine.gpus}
     able = tuple(gpu for gpu in machine.gpus if kernels[gpu.name])
     kernel = next(filter(None, kernels.values()), None)
     if kernel is None:
         wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
-        raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", ON_THE_CPU)
+        raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", hint)
     return replace(machine, gpus=able), kernel
 
 

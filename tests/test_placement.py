@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -245,7 +246,7 @@ def test_this_machine_reads_its_memory() -> None:
     assert 1e9 < memory_bandwidth() < 5e12
 
 
-def test_the_command(cli: Cli, tmp_path: Path) -> None:
+def test_the_command(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "RTX4090,cpu=64GiB,disk=7GB/s"
     result = cli("plan", "databricks/dbrx-instruct", "--devices", words, "--offload", "disk", "--json")
     assert result.code == 0, result.err
@@ -259,6 +260,9 @@ def test_the_command(cli: Cli, tmp_path: Path) -> None:
     assert "--quantize int8 would fit one GPU and the CPU's memory: predicted, at most" in shown
     four = " ".join(cli("plan", "databricks/dbrx-instruct", "--devices", "4xH100").out.split())
     assert "predicted, with nothing measured: at most 47 tokens/s" in four and "layers 0-9" in four
+    monkeypatch.setenv("COLUMNS", "100")
+    bars = cli("plan", "databricks/dbrx-instruct", "--devices", words, "--offload", "disk").out
+    assert f"disk   {40 * '░'} " in bars  # beside long words, too
     small = cli("plan", "databricks/dbrx-instruct", "--devices", "cpu=8GiB")
     assert small.code == 0 and "does not run" in small.out
     assert cli("plan", "databricks/dbrx-instruct", "--devices", "5xC64").code == 2
@@ -285,11 +289,27 @@ def test_weights_in_few_bits_lie_on_as_few_gpus_as_hold_them() -> None:
     )
     assert tokens_per_s(several) == pytest.approx(1008e9 / several.sizes.active)
     small = in_int4(parse_devices("2xRTX4090,cpu=256GiB"))
-    assert small.fault is not None and "leave out --offload none" in str(small.fault.hint)
+    assert small.fault is not None and "(--offload auto)" in str(small.fault.hint)
     old = replace(parse_devices("V100,cpu=256GiB"), card=lambda form, group, device: None)
     with pytest.raises(ModelError, match="cuda:0 has no kernels for int4 weights") as refused:
         in_int4(old)
     assert "compute capability 8.0" in refused.value.message and "--device-map cpu" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("words", "scheme"), [("24GiB", "none"), ("24GiB", "int4"), ("cpu=4GiB", "int4")])
+def test_ranks_that_find_no_room_are_told_of_no_flag_that_they_have_not(words: str, scheme: str) -> None:
+    """One device is the place of a rank, and nothing is streamed there: --offload and --device-map would be refused."""
+    stored = Stored() if scheme == "none" else Stored("U8", scheme, 32, plain_experts=False)
+    machine = parse_devices(words)
+    options = LoadOptions(device_map="cuda:0" if machine.gpus else "cpu", ranks=2)
+    fault = plan_load(official(), stored, machine, options).fault
+    assert fault is not None and "of a rank take" in fault.message
+    assert re.findall(r"--[a-z-]+", fault.one_line) == ["--nproc-per-node"]
+    with pytest.raises(ModelError, match="int3 weights compute on the CPU") as refused:
+        plan_load(
+            official(), replace(stored, scheme="int3"), parse_devices("24GiB"), replace(options, device_map="auto")
+        )
+    assert str(refused.value.hint).startswith("run it without torchrun, and give --device-map cpu")
 
 
 @pytest.mark.parametrize(

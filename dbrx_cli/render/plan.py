@@ -51,6 +51,8 @@ def show(console: Console, question: Question, advice: Iterable[str]) -> None:
 def picture(plan: LoadPlan, width: int) -> RenderableType:
     """A bar for each device, filled with what lies there, and the layers' names."""
     grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)  # the bar: what stands beside it gives way
     room = max(8, min(40, width - 60))
     for device in _devices(plan):
         grid.add_row(device.name, _bar(plan, device, room), _sizes(plan, device), _layers(plan, device))
