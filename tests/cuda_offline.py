@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,12 +21,14 @@ from triton.compiler import ASTSource
 
 from model.kernels.cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
 from model.kernels.cuda_glu import DOWN, DOWN_REGISTERS, down_kernel, gate_up_kernel
-from model.kernels.cuda_linear import GEMV_REGISTERS, gemv_kernel, tile
+from model.kernels.cuda_linear import GEMV_REGISTERS, dequantize_kernel, gemv_kernel, tile
 from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
 D_MODEL, HIDDEN, TOP_K = 6144, 10752, 4
 FORMATS = {"int4 g32": (4, 32), "int4 g128": (4, 128), "int8": (8, 0), "bfloat16": (16, 0)}
+# Each product once, in the form that compiles soonest, but for int4 with its groups.
+ONE_FORM = {("gate_up", "bfloat16"), ("down", "int4 g32"), ("Wqkv, 1 tokens", "int8"), ("Wqkv, 8 tokens", "bfloat16")}
 LATENCY = 700e-9  # s from a load to its data, of a card that is busy; measured ones are 500 to 800 ns
 # Per clock and multiprocessor 128 instructions are issued, of which 64 of these: integers, and conversions of integers
 # of 32 bits; all other conversions are 16.
@@ -119,13 +121,13 @@ def kernels() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], i
             yield f"Wqkv, {tokens} tokens", form, gemv_kernel, types, constants, warps, 8192 // N
 
 
-def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Compiled]:
-    """Every product for one kind of card, or `only` one."""
+def compile_all(arch: int, only: Collection[tuple[str, str]] | None = None) -> Iterator[Compiled]:
+    """Every product for one kind of card, or `only` some kernels in some forms."""
     for name, form, function, types, constants, warps, programs in kernels():
-        if only not in (None, (name, form)):
+        if only is not None and (name, form) not in only:
             continue
         made = _compile(arch, function, types, constants, warps)
-        usage, code = _read(made.asm["cubin"])
+        usage, code = _usage(made), _tool("nvdisasm", "-c", made)
         weights = constants["N"] * constants["C"] * 128 // constants["BITS"] // (32 * warps)
         loop = _loop(code)
         yield Compiled(
@@ -136,7 +138,7 @@ def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Comp
             programs,
             usage["REG"],
             usage["STACK"] + usage["LOCAL"],
-            usage["SHARED"] + made.metadata.shared,
+            usage["SHARED"],
             wide=sum(op == "LDG.E.128" or op.startswith("LDG.E.128.") for op in loop),
             narrow=sum(op.startswith("LDG") and ".128" not in op for op in loop),
             barriers=sum(op.startswith("BAR") for op in loop),
@@ -146,7 +148,7 @@ def compile_all(arch: int, only: tuple[str, str] | None = None) -> Iterator[Comp
 
 
 def others() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
-    """The same, without format and programs, of what lies between the products: attention and head are int8."""
+    """The same, without format and programs, of what lies between the products, where attention and head are int8."""
     f32, outer, inner = "*fp32", D_MODEL // 16, D_MODEL // 32
     places = {"W": triton.next_power_of_2(D_MODEL), "CHUNKS": outer, "BITS": 8}
     types = {"x": f32, "weight": "*bf16", "out": f32, "width": "i32", "eps": "fp32"}
@@ -165,16 +167,15 @@ def others() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
     types = {**dict.fromkeys(("sums", "tops", "totals", "out"), f32), "head_dim": "i32"}
     constants = {"HEADS": 48, "D": 128, "SPLITS": SPLITS, "CHUNKS": outer, "BITS": 8}
     yield "merge", merge_kernel, types, constants, 2
+    types = {"values": "*i32", "ranges": "*i32", "out": "*bf16", "outputs": "i32", "inputs": "i32"}
+    yield "dequantize", dequantize_kernel, types, {"N": 16, "C": 64, "CHUNKS": inner, "BITS": 4, "GROUP": 32}, 4
 
 
-def compile_others(arch: int, only: str | None = None) -> Iterator[tuple[str, dict[str, int], int]]:
+def compile_others(arch: int) -> Iterator[tuple[str, dict[str, int], int]]:
     """Name, what it uses, and loads of 128 bits."""
     for name, function, types, constants, warps in others():
-        if only in (None, name):
-            made = _compile(arch, function, types, constants, warps)
-            usage, code = _read(made.asm["cubin"])
-            usage["SHARED"] += made.metadata.shared
-            yield name, usage, len(re.findall(r"LDG\.E\.128|LDG\.E\.\w+\.128", code))
+        made = _compile(arch, function, types, constants, warps)
+        yield name, _usage(made), len(re.findall(r"ld\.global[\w.]*\.v4\.b32", made.asm["ptx"]))
 
 
 def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Any:
@@ -192,18 +193,20 @@ def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[st
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _read(cubin: bytes) -> tuple[dict[str, int], str]:
-    """What a kernel uses, and its machine code."""
+def _usage(made: Any) -> dict[str, int]:
+    """Registers of a thread, its bytes beside them, and shared memory with what a kernel asks for at its launch."""
+    used = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", made))
+    usage = {name: int(count) for name, count in used}
+    return usage | {"SHARED": usage["SHARED"] + made.metadata.shared}
+
+
+def _tool(name: str, option: str, made: Any) -> str:
+    """What a tool of the wheel says of a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(made.asm["cubin"])
         file.flush()
-
-        def tool(name: str, option: str) -> str:
-            command = [os.path.join(TOOLS, name), option, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        used = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", "-res-usage"))
-        return {name: int(count) for name, count in used}, tool("nvdisasm", "-c")
+        command = [os.path.join(TOOLS, name), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _clocks(operations: list[str]) -> float:

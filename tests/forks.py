@@ -15,7 +15,7 @@ from typing import BinaryIO
 from tests.cli import ROOT, environment
 
 SERVER = """
-import gc, json, os, signal, socket, sys
+import gc, json, os, runpy, signal, socket, sys
 signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # Python forgets those that come between a fork and its first step
 import torch, model.causal_lm, model.scheduler, dbrx_cli.engine.local, dbrx_cli.engine.resume, dbrx_cli.engine.saved
@@ -51,7 +51,7 @@ while True:
         sys.stdin, sys.stdout, sys.stderr = (open(fd, mode) for fd, mode in ((0, "r"), (1, "w"), (2, "w")))
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-            main()
+            runpy.run_module(job["module"], run_name="__main__", alter_sys=True) if job["module"] else main()
         except SystemExit as left:
             os._exit(left.code)
         finally:
@@ -82,17 +82,17 @@ class Forks:
             answer += more
         return int(answer)
 
-    def _on(self, stdin: int, stdout: int, stderr: int, *args: str | Path) -> int:
-        """The number of a process: `dbrx` with these arguments on these files."""
-        job: dict[str, object] = {"args": [str(arg) for arg in args], "variables": environment()}
+    def _on(self, stdin: int, stdout: int, stderr: int, *args: str | Path, module: str = "") -> int:
+        """The number of a process: `dbrx`, or `python -m` a module, with these arguments on these files."""
+        job: dict[str, object] = {"args": [str(arg) for arg in args], "variables": environment(), "module": module}
         return self._ask(job, stdin, stdout, stderr)
 
-    def start(self, *args: str | Path) -> FileFork:
-        """`dbrx` with these arguments, and no stdin."""
+    def start(self, *args: str | Path, module: str = "") -> FileFork:
+        """`dbrx`, or `python -m` a module, with these arguments and no stdin."""
         self._count += 1
         out, err = self.folder / f"out{self._count}", self.folder / f"err{self._count}"
         with open(os.devnull) as nothing, out.open("wb") as stdout, err.open("wb") as stderr:
-            pid = self._on(nothing.fileno(), stdout.fileno(), stderr.fileno(), *args)
+            pid = self._on(nothing.fileno(), stdout.fileno(), stderr.fileno(), *args, module=module)
         return FileFork(self, pid, out, err)
 
     def piped(self, *args: str | Path) -> PipedFork:
