@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,13 @@ TEMPLATE = (
 
 
 def tensors(config: dict[str, Any], seed: int = 3) -> dict[str, NDArray[np.float32]]:
-    """The weights of `make_weights` under llama.cpp's names and in its orientation."""
+    """The weights of `make_weights` under llama.cpp's names and in its orientation; to be read only."""
+    return _tensors(json.dumps(config), seed)
+
+
+@lru_cache(maxsize=8)
+def _tensors(settings: str, seed: int) -> dict[str, NDArray[np.float32]]:
+    config = json.loads(settings)
     ffn = config["ffn_config"]
     found = {}
     for name, value in make_weights(config, seed).items():

@@ -19,10 +19,14 @@ LIGHT = ["errors", "messages", "chat_template", "tokenizer", "detokenizer", "con
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+@cache
 def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
     """Every import of a file, anywhere in it."""
-    tree = ast.parse(path.read_text("utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -42,7 +46,7 @@ def needed(path: Path, modules: frozenset[str]) -> set[str]:
     """Modules of this project that a file imports, inside functions too; not those that only a type checker reads."""
     package = path.relative_to(ROOT).parts[:-1]
     found: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    waiting: list[ast.AST] = [parsed(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
