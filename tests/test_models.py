@@ -20,8 +20,9 @@ from model.errors import InputError, ModelError
 from model.hub import inventory
 from model.hub.layout import CacheSnapshot, write_ref, write_tree
 from model.hub.listing import HubFile
-from tests.cli import COMMAND, ROOT, Cli, environment
+from tests.cli import Cli
 from tests.hub_server import checkpoint, git_id
+from tests.terminal import spawn
 from tests.test_imports import loaded_by
 
 NAME = "acme/tiny-dbrx"
@@ -299,13 +300,10 @@ def test_a_demo_is_one_of_them(cli: Cli, tmp_path: Path, name: str) -> None:
     assert listed(cli) == []
 
 
-def test_it_asks_on_a_terminal(add: Add, cache: Path, tmp_path: Path) -> None:
+def test_it_asks_on_a_terminal(add: Add) -> None:
     add(NAME, checkpoint())
     for answer, left in (("n", 1), ("y", 0)):
-        terminal = pexpect.spawn(
-            COMMAND[0], [*COMMAND[1:], "models", "remove", NAME], cwd=str(ROOT), encoding="utf-8",
-            env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"), timeout=60,
-        )  # fmt: skip
+        terminal = spawn("models", "remove", NAME)
         terminal.expect(r"Remove acme/tiny-dbrx, 301.3 kB\? \[y/N\]")
         terminal.sendline(answer)
         terminal.expect(pexpect.EOF)
@@ -315,12 +313,9 @@ def test_it_asks_on_a_terminal(add: Add, cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 100])
-def test_the_table_of_a_terminal(add: Add, cache: Path, tmp_path: Path, columns: int) -> None:
+def test_the_table_of_a_terminal(add: Add, columns: int) -> None:
     add(NAME, checkpoint())
-    terminal = pexpect.spawn(
-        COMMAND[0], [*COMMAND[1:], "models"], cwd=str(ROOT), encoding="utf-8", dimensions=(30, columns),
-        env=environment(HF_HUB_CACHE=str(cache), DBRX_CACHE=str(tmp_path), TERM="xterm"), timeout=60,
-    )  # fmt: skip
+    terminal = spawn("models", columns=columns)
     terminal.expect(pexpect.EOF)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.before or "").splitlines()
     assert all(len(line) <= columns for line in lines)

@@ -7,14 +7,13 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
-import pexpect
 import pytest
 
 from dbrx_cli.store import Store
 from model.messages import Message
-from tests.cli import COMMAND, ROOT, Cli, environment
+from tests.cli import Cli
+from tests.terminal import spawn
 
 HOSTILE = "\x1b]0;owned\x07[bold]tab\there[/x]"
 
@@ -117,9 +116,7 @@ def test_a_damaged_store_is_announced(cli: Cli, store: Store) -> None:
 
 def on_a_terminal(*args: str, columns: int, **variables: str) -> str:
     """What a terminal of that width receives."""
-    env: Any = environment(**variables)
-    command, *rest = [*COMMAND, *args]
-    child = pexpect.spawn(command, rest, cwd=str(ROOT), env=env, dimensions=(24, columns), encoding="utf-8", timeout=30)
+    child = spawn(*args, columns=columns, **variables)
     output: str = child.read()
     child.close()
     assert child.exitstatus == 0, output
@@ -128,6 +125,7 @@ def on_a_terminal(*args: str, columns: int, **variables: str) -> str:
 
 @pytest.mark.parametrize("columns", [40, 100])
 def test_the_table_on_a_terminal(store: Store, columns: int) -> None:
+    store.close()
     output = on_a_terminal("sessions", "list", "--kind", "all", columns=columns, NO_COLOR="1", TERM="xterm")
     assert "\x1b]" not in output and "\x07" not in output  # a title is shown and never obeyed
     lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", output).splitlines()]
@@ -138,7 +136,7 @@ def test_the_table_on_a_terminal(store: Store, columns: int) -> None:
 
 
 @pytest.mark.parametrize("variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {}])
-def test_colours(store: Store, variables: dict[str, str]) -> None:
+def test_colours(cli: Cli, variables: dict[str, str]) -> None:
     output = on_a_terminal("config", "show", columns=80, **{"TERM": "xterm-256color", "NO_COLOR": ""} | variables)
     colours = "\x1b[3" in output or "\x1b[9" in output
     assert not colours and ("\x1b[2m" in output) is (variables.get("TERM") != "dumb")
