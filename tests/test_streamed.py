@@ -288,13 +288,13 @@ from model.streaming.source import Ticket
 closes = os.fork() == 0
 file = Path(sys.argv[1]); source = DiskSource(file.parent)
 for _ in range(20):
-    source.start(Ticket(CpuSlot(2**25)), (Extent(file, 0, 2**25),))
+    source.start(Ticket(CpuSlot(2**24)), (Extent(file, 0, 2**24),))
 if closes: source.close()
 else:
     import weakref; weakref.finalize(Path, source.close)
     assert os.wait()[1] == 0
 """
-    (tmp_path / "bytes").write_bytes(b"x" * 2**25)
+    (tmp_path / "bytes").write_bytes(b"x" * 2**24)
     run = subprocess.run([sys.executable, "-c", script, tmp_path / "bytes"], stderr=subprocess.PIPE, cwd=ROOT)
     assert (run.stderr, run.returncode) == (b"", 0)
 
