@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.cli import COMMAND, ROOT, Cli, environment
 from tests.hub_server import FakeHub, checkpoint, fake_hub
 
@@ -27,6 +29,7 @@ def run(hub: FakeHub, cache: Path, *args: str | Path) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_dry_run_download_and_download_again(tmp_path: Path) -> None:
     files = checkpoint()
     with fake_hub() as hub:

@@ -26,6 +26,7 @@ from model.quantization import SCHEMES
 from tests.weights import make_checkpoint
 
 LOADED, DESCRIBED = 200, 200
+QUICK = 50  # of those that are loaded, without the slow tests
 FORMS = ("float32", "bfloat16", "float16", *SCHEMES)
 Case = tuple[str, int, dict[str, Any]]  # a stored form, bytes of free memory, options
 
@@ -74,10 +75,15 @@ def cases(names: list[str], total: dict[str, int]) -> Iterator[Case]:
         )
 
 
-def test_what_is_planned_is_what_is_loaded(stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "part", [slice(QUICK), pytest.param(slice(QUICK, None), marks=pytest.mark.slow)], ids=["some", "others"]
+)
+def test_what_is_planned_is_what_is_loaded(
+    stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch, part: slice
+) -> None:
     total = {name: sum(file.stat().st_size for file in path.glob("*.safetensors")) for name, path in stored.items()}
     seen: set[str] = set()
-    for name, free, options in cases(list(stored), total):
+    for name, free, options in list(cases(list(stored), total))[part]:
         machine = Machine((), Device("cpu", free, 0), Device("disk", 0, 0), kernel_facts)
         monkeypatch.setattr("model.loading.free_memory", lambda gpus, machine=machine: machine)
         with open_weights(stored[name]) as weights:

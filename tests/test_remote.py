@@ -391,6 +391,7 @@ def test_the_prompt_of_a_chat_is_there_at_once(server: Server) -> None:
     terminal.expect(pexpect.EOF)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_program(server: Server, forks: Forks) -> None:
     def reply(handler: Handler) -> None:
         pieces(handler)

@@ -81,6 +81,7 @@ def test_a_server_in_the_background(
     assert cli("serve", "--stop").code == 2
 
 
+@pytest.mark.slow
 def test_a_fault_in_the_background_is_told(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with forks.piped("serve", "-m", tmp_path, "--port", "0", "--background") as starting:
@@ -88,6 +89,7 @@ def test_a_fault_in_the_background_is_told(forks: Forks, tmp_path: Path) -> None
         assert "its log is" in starting.stderr.read().decode()
 
 
+@pytest.mark.slow
 def test_an_idle_server_ends(forks: Forks, small_checkpoint: Path) -> None:
     with forks.piped("serve", "-m", small_checkpoint, "--port", "0", "--idle-timeout", "0.1s") as process:
         assert process.wait() == 0

@@ -263,6 +263,7 @@ def test_while_it_loads_it_says_so(engine: LocalEngine) -> None:
         until(lambda: served.client.get("../health").status_code == 200)
 
 
+@pytest.mark.slow
 def test_a_process_from_start_to_end(forks: Forks, small_checkpoint: Path) -> None:
     with forks.piped("serve", "-m", small_checkpoint, "--port", "0", "--parallel", "1") as process:
         told = process.stderr.readline().decode()

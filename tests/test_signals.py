@@ -16,6 +16,7 @@ from dbrx_cli.repl.signals import Signals
 from tests.cli import ROOT, SOON, environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [12, pytest.param(800, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_a_signal_behind_a_reply_takes_nothing_away(tmp_path: Path, count: int) -> None:
     seed = random.randrange(2**32)
