@@ -155,8 +155,8 @@ class AdaptedWeights(WrappedWeights):
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
         if name not in self._changes:
-            return self._whole.read(name, dtype, device, owned)
-        stored = self._whole.read(name)
+            return self.whole.read(name, dtype, device, owned)
+        stored = self.whole.read(name)
         merged = stored.float() if stored.dtype != torch.float32 else stored.clone()
         for change in self._changes[name]:
             change.add_to(merged)

@@ -83,6 +83,8 @@ OTHER_FILES = (
      "have the program that trained it write safetensors"),
 )  # fmt: skip
 
+EMBEDDING = "transformer.wte.weight"
+
 
 def expected_tensors(config: DbrxConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a DBRX checkpoint; experts are stacked on the first dimension."""
@@ -99,7 +101,7 @@ def expected_tensors(config: DbrxConfig) -> dict[str, tuple[int, ...]]:
         "ffn.experts.mlp.v1": stacked,
         "ffn.experts.mlp.w2": stacked,
     }
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (config.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, d)}
     for i in range(config.n_layers):
         shapes |= {f"transformer.blocks.{i}.{name}": shape for name, shape in block.items()}
     return shapes | {"transformer.norm_f.weight": (d,), "lm_head.weight": (config.vocab_size, d)}

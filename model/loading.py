@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 
 from .adapters import AdaptedWeights, attach, digest, read_adapter
-from .checkpoint import expected_tensors
+from .checkpoint import EMBEDDING, expected_tensors
 from .config import DbrxConfig
 from .devices import DeviceMap, dispatch, find_device, read_device_map, require_all
 from .errors import ModelError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
 
 Network = TypeVar("Network", bound="DbrxForCausalLM")
-EMBEDDING = "transformer.wte.weight"
 
 
 def from_pretrained(

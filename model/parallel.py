@@ -132,12 +132,12 @@ class ShardedWeights(WrappedWeights):
 
     def __init__(self, whole: Weights, ranks: Ranks) -> None:
         super().__init__(whole)
-        self.whole, self.ranks = whole, ranks
+        self.ranks = ranks
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
-        tensor = self._whole.read(name)
+        tensor = self.whole.read(name)
         if ".attn." in name:
             tensor = self._of_attention(name, tensor)
         elif ".ffn.experts.mlp." in name:
@@ -161,14 +161,17 @@ class ShardedWeights(WrappedWeights):
 
     def nbytes_of(self, name: str) -> int:
         sliced = ".attn." in name or ".ffn.experts.mlp." in name
-        return self._whole.nbytes_of(name) // (self.ranks.size if sliced else 1)
+        return self.whole.nbytes_of(name) // (self.ranks.size if sliced else 1)
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
-        whole = self._whole.expert(layer, expert, data)
+        whole = self.whole.expert(layer, expert, data)
         return FloatExpert(*(matrix[self.ranks.shard(len(matrix))] for matrix in whole))
 
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        return self.expert(layer, expert)[matrix]
+
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> QuantizedExpert:
-        stored = self._whole.quantized_expert(layer, expert, data)
+        stored = self.whole.quantized_expert(layer, expert, data)
         w1, v1, w2 = cast("QuantizedExpert", stored)  # blocks are not split over ranks
         rows = len(w1.values)
         if w2.zero is not None and rows % (self.ranks.size * (self.group or 1)):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
+from .checkpoint import EMBEDDING
 from .config import DbrxConfig
+from .placement import Format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from .checkpoint import Checkpoint
-    from .placement import Format
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class Weights(Protocol):
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         """One expert, from the mapped file or from `data`: uint8 tensors with the bytes of its extents, in order."""
 
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        """One of the three of `expert`, for who goes through a layer matrix by matrix: the others are not computed."""
+
     def quantized_expert(
         self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
     ) -> QuantizedExpert | KeptExpert:
@@ -173,35 +179,38 @@ class WrappedWeights:
         self.group = whole.group
         self.plain_experts = whole.plain_experts
         self.kept = whole.kept
-        self._whole = whole
+        self.whole = whole
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", owned: bool = False
     ) -> Tensor:
-        return self._whole.read(name, dtype, device, owned)
+        return self.whole.read(name, dtype, device, owned)
 
     def nbytes_of(self, name: str) -> int:
-        return self._whole.nbytes_of(name)
+        return self.whole.nbytes_of(name)
 
     def expert_extents(self, layer: int, expert: int) -> tuple[Extent, ...]:
-        return self._whole.expert_extents(layer, expert)
+        return self.whole.expert_extents(layer, expert)
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
-        return self._whole.expert(layer, expert, data)
+        return self.whole.expert(layer, expert, data)
+
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        return self.whole.expert_matrix(layer, expert, matrix)
 
     def quantized_expert(
         self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None
     ) -> QuantizedExpert | KeptExpert:
-        return self._whole.quantized_expert(layer, expert, data)
+        return self.whole.quantized_expert(layer, expert, data)
 
     def dtypes(self) -> Counter[str]:
-        return self._whole.dtypes()
+        return self.whole.dtypes()
 
     def give_back(self) -> None:
-        self._whole.give_back()
+        self.whole.give_back()
 
     def close(self) -> None:
-        self._whole.close()
+        self.whole.close()
 
     def __enter__(self) -> Self:
         return self
@@ -223,20 +232,37 @@ class CanBeKept(Weights, Protocol):
         """A tensor in bfloat16 if the file has it so, else in float32."""
 
 
+def kept_format(
+    name: str, scheme: str, shapes: Mapping[str, tuple[int, ...]], nbytes: Callable[[str], float]
+) -> Format:
+    """What `Weights.kept` tells: of each part the mean of its matrices, each of which takes `nbytes` of its name.
+
+    Norms and routers are in no part: they become floats. shapes: of `expected_tensors`.
+    """
+    sizes: dict[str, float] = defaultdict(float)
+    numbers: dict[str, int] = defaultdict(int)
+    for tensor, shape in shapes.items():
+        if len(shape) == 2 and ".router." not in tensor:
+            part = "experts" if ".experts." in tensor else "rest" if tensor == EMBEDDING else "linear"
+            sizes[part] += nbytes(tensor)
+            numbers[part] += prod(shape)
+    return Format(name, **{part: sizes[part] / numbers[part] for part in sizes}, kept_as=scheme)
+
+
 class KeptWeights(WrappedWeights):
     """The same for kernels that compute with what another program packed, as it lies in the file."""
 
-    _whole: CanBeKept
+    whole: CanBeKept
 
     def __init__(self, whole: CanBeKept, scheme: str) -> None:
         super().__init__(whole)
         self.quantization = scheme
 
     def kept_matrix(self, name: str) -> KeptMatrix | None:
-        return self._whole.kept_matrix(name)
+        return self.whole.kept_matrix(name)
 
     def read_exactly(self, name: str) -> Tensor:
-        return self._whole.read_exactly(name)
+        return self.whole.read_exactly(name)
 
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> KeptExpert:
-        return self._whole.kept_expert(layer, expert, data)
+        return self.whole.kept_expert(layer, expert, data)

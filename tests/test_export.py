@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from model import AutoTokenizer, DbrxForCausalLM
 from model.bpe import cl100k_vocabulary, merges_of
-from model.formats import open_weights
+from model.checkpoint import expected_tensors
+from model.formats import open_weights, quantized
+from model.quantization import dequantize
 from tests.cli import Cli
 from tests.gguf_files import CONFIG, SPECIAL, tensors, write_gguf
 from tests.test_tokenizer_files import small_json
@@ -101,6 +103,20 @@ def test_what_was_exported_loads_again(request: pytest.FixtureRequest, size: str
     assert ours.pad_token_id == pad == theirs.pad_token_id
     header = {key: field.contents() for key, field in GGUFReader(out).fields.items()}
     assert (header["tokenizer.ggml.pre"], header["tokenizer.ggml.eot_token_id"]) == ("dbrx", turn)
+
+
+def test_of_a_quantized_source_each_matrix_becomes_floats_once(
+    small: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "int8", tmp_path / "out.gguf"
+    assert cli("quantize", small, source, "--to", "int8").code == 0
+    made: list[object] = []
+    monkeypatch.setattr(quantized, "dequantize", lambda *given: made.append(given) or dequantize(*given))
+    assert cli("export", out, "--type", "f32", "-m", source).code == 0
+    assert len(made) == 2 * 5 * 3  # layers, experts, matrices
+    with open_weights(out) as exported, open_weights(source) as original:
+        for name in expected_tensors(original.config):
+            assert torch.equal(exported.read(name), original.read(name, torch.float32)), name
 
 
 @pytest.mark.parametrize(

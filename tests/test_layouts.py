@@ -122,7 +122,8 @@ def check_experts(folder: Path, expected: Tensors) -> None:
                     for each in extents
                 )
                 wanted = [expected[f"transformer.blocks.{layer}{STACK}{m}"].chunk(3)[e] for m in ("w1", "v1", "w2")]
-                for found in (opened.expert(layer, e), opened.expert(layer, e, data)):
+                alone = [opened.expert_matrix(layer, e, matrix) for matrix in range(3)]
+                for found in (opened.expert(layer, e), opened.expert(layer, e, data), alone):
                     for ours, theirs in zip(found, wanted, strict=True):
                         assert torch.equal(ours, theirs) and ours.is_contiguous()
 

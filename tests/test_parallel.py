@@ -124,6 +124,7 @@ def test_slices_make_the_whole(four_heads: Path) -> None:
         experts = zip(*(part.expert(1, 5) for part in parts), strict=True)
         for slices, matrix in zip(experts, whole.expert(1, 5), strict=True):
             assert torch.equal(torch.cat(slices), matrix)
+        assert torch.equal(torch.cat([part.expert_matrix(1, 5, 2) for part in parts]), whole.expert(1, 5).w2)
         name = block + "ffn.experts.mlp.w2"
         stacked = [part.read(name).view(16, 32, 64) for part in parts]
         assert torch.equal(torch.cat(stacked, dim=1).flatten(0, 1), whole.read(name))

@@ -58,6 +58,9 @@ class DatabricksWeights(CheckpointWeights):
             )
         )
 
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        return self.expert(layer, expert)[matrix]
+
     def quantized_expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> NoReturn:
         raise ValueError(f"{self.source}: the weights are not quantized")
 

@@ -14,7 +14,7 @@ from ..config import DbrxConfig
 from ..placement import Format
 from ..quantization import BLOCKS, GGUF, is_finite
 from ..safetensors_file import TensorInfo, damaged, give_back
-from ..weights import BlockMatrix, Extent, FloatExpert, KeptExpert
+from ..weights import BlockMatrix, Extent, FloatExpert, KeptExpert, kept_format
 from .gguf_file import OTHER_TYPE, open_gguf
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ BLOCK = {
     "ffn.experts.mlp.w2": "ffn_down_exps.weight",
 }
 MATRICES = ("w1", "v1", "w2")
-EMBEDDING = "transformer.wte.weight"
 
 
 def gguf_name(name: str) -> str:
@@ -144,21 +143,17 @@ class GgufWeights:
     @property
     def kept(self) -> Format | None:
         """Bytes a weight as kernels hold them that compute in the file's blocks; None if an expert's have no kernel."""
-        sizes = {"experts": [0, 0], "linear": [0, 0], "rest": [0, 0]}
         kinds: Counter[str] = Counter()
-        for name, shape in self._shapes.items():
-            info = self._file.tensors[gguf_name(name)]
-            in_blocks = info.dtype in BLOCKS
-            if ".experts." in name:
-                if not in_blocks:
-                    return None
-                kinds[info.dtype] += info.nbytes
-            part = "experts" if ".experts." in name else "rest" if name == EMBEDDING else "linear"
-            if len(shape) == 2 and ".router." not in name:
-                sizes[part][0] += info.nbytes if in_blocks else prod(shape) * (2 if info.dtype == "BF16" else 4)
-                sizes[part][1] += prod(shape)
-        each = {part: nbytes / count for part, (nbytes, count) in sizes.items()}
-        return Format(kinds.most_common(1)[0][0], **each, kept_as=GGUF)
+        for info in (info for layer in range(self.config.n_layers) for info in self._experts(layer)):
+            if info.dtype not in BLOCKS:
+                return None
+            kinds[info.dtype] += info.nbytes
+        return kept_format(kinds.most_common(1)[0][0], GGUF, self._shapes, self._kept_bytes)
+
+    def _kept_bytes(self, name: str) -> int:
+        """Of a matrix as kernels hold it: what is in no blocks as `read_exactly` gives it."""
+        info = self._file.tensors[gguf_name(name)]
+        return info.nbytes if info.dtype in BLOCKS else prod(info.shape) * (2 if info.dtype == "BF16" else 4)
 
     def read_exactly(self, name: str) -> Tensor:
         """A tensor in bfloat16 if the file has it so, else in float32."""
@@ -208,25 +203,31 @@ class GgufWeights:
         return tuple(Extent(info.file, *_part(info, expert)) for info in self._experts(layer))
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
+        if data is None:
+            return FloatExpert(*(self.expert_matrix(layer, expert, matrix) for matrix in range(len(MATRICES))))
+        return FloatExpert(*map(self._floats, data, self._experts(layer), MATRICES))
+
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        info = self._experts(layer)[matrix]
+        raw = self._raw(info, expert)
+        values = self._floats(raw, info, MATRICES[matrix])
+        if values.data_ptr() != raw.data_ptr():
+            self._forget(info, expert)
+        return values
+
+    def _floats(self, raw: Tensor, info: TensorInfo, matrix: str) -> Tensor:
+        """A matrix of an expert: a view of its bytes, if they are floats in this order."""
         import torch
 
         from .dequantize import FLOATS, fill
 
-        hidden, d = self.config.ffn_config.ffn_hidden_size, self.config.d_model
-        infos = self._experts(layer)
-        raws = data or tuple(self._raw(info, expert) for info in infos)
-        matrices = []
-        for matrix, info, raw in zip(MATRICES, infos, raws, strict=True):
-            stored = FLOATS.get(info.dtype)
-            if stored is not None and matrix != "w2":
-                matrices.append(raw.view(stored).view(hidden, d))
-                continue
-            out = torch.empty(hidden, d, dtype=stored or torch.float32)
-            fill(out.t() if matrix == "w2" else out, raw, info.dtype)
-            if data is None:
-                self._forget(info, expert)
-            matrices.append(out)
-        return FloatExpert(*matrices)
+        shape = self.config.ffn_config.ffn_hidden_size, self.config.d_model
+        stored = FLOATS.get(info.dtype)
+        if stored is not None and matrix != "w2":
+            return raw.view(stored).view(shape)
+        out = torch.empty(shape, dtype=stored or torch.float32)
+        fill(out.t() if matrix == "w2" else out, raw, info.dtype)
+        return out
 
     def _experts(self, layer: int) -> tuple[TensorInfo, ...]:
         return tuple(self._file.tensors[f"blk.{layer}.{BLOCK[f'ffn.experts.mlp.{m}']}"] for m in MATRICES)

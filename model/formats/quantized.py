@@ -106,7 +106,7 @@ class QuantizedWeights(CheckpointWeights):
         if STACKED in name:
             layer, matrix = int(name.split(".")[2]), MATRICES.index(name.rsplit(".", 1)[1])
             experts = range(self.config.ffn_config.moe_num_experts)
-            tensor = torch.cat([self.expert(layer, expert)[matrix].to(dtype) for expert in experts])
+            tensor = torch.cat([self.expert_matrix(layer, expert, matrix).to(dtype) for expert in experts])
         elif name.endswith(DENSE):
             tensor = int8.dequantize(self.quantized_matrix(name))
         else:
@@ -174,9 +174,14 @@ class QuantizedWeights(CheckpointWeights):
 
     def expert(self, layer: int, expert: int, data: tuple[Tensor, ...] | None = None) -> FloatExpert:
         """One expert in float32."""
-        stored = self.quantized_expert(layer, expert, data)
-        w1, v1, w2 = (dequantize(self.quantization, matrix, self.group) for matrix in stored)
-        return FloatExpert(w1, v1, w2.t())
+        return FloatExpert(*map(self._floats, self.quantized_expert(layer, expert, data), MATRICES))
+
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        return self._floats(self.quantized_expert(layer, expert)[matrix], MATRICES[matrix])
+
+    def _floats(self, stored: QuantizedMatrix, matrix: str) -> Tensor:
+        values = dequantize(self.quantization, stored, self.group)
+        return values.t() if matrix == "w2" else values
 
 
 def _settings(files: ModelFiles) -> tuple[str, int]:

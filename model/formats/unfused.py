@@ -12,13 +12,22 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, NoReturn
 
-from ..checkpoint import FITS, HARMLESS, TORCH_NAMES, Checkpoint, expected_tensors, listed, name_other_layout
+from ..checkpoint import (
+    EMBEDDING,
+    FITS,
+    HARMLESS,
+    TORCH_NAMES,
+    Checkpoint,
+    expected_tensors,
+    listed,
+    name_other_layout,
+)
 from ..errors import ModelError
 from ..model_files import ModelFiles
 from ..placement import Format
 from ..quantization import Groups
 from ..safetensors_file import TensorInfo
-from ..weights import CheckpointWeights, Extent, FloatExpert, GroupMatrix, KeptExpert
+from ..weights import CheckpointWeights, Extent, FloatExpert, GroupMatrix, KeptExpert, kept_format
 from .awq import Awq
 from .compressed import Packed, Scaled
 from .encoding import Encoding, Floats, Shape
@@ -41,7 +50,6 @@ EXPERTS = (
 )
 QKV = tuple(f"norm_attn_norm.attn.{part}_proj" for part in "qkv")
 MATRICES = ("w1", "v1", "w2")
-EMBEDDING = "transformer.wte.weight"
 FIRST = "transformer.blocks.0."
 FLOATS: Encoding = Floats()
 MARKERS = tuple(each.marker for each in (Mlx, Gptq, Awq, Packed, Scaled))
@@ -190,6 +198,11 @@ class UnfusedWeights(CheckpointWeights):
         matrices = [module.values(tensors) for module, tensors in zip(modules, stored, strict=True)]
         return FloatExpert(*(matrix.contiguous() for matrix in matrices))
 
+    def expert_matrix(self, layer: int, expert: int, matrix: int) -> Tensor:
+        module = self._matrices(layer, expert)[matrix]
+        (stored,) = self._stored([module], None)
+        return module.values(stored).contiguous()
+
     def _stored(self, modules: Sequence[Module], data: tuple[Tensor, ...] | None) -> Iterator[list[Tensor]]:
         """The tensors of each module, from the mapped file or out of the bytes of their extents."""
         import torch
@@ -226,23 +239,22 @@ class UnfusedWeights(CheckpointWeights):
     @cached_property
     def kept(self) -> Format | None:
         """Bytes a weight in the form in which kernels compute with it; None if some experts become floats."""
-        sizes = {"experts": 0.0, "linear": 0.0, "rest": 0.0}
-        numbers = dict.fromkeys(sizes, 0)
         forms: Counter[Groups] = Counter()
         for name, shape in self._shapes.items():
-            if len(shape) == 1 or ".router." in name:
+            if STACK not in name:
                 continue
             groups = self._groups(name)
-            part = "experts" if STACK in name else "rest" if name == EMBEDDING else "linear"
-            if part == "experts":
-                # w1 and v1 multiply the same rows, which a form has in an order of its own.
-                if groups is None or (name.endswith(".v1") and groups != self._groups(name[:-2] + "w1")):
-                    return None
-                forms[groups] += prod(shape)
-            sizes[part] += prod(shape) * (groups.bytes_per_weight if groups else self._float_bytes(name))
-            numbers[part] += prod(shape)
+            # w1 and v1 multiply the same rows, which a form has in an order of its own.
+            if groups is None or (name.endswith(".v1") and groups != self._groups(name[:-2] + "w1")):
+                return None
+            forms[groups] += prod(shape)
         most = forms.most_common(1)[0][0]
-        return Format(most.name, **{part: sizes[part] / numbers[part] for part in sizes}, kept_as=most.scheme)
+        return kept_format(most.name, most.scheme, self._shapes, self._kept_bytes)
+
+    def _kept_bytes(self, name: str) -> float:
+        """Of a matrix in the form in which kernels compute with it."""
+        groups = self._groups(name)
+        return prod(self._shapes[name]) * (groups.bytes_per_weight if groups else self._float_bytes(name))
 
     def _groups(self, name: str) -> Groups | None:
         """The form that a tensor's modules share in which kernels compute with it; w2 by its outputs."""

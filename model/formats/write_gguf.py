@@ -177,7 +177,7 @@ def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, pool: Threa
     matrices: Iterator[Tensor]
     if ".experts." in name:
         layer, matrix = int(name.split(".")[2]), MATRICES.index(name.rpartition(".")[2])
-        every = (weights.expert(layer, e)[matrix] for e in range(weights.config.ffn_config.moe_num_experts))
+        every = (weights.expert_matrix(layer, e, matrix) for e in range(weights.config.ffn_config.moe_num_experts))
         matrices = (each.t() for each in every) if name.endswith(".w2") else every
     else:
         matrices = iter([weights.read(name)])
