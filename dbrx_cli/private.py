@@ -133,6 +133,12 @@ def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return descriptor
 
 
+def refuse_present(path: Path, hint: str = "take another name") -> None:
+    """`InputError` if anything has the name of a file that is to be written, told before the work for it."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} is there already", hint)
+
+
 def refuse_link(path: Path) -> None:
     """`InputError` if there is a symbolic link in the place of a file."""
     if path.is_symlink():

@@ -87,6 +87,16 @@ def test_what_was_there_gives_way_as_a_whole_or_stays(tmp_path: Path, monkeypatc
     assert file.read_text() == "after" and stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("command", [("bench", "--plot"), ("trace", "hi", "--html")])
+def test_a_picture_takes_no_name_that_is_there(cli: Cli, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Told before there is a model, and quiet or not."""
+    file = tmp_path / "mine"
+    file.write_text("mine")
+    result = cli(*command, file, "-q", "-m", tmp_path / "no-model")
+    assert (result.code, result.out, file.read_text()) == (2, "", "mine")
+    assert f"{file} is there already; take another name" in result.fault
+
+
 def test_a_name_with_a_nul_is_refused(tmp_path: Path) -> None:
     for over in (True, False):
         with pytest.raises(InputError, match="no name of a file"):

@@ -102,6 +102,16 @@ def test_what_is_printed_meanwhile_stands_above_it_and_nothing_is_left(monkeypat
     assert [row.rstrip() for row in screen.display[:3]] == ["dbrx: a notice", "then", ""]
 
 
+def test_a_ctrl_c_in_a_narrow_window_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal shows it as ^C behind the line, which may not reach the next row: only one is wiped."""
+    err = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Status(f"starting /models/{'deep/' * 9}weights"):
+        err.write("^C")
+    feed(screen := Screen(40, 10), err.getvalue())
+    assert [row for row in screen.display if row.strip()] == []
+
+
 def test_a_notice_breaks_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than a row the terminal breaks, so that it can be copied whole."""
     err = terminal(monkeypatch)

@@ -10,7 +10,7 @@ import typer
 from dbrx_cli.cores import configure_openmp
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
-from dbrx_cli.private import write_private
+from dbrx_cli.private import refuse_present, write_private
 from dbrx_cli.quality import against_floats, in_words, read_ids
 from dbrx_cli.report import Report
 from model.errors import InputError
@@ -49,6 +49,8 @@ def bench(
 
     dbrx bench demo --quantize int4 --quality essay.txt
     """
+    if plot is not None:
+        refuse_present(plot)
     options = replace(options, model=name or options.model)
     lengths = sorted(set(prompt_tokens or [PROMPT_TOKENS]))
     report = Report(output)
@@ -75,7 +77,7 @@ def bench(
             with report.status(f"measuring {length:,} + {new_tokens:,} tokens"):
                 results.append(measuring.measure(network, length, new_tokens, machine, load_s))
     if plot is not None:
-        write_private(plot, measuring.plot(results, machine), over=True)
+        write_private(plot, measuring.plot(results, machine), over=False)
     if json_output:
         found: dict[str, Any] = {"machine": asdict(machine), "results": [result.to_dict() for result in results]}
         say_json(found | ({"quality": asdict(compared)} if compared else {}))

@@ -1,6 +1,5 @@
 """`dbrx sessions`: what was said before: list it, read it, search it, take it elsewhere, remove it."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from dbrx_cli.complete import session_names
 from dbrx_cli.engine import Delta
 from dbrx_cli.options import OutputOptions, default_command, switch, takes
 from dbrx_cli.output import say, say_json, tell_lines
-from dbrx_cli.private import write_private
+from dbrx_cli.private import refuse_present, write_private
 from dbrx_cli.report import Report
 from model.errors import DbrxError, InputError
 from model.foreign_text import on_one_line
@@ -133,8 +132,8 @@ def export(
     if file is None:
         say(text, end="")
         return
-    if not force and os.path.lexists(file):
-        raise InputError(f"{file} is there already", "take another name, or --force")
+    if not force:
+        refuse_present(file, "take another name, or --force")
     write_private(file, text, over=force)
     report.notice(f"wrote {file}")
 

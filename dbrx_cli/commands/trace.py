@@ -8,7 +8,7 @@ import typer
 from dbrx_cli.engine.choose import load_engine
 from dbrx_cli.options import ModelOptions, OutputOptions, switch, takes
 from dbrx_cli.output import say_json
-from dbrx_cli.private import write_private
+from dbrx_cli.private import refuse_present, write_private
 from dbrx_cli.report import Report
 from dbrx_cli.stdin import InputErrors, check_argument, read_piped
 from model.errors import ContextError, InputError
@@ -53,6 +53,8 @@ def trace(
     """
     if raw and system is not None:
         raise InputError("--raw has no system message", "leave out -s")
+    if html is not None:
+        refuse_present(html)
     text = _prompt(prompt, input_errors)
     report = Report(output)
     engine = load_engine(model, report)
@@ -90,7 +92,7 @@ def _show(
         tokens = describe(tokenizer, recorded.ids, prompt_tokens)
         values = routing.to_dict(recorded, tokens, model.model, model.revision)
     if html:
-        write_private(html, routing.html_page(values), over=True, hint="choose another file for --html")
+        write_private(html, routing.html_page(values), over=False, hint="choose another file for --html")
         report.notice(f"wrote {html}")
     if (html or json_output) and (word := routing.plain_word(recorded)):
         report.notice(word)

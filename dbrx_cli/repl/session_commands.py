@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbrx_cli.conversation import Conversation
-from dbrx_cli.private import write_private
+from dbrx_cli.private import refuse_present, write_private
 from dbrx_cli.repl.phrases import count, quote, unquoted
 from dbrx_cli.session_cache import take_cache
 from model.errors import InputError
@@ -101,8 +101,8 @@ def export(repl: Repl, argument: str) -> None:
     if not repl.conversation.turns:
         raise InputError("there is nothing to export yet")
     over = argument.startswith("!")
-    if not over and os.path.lexists(path):
-        raise InputError(f"{path} is there already", f"to write over it: /export !{name}")
+    if not over:
+        refuse_present(path, f"to write over it: /export !{name}")
     write_private(path, write(_session(repl)), over=over)
     repl.report.notice(f"{count(len(repl.conversation.turns), 'message')} written to {path}")
 
