@@ -17,6 +17,8 @@ from model import native
 from model.causal_lm import DbrxForCausalLM
 from model.errors import ModelError
 from model.formats import open_weights
+from model.formats.awq import Awq
+from model.formats.gptq import Gptq
 from model.kernels.native_kept import KeptEmbedding, NativeKept
 from model.load_plan import LoadOptions
 from model.loading import plan_here
@@ -37,6 +39,7 @@ from tests.test_layouts import (
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels")
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "mlx_golden.safetensors")
+PACKED = load_file(Path(__file__).parent / "data" / "packed_golden.safetensors")
 RANGES = (torch.bfloat16, torch.float16, torch.float32)
 PROMPT = torch.randint(0, 96, (1, 21), generator=torch.Generator().manual_seed(1))
 
@@ -49,6 +52,19 @@ def test_weights_are_mlx_s_to_the_bit(form: str) -> None:
     stored = GroupMatrix(words.view(torch.uint8), *ranges, int(bits), int(group))
     for found in (groups.dequantize(stored), KeptEmbedding(stored)(torch.arange(len(words)))):
         assert torch.equal(found.view(torch.int32), meant.view(torch.int32))
+
+
+@pytest.mark.parametrize("form", sorted({name.rpartition(".")[0] for name in PACKED}))
+def test_what_autoround_packed_is_what_it_computes_with(form: str) -> None:
+    """Unpacked to floats, and kept in its bits; AutoRound's floats have 16 bits."""
+    encoding = Awq() if form.startswith("awq") else Gptq({"desc_act": False, "group_size": 32})
+    parts, meant = [PACKED[f"{form}.{part}"] for part in encoding.parts], PACKED[f"{form}.meant"]
+    types = [{torch.int32: "I32", torch.float16: "F16"}[part.dtype] for part in parts]
+    shapes, wanted = [tuple(part.shape) for part in parts], (len(meant), meant.shape[1])
+    kept = encoding.groups(types, shapes, wanted)
+    assert encoding.check(types, shapes, wanted) is None and kept is not None
+    for found in (encoding.unpack(parts, wanted), groups.dequantize(encoding.keep(parts, kept))):
+        assert torch.equal(found.half(), meant)
 
 
 def random_matrix(bits: int, group: int, outputs: int, inputs: int, dtype: torch.dtype, zeros: bool) -> GroupMatrix:
