@@ -68,6 +68,7 @@ def dripping(slow: socket.socket) -> str:
     return "".join(choice(json.loads(line.removeprefix("data: ")))["text"] for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
 def test_nothing_is_lost_and_nothing_stays(small_checkpoint: Path, count: int) -> None:
     process, rng = psutil.Process(), random.Random(7)

@@ -102,6 +102,8 @@ def demo_json() -> dict[str, Any]:
 
 
 MAKERS = {"dbrx": dbrx_json, "demo": demo_json}
+# DBRX's own merges are found one by one, which takes seconds.
+each_maker = pytest.mark.parametrize("name", [pytest.param("dbrx", marks=pytest.mark.slow), "demo"])
 
 
 @functools.cache
@@ -142,7 +144,7 @@ def varied_texts(count: int, seed: int = 1) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [300, pytest.param(2200, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", MAKERS)
+@each_maker
 def test_encodes_id_for_id_as_tokenizers_does(name: str, count: int) -> None:
     ours, theirs = pair(name)
     texts = [text for text in varied_texts(count) if not any(special in text for special in ours.special_tokens)]
@@ -151,7 +153,7 @@ def test_encodes_id_for_id_as_tokenizers_does(name: str, count: int) -> None:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@each_maker
 def test_long_runs_are_encoded_as_tokenizers_does(name: str) -> None:
     ours, theirs = pair(name)
     for run in (" ", "\n", " \n", "\t", "a", "ab", "1", ".", "!?", "مرحبا", "\u00a0", "é"):
@@ -160,6 +162,7 @@ def test_long_runs_are_encoded_as_tokenizers_does(name: str) -> None:
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, (run, end)
 
 
+@pytest.mark.slow
 def test_cl100k_is_the_checkpoints_own_vocabulary() -> None:
     packaged, (from_json, _) = Tokenizer(cl100k_vocabulary()), pair("dbrx")
     assert packaged.vocab_size == from_json.vocab_size == 100280
@@ -169,7 +172,7 @@ def test_cl100k_is_the_checkpoints_own_vocabulary() -> None:
     assert packaged.encode("Hello world! 2024") == [9906, 1917, 0, 220, 2366, 19]  # as published for cl100k_base
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@each_maker
 def test_every_id_decodes_and_streamed_is_whole(name: str) -> None:
     ours, theirs = pair(name)
     assert ours.vocab_size == max(theirs.get_vocab(with_added_tokens=True).values()) + 1
@@ -188,7 +191,7 @@ def test_every_id_decodes_and_streamed_is_whole(name: str) -> None:
         assert b"".join(map(ours.decode_bytes, ids)).decode("utf-8", "replace") == ours.decode(ids)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@each_maker
 def test_text_round_trips(name: str) -> None:
     ours, _ = pair(name)
     for text in varied_texts(200, seed=7):
@@ -498,7 +501,7 @@ def test_a_pattern_that_backtracks_without_end_is_an_input_error() -> None:
 
 
 @pytest.mark.parametrize("size", [MAX_TEXT // 8, pytest.param(MAX_TEXT, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", MAKERS)
+@each_maker
 @pytest.mark.parametrize("unit", [" ", "a", "\n", " \n", "1.", "\t x", "\x04", "مرحبا"])
 def test_long_texts_end_within_ten_seconds(name: str, unit: str, size: int) -> None:
     """Of this process's own: an eighth of the longest text in an eighth of the time."""
