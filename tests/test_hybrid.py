@@ -45,6 +45,8 @@ CONFIG: dict[str, Any] = {
     "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K},
 }  # fmt: skip
 MANY = 300
+# Of a CPU and a card, bytes and operations a second; and of the bus between them.
+RATES = [*product((20e9, 80e9, 400e9), (5e10, 1e12, 5e12), (4e11, 3e12), (3e13, 4e14), (3e9, 12e9, 50e9))]
 SPLITS = {"all on the card": 48, "uneven": 20, "one layer has none": 2, "none on the card": 0}
 MOVES = Sides(Side(0, 0), Side(1, 1), 1e-3, 1.0)  # experts of a long step stay, and of short ones the card is quicker
 STAY, COME = (Sides(Side(1, 1), Side(0, 0), bus) for bus in (1e9, 0.0))  # experts of the CPU, in a long step
@@ -221,16 +223,12 @@ def test_experts_change_places_between_replies(
 
 
 @pytest.mark.usefixtures("short_chunks")
-def test_a_load_begins_with_the_experts_of_most_use(
-    folder: Path, tokens: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_begins_with_the_experts_of_most_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use = [random.Random(layer).sample(range(1000), EXPERTS) for layer in range(LAYERS)]
     network = load(folder, 20, monkeypatch, use)
     best = [sorted(range(EXPERTS), key=counts.__getitem__) for counts in use]
     assert lie_on_card(network) == [sorted(each[-count:]) for each, count in zip(best, (6, 7, 7), strict=True)]
     assert network.bus is not None and network.bus.used == use
-    network.bus.sides = STAY
-    assert greedy(network) == tokens
 
 
 def test_a_prompt_is_never_slower_than_in_one_place() -> None:
@@ -240,8 +238,7 @@ def test_a_prompt_is_never_slower_than_in_one_place() -> None:
     for length in (9, 64, 512, 2048):
         chosen = Counter(expert for _ in range(length) for expert in draw.sample(range(EXPERTS), TOP_K))
         counts[length] = [chosen[expert] for expert in range(EXPERTS)]
-    rates = product((20e9, 80e9, 400e9), (5e10, 1e12, 5e12), (4e11, 3e12), (3e13, 4e14), (3e9, 12e9, 50e9))
-    for (cpu_reads, cpu_computes, card_reads, card_computes, bus), tokens in product(rates, counts.values()):
+    for (cpu_reads, cpu_computes, card_reads, card_computes, bus), tokens in product(RATES, counts.values()):
         on_cpu = [(size / cpu_reads + n * flops / cpu_computes) * (n > 0) for n in tokens]
         on_card = [(size / card_reads + n * flops / card_computes) * (n > 0) for n in tokens]
         brought = [seconds + size / bus * (n > 0) for seconds, n in zip(on_card, tokens, strict=True)]
