@@ -229,6 +229,9 @@ class Table:
         self.device = torch.device("cpu")
         self.calls = 0
 
+    def place_by_use(self) -> None:
+        pass
+
     def __call__(self, ids: Tensor, past_key_values: KVCache) -> SimpleNamespace:
         self.calls += 1
         past_key_values.advance(AttentionPlan(past_key_values.lengths, ids.shape[1], None, self.device))
