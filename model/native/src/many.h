@@ -4,7 +4,8 @@
 // five times a layer, and never inside an expert. What an expert gives a row is kept by slot and added up in the end, by
 // ascending expert, so that a row's sum does not depend on who computed what.
 //
-// Memory: a slot takes at most 12 hidden + 4 d_model bytes; as many rows go through at once as SCRATCH_BYTES hold.
+// Memory: beside prepared rows a slot takes 4 bytes for each inner number, or each of its sums, which come into their place; as
+// many rows go through at once as SCRATCH_BYTES hold.
 #pragma once
 #include "experts.h"
 #include "gemm.h"
@@ -19,10 +20,9 @@ class ManyRows {
         : pool_(pool), experts_(experts), like_(like), activation_(activation), top_k_(top_k), n_(n), hidden_(like.w1.outputs),
           d_(like.w2.outputs), room_(n * top_k), slots_(arena.take<Slot>(room_)), starts_(arena.take<int64_t>(room_ + 1)),
           slots_of_(arena.take<int32_t>(room_)), n_slots_of_(arena.take<int32_t>(n)), at_(arena.take<const std::byte *>(room_)),
-          gate_(arena.take<float>(room_ * hidden_)),
-          up_(arena.take<float>(room_ * hidden_)), found_(arena.take<float>(room_ * d_)), rows_(GemmRows::take(arena, like.w1, n)),
-          inner_(GemmRows::take(arena, like.w2, room_)), gate_each_(gemm_outputs(hidden_, pool.threads())),
-          down_each_(gemm_outputs(d_, pool.threads())) {}
+          gate_each_(gemm_outputs(hidden_, pool.threads())), down_each_(gemm_outputs(d_, pool.threads())),
+          gate_(arena.take<float>(room_ * std::max(hidden_, d_))), up_(arena.take<float>(pool.threads() * GEMM_ROWS * gate_each_)),
+          found_(gate_), rows_(GemmRows::take(arena, like.w1, n)), inner_(GemmRows::take(arena, like.w2, room_)) {}
 
     // out [n, d] = x, NULL for zeros, plus the weighted sum of what the chosen experts first <= i < last give.
     void run(const float *normed, const int32_t *ids, const float *weights, int first, int last, const float *x, float *out) {
@@ -83,10 +83,14 @@ class ManyRows {
     // gate = activation(w1 x) * (v1 x)
     void gate_work(int64_t piece, int thread) const {
         const Piece p = piece_of(piece, hidden_, gate_each_);
-        for (const auto &[matrix, to] : {std::pair{&p.expert.w1, gate_}, std::pair{&p.expert.v1, up_}})
-            product(*matrix, p, to, hidden_);
-        for (int64_t i = p.slot; i < p.slot + p.n; ++i)
-            gate_times_up(activation_, gate_ + i * hidden_ + p.first, up_ + i * hidden_ + p.first, p.last - p.first);
+        float *up = up_ + thread * GEMM_ROWS * gate_each_;
+        for (int64_t begin = 0; begin < p.n; begin += GEMM_ROWS) {
+            const Piece some{p.expert, p.slot + begin, std::min(GEMM_ROWS, p.n - begin), p.first, p.last};
+            float *gate = gate_ + some.slot * hidden_ + p.first;
+            product(p.expert.w1, some, gate, hidden_);
+            product(p.expert.v1, some, up, gate_each_);
+            for (int64_t i = 0; i < some.n; ++i) gate_times_up(activation_, gate + i * hidden_, up + i * gate_each_, p.last - p.first);
+        }
         pool_.count(thread, 2 * (p.last - p.first) * row_bytes(like_.w1), 4 * (p.last - p.first) * like_.w1.inputs * p.n);
     }
 
@@ -99,15 +103,14 @@ class ManyRows {
 
     void down_work(int64_t piece, int thread) const {
         const Piece p = piece_of(piece, d_, down_each_);
-        product(p.expert.w2, p, found_, d_);
+        product(p.expert.w2, p, found_ + p.slot * d_ + p.first, d_);
         pool_.count(thread, (p.last - p.first) * row_bytes(like_.w2), 2 * (p.last - p.first) * hidden_ * p.n);
     }
 
-    // to [slots, width] at the piece's slots and outputs.
-    void product(const dbrx_matrix &m, const Piece &p, float *to, int64_t width) const {
-        float *out = to + p.slot * width;
+    // out: the piece's slots and outputs, `width` numbers from a slot to the next.
+    void product(const dbrx_matrix &m, const Piece &p, float *out, int64_t width) const {
         gemm(m, at_ + p.slot, p.n, p.first, p.last, [&](int64_t i, int64_t output, int count, const float *values) {
-            std::copy(values, values + count, out + i * width + output);
+            std::copy(values, values + count, out + i * width + output - p.first);
         });
     }
 
@@ -133,9 +136,9 @@ class ManyRows {
     int64_t *starts_, n_slots_ = 0, n_active_ = 0;
     int32_t *slots_of_, *n_slots_of_;      // of a row: [n, k], ascending; how many
     const std::byte **at_;                 // prepared rows of slots
-    float *gate_, *up_, *found_;           // [slots, hidden] twice, [slots, d]
+    int64_t gate_each_, down_each_;        // outputs of a piece
+    float *gate_, *up_, *found_;           // [slots, hidden]; [threads, GEMM_ROWS, gate_each]; [slots, d], where gate was
     GemmRows rows_, inner_;
-    int64_t gate_each_, down_each_;
 };
 
 // Any number of rows, as many at once as memory allows.
