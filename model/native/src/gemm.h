@@ -157,7 +157,7 @@ auto with_gemm(const dbrx_matrix &m, F f) {
         case DBRX_INT8: return f(Gemm<DBRX_INT8>{});
         case DBRX_INT4: return f(Gemm<DBRX_INT4>{});
         case DBRX_INT3: return f(Gemm<DBRX_INT3>{});
-        default: return with_spans(m, [&](auto format) { return f(SpanGemm<decltype(format)>{}); });
+        default: return with_spans(m, [&](auto format) { return f(SpanGemm<typename decltype(format)::SpanType>{}); });
     }
 }
 

@@ -1,101 +1,146 @@
 // Products of many rows with weights that are read in spans: those of a panel of outputs are unpacked in cache, and meet all rows.
 //
-// Where integers are multiplied faster, a span of 256 weights of an output, and one of a row, are rounded to 16 bits with a
-// scale of their own, and what a span gives becomes a float before the next one: all in all that errs by 1 in 7,000.
+// Where integers are multiplied faster, a panel has a span's quantized weights as they are, and a row 14 bits and a sign with a
+// scale for each span. What 32 of them give becomes a float before it meets the scale of its group, as with few rows: only
+// the row is rounded, by 1 in 20,000.
 #pragma once
 #include "formats/spans.h"
 #include "panel.h"
 
 namespace dbrx {
 
+// A span of a panel's outputs, each in a row, then beside each other; and of the rows that meet it. Outputs that are not there
+// are zeros.
+template <class Dot>
+struct SpanPanel;
+
+template <>
+struct SpanPanel<FloatDot> {
+    struct Row {  // zeros behind the last input
+        float x[SPAN];
+    };
+    static void prepare(const float *x, int64_t count, Row &out) {
+        std::copy(x, x + count, out.x);
+        std::fill(out.x + count, out.x + SPAN, 0.0f);
+    }
+
+    alignas(64) float rows[PANEL][SPAN] = {}, words[SPAN][PANEL];
+
+    template <class Span>
+    void set(int output, const Span &span) {
+        span.unpack(rows[output]);
+    }
+    void order() { interleave(rows[0], SPAN, SPAN, words[0]); }
+    // totals [n, PANEL] += products of n rows.
+    void add(const Row *const *x, int64_t n, float (*totals)[PANEL]) const {
+        tiles<FloatDot>((const char *const *)x, n, 0, (const char *)words, SPAN, (char *)totals);
+    }
+};
+
+template <>
+struct SpanPanel<ShortDot> {
+    static constexpr int PART = 32, PARTS = SPAN / PART;  // inputs whose products are one sum of integers
+    static constexpr int MINIMA = SPAN / 16;              // at most
+    // 32 products with weights of 4,096 at most (see `integers`): 2,147,352,576 is below 2^31.
+    static constexpr int ROW_QMAX = (1 << 14) - 1;
+
+    using Row = SpanActivations;
+    static void prepare(const float *x, int64_t count, Row &out) { SpanRows::prepare_span(x, count, ROW_QMAX, out); }
+
+    alignas(64) int16_t rows[PANEL][SPAN] = {}, words[SPAN * PANEL];
+    alignas(64) float scale_rows[PANEL][PARTS] = {}, scales[PARTS][PANEL];
+    alignas(64) float minima_rows[PANEL][MINIMA] = {}, minima[MINIMA][PANEL];
+    int n_minima = 0;
+
+    template <class Span>
+    void set(int output, const Span &span) {
+        span.integers(rows[output], scale_rows[output], minima_rows[output]);
+        n_minima = Span::MINIMA;
+    }
+    void order() {
+        interleave((const float *)rows, SPAN / 2, SPAN / 2, (float *)words);
+        interleave(scale_rows[0], PARTS, PARTS, scales[0]);
+        if (n_minima) interleave(minima_rows[0], MINIMA, n_minima, minima[0]);
+    }
+    void add(const Row *const *x, int64_t n, float (*totals)[PANEL]) const { add_tiles(x, n, totals); }
+
+  private:
+    template <int R = TILE_ROWS>
+    __attribute__((noinline)) void add_tiles(const Row *const *x, int64_t n, float (*totals)[PANEL]) const {
+        for (; n >= R; n -= R, x += R, totals += R) add_tile<R>(x, totals);
+        if constexpr (R > 1)
+            if (n) add_tiles<R - 1>(x, n, totals);
+    }
+
+    template <int R>
+    DBRX_INLINE void add_tile(const Row *const *x, float (*totals)[PANEL]) const {
+        FloatLanes found[R][TILE_VECTORS] = {};
+        for (int g = 0; g < n_minima; ++g)
+            DBRX_UNROLL for (int r = 0; r < R; ++r) {
+                const FloatLanes less = FloatLanes{} + (n_minima == PARTS ? x[r]->less_of_32 : x[r]->less_of_16)[g];
+                DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v)
+                    found[r][v] = multiply_add(less, load<FloatLanes>(minima[g] + v * TILE_LANES), found[r][v]);
+            }
+        for (int part = 0; part < PARTS; ++part) {
+            WordLanes sum[R][TILE_VECTORS] = {};
+            const char *row[R];
+            DBRX_UNROLL for (int r = 0; r < R; ++r) row[r] = (const char *)(x[r]->x + part * PART);
+            multiply_words<ShortDot>(row, (const char *)(words + part * PART * PANEL), PART / 2, sum);
+            DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) {
+                const FloatLanes scale = load<FloatLanes>(scales[part] + v * TILE_LANES);
+                DBRX_UNROLL for (int r = 0; r < R; ++r) found[r][v] = multiply_add(to_float(sum[r][v]), scale, found[r][v]);
+            }
+        }
+        DBRX_UNROLL for (int r = 0; r < R; ++r)
+            DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) {
+                float *total = totals[r] + v * TILE_LANES;
+                store(total, multiply_add(found[r][v], FloatLanes{} + x[r]->scale, load<FloatLanes>(total)));
+            }
+    }
+};
+
 // What is the same for all formats.
 class SpanProducts {
   public:
-#if defined(__AVX2__) || defined(DBRX_EMULATE)
-    using Dot = ShortDot;
-#else
-    using Dot = FloatDot;
-#endif
-
-    // A row: the steps of its spans, then its numbers and zeros up to a whole span.
     static int64_t prepared_bytes(int64_t inputs) {
-        const int64_t bytes = steps_bytes(inputs) + spans(inputs) * SPAN * int64_t(sizeof(Element));
+        const int64_t bytes = spans(inputs) * int64_t(sizeof(Row));
         return (bytes + 127) / 128 * 128 + 64;  // an odd number of lines, so that rows begin in different sets
     }
     static void prepare(const float *x, int64_t inputs, bool, std::byte *to) {
-        float *step = reinterpret_cast<float *>(to);
-        Element *out = reinterpret_cast<Element *>(to + steps_bytes(inputs));
-        for (int64_t start = 0; start < inputs; start += SPAN, out += SPAN) {
-            const int64_t count = std::min<int64_t>(SPAN, inputs - start);
-            *step++ = round_span(x + start, count, out);
-            std::fill(out + count, out + SPAN, Element(0));
-        }
+        Row *out = reinterpret_cast<Row *>(to);
+        for (int64_t start = 0; start < inputs; start += SPAN) Panel::prepare(x + start, std::min<int64_t>(SPAN, inputs - start), *out++);
     }
 
   protected:
-    using Element = typename Dot::Element;
-    static constexpr bool ROUNDS = std::is_same_v<Dot, ShortDot>;
-    static constexpr float SPAN_NORM = 46300;  // of both factors: rounding adds at most 8, and 46,308 squared is below 2^31
-
-    static int64_t steps_bytes(int64_t inputs) { return (spans(inputs) * 4 + 63) / 64 * 64; }
-
-    static float round_span(const float *x, int64_t count, float *out) {
-        std::copy(x, x + count, out);
-        return 1;
-    }
-    static float round_span(const float *x, int64_t count, int16_t *out) {
-        Floats squares = Floats::all(0), most = Floats::all(0);
-        for (int64_t i = 0; i < count; i += LANES) {
-            const Floats part = Floats::load(x + i);
-            squares = fma(part, part, squares), most = max(most, abs(part));
-        }
-        const float norm = std::sqrt(sum(squares)) / SPAN_NORM;  // NaN stays
-        const float step = std::max(std::max(norm, largest_lane(most) / 32766), TINY), inverse = 1 / step;
-        for (int64_t i = 0; i < count; ++i) out[i] = int16_t(std::bit_cast<int32_t>(x[i] * inverse + ROUNDING));
-        return step;
-    }
-
-    struct Panel {
-        alignas(64) Element rows[PANEL][SPAN] = {};  // outputs that are not there are zeros
-        alignas(64) Element words[PANEL * SPAN];
-        alignas(64) float step[PANEL] = {};
-    };
-    // Rounds a span of the weights of `count` outputs from `output` on to rows and steps of a panel.
+#if defined(__AVX2__) || defined(DBRX_EMULATE)
+    using Panel = SpanPanel<ShortDot>;
+#else
+    using Panel = SpanPanel<FloatDot>;
+#endif
+    using Row = Panel::Row;
+    // Sets a span of `count` outputs from `output` on.
     using Fill = void (*)(Panel &panel, const dbrx_matrix &m, int64_t output, int count, int64_t span);
 
     static void some(const dbrx_matrix &m, const std::byte *const *x, int64_t begin, int64_t n, int64_t first, int64_t last,
                      const GemmWrite &write, Fill fill) {
-        const char *rows[GEMM_ROWS];
-        for (int64_t i = 0; i < n; ++i) rows[i] = (const char *)x[i] + steps_bytes(m.inputs);
-        alignas(64) float totals[GEMM_ROWS][PANEL], sums[ROUNDS ? GEMM_ROWS : 1][PANEL];  // sums: integers, of a span
+        const Row *rows[GEMM_ROWS];
+        alignas(64) float totals[GEMM_ROWS][PANEL];
         for (int64_t output = first; output < last; output += PANEL) {
             const int outputs = int(std::min<int64_t>(PANEL, last - output));
             Panel panel;
             std::memset(totals, 0, size_t(n) * sizeof totals[0]);
             for (int64_t s = 0; s < spans(m.inputs); ++s) {
                 fill(panel, m, output, outputs, s);
-                interleave((const float *)panel.rows, SPAN / Dot::TOGETHER, SPAN / Dot::TOGETHER, (float *)panel.words);
-                const int64_t offset = s * SPAN * int64_t(sizeof(Element)), words = SPAN / Dot::TOGETHER;
-                if constexpr (!ROUNDS) {
-                    tiles<Dot>(rows, n, offset, (const char *)panel.words, words, (char *)totals);
-                } else {
-                    std::memset(sums, 0, size_t(n) * sizeof sums[0]);
-                    tiles<Dot>(rows, n, offset, (const char *)panel.words, words, (char *)sums);
-                    for (int64_t i = 0; i < n; ++i) {
-                        const float step = reinterpret_cast<const float *>(x[i])[s];
-                        DBRX_UNROLL for (int v = 0; v < PANEL; v += TILE_LANES) {
-                            const FloatLanes found = to_float(load<WordLanes>(sums[i] + v)) * step;
-                            store(totals[i] + v, multiply_add(found, load<FloatLanes>(panel.step + v), load<FloatLanes>(totals[i] + v)));
-                        }
-                    }
-                }
+                panel.order();
+                for (int64_t i = 0; i < n; ++i) rows[i] = reinterpret_cast<const Row *>(x[i]) + s;
+                panel.add(rows, n, totals);
             }
             for (int64_t i = 0; i < n; ++i) write(begin + i, output, outputs, totals[i]);
         }
     }
 };
 
-template <class Format>
+template <class Span>
 class SpanGemm : public SpanProducts {
   public:
     // Prepared rows times outputs first .. last - 1: write(i, output, count, values) for each row i and panel.
@@ -107,10 +152,11 @@ class SpanGemm : public SpanProducts {
 
   private:
     static void fill(Panel &panel, const dbrx_matrix &m, int64_t output, int count, int64_t index) {
-        alignas(64) float weights[SPAN];
+        Span span;
         for (int o = 0; o < count; ++o) {
-            Format::unpack_span(m, output + o, index, weights);
-            panel.step[o] = round_span(weights, SPAN, panel.rows[o]);
+            span.begin(m, output + o);
+            span.open(index);
+            panel.set(o, span);
         }
     }
 };

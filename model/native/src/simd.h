@@ -107,8 +107,10 @@ struct Shorts {  // 16 of 16 bits
         return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)))};
     }
     static Shorts load(const void *at) { return {_mm256_loadu_si256(static_cast<const __m256i *>(at))}; }
+    static Shorts all(int x) { return {_mm256_set1_epi16(int16_t(x))}; }
     void store(int16_t *at) const { _mm256_storeu_si256(reinterpret_cast<__m256i *>(at), v); }
 };
+DBRX_INLINE Shorts operator*(Shorts a, Shorts b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
 constexpr int ROWS_AT_ONCE = 4;  // activation rows that meet a weight in registers
 // 16 weights, or 32, for products: where it is fewer instructions, the even ones before the odd ones. What they are
 // multiplied with is kept in that order (EVEN_FIRST).
@@ -292,8 +294,10 @@ struct Shorts {
         const uint8_t *bytes = static_cast<const uint8_t *>(at);
         return {vreinterpretq_s16_u8(vld1q_u8(bytes)), vreinterpretq_s16_u8(vld1q_u8(bytes + 16))};
     }
+    static Shorts all(int x) { return {vdupq_n_s16(int16_t(x)), vdupq_n_s16(int16_t(x))}; }
     void store(int16_t *at) const { vst1q_s16(at, lo), vst1q_s16(at + 8, hi); }
 };
+DBRX_INLINE Shorts operator*(Shorts a, Shorts b) { return {vmulq_s16(a.lo, b.lo), vmulq_s16(a.hi, b.hi)}; }
 constexpr int ROWS_AT_ONCE = 3;
 constexpr bool EVEN_FIRST = false;
 struct Ints {
@@ -429,8 +433,17 @@ struct Shorts {
         std::memcpy(out.v, at, sizeof out.v);
         return out;
     }
+    static Shorts all(int x) {
+        Shorts out;
+        for (int16_t &one : out.v) one = int16_t(x);
+        return out;
+    }
     void store(int16_t *at) const { std::memcpy(at, v, sizeof v); }
 };
+DBRX_INLINE Shorts operator*(Shorts a, Shorts b) {
+    for (int i = 0; i < 16; ++i) a.v[i] = int16_t(a.v[i] * b.v[i]);
+    return a;
+}
 constexpr int ROWS_AT_ONCE = 1;  // no vectors, so nothing is saved by more
 constexpr bool EVEN_FIRST = false;
 struct Ints {

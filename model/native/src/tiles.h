@@ -142,7 +142,20 @@ struct HalfDot {
     }
 };
 
-// sums [R, PANEL] += rows [R][steps] times panel [steps, PANEL], in words of 32 bits each.
+// sum [R, TILE_VECTORS vectors] += rows [R][steps] times panel [steps, PANEL], in words of 32 bits each.
+template <class Dot, int R>
+DBRX_INLINE void multiply_words(const char *const (&row)[R], const char *panel, int64_t steps, typename Dot::Sum (&sum)[R][TILE_VECTORS]) {
+    for (int64_t s = 0; s < steps; ++s, panel += 4 * PANEL) {
+        WordLanes w[TILE_VECTORS];
+        DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) w[v] = load<WordLanes>(panel + v * sizeof(WordLanes));
+        DBRX_UNROLL for (int r = 0; r < R; ++r) {
+            const WordLanes x = spread(row[r] + 4 * s);
+            DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) sum[r][v] = Dot::add(sum[r][v], x, w[v]);
+        }
+    }
+}
+
+// The same with sums in memory.
 template <class Dot, int R>
 inline void tile(const char *const *rows, int64_t offset, const char *panel, int64_t steps, void *sums) {
     using Sum = typename Dot::Sum;
@@ -152,14 +165,7 @@ inline void tile(const char *const *rows, int64_t offset, const char *panel, int
         row[r] = rows[r] + offset;
         DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) sum[r][v] = load<Sum>((char *)sums + (r * TILE_VECTORS + v) * sizeof(Sum));
     }
-    for (int64_t s = 0; s < steps; ++s, panel += 4 * PANEL) {
-        WordLanes w[TILE_VECTORS];
-        DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) w[v] = load<WordLanes>(panel + v * sizeof(WordLanes));
-        DBRX_UNROLL for (int r = 0; r < R; ++r) {
-            const WordLanes x = spread(row[r] + 4 * s);
-            DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) sum[r][v] = Dot::add(sum[r][v], x, w[v]);
-        }
-    }
+    multiply_words<Dot>(row, panel, steps, sum);
     DBRX_UNROLL for (int r = 0; r < R; ++r)
         DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) store((char *)sums + (r * TILE_VECTORS + v) * sizeof(Sum), sum[r][v]);
 }

@@ -21,7 +21,7 @@ auto with_blocks(const dbrx_matrix &m, F f) {
 
 template <class Type>
 struct BlockSpan {
-    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP;
+    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::HAS_MIN ? GROUPS : 0;
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
@@ -64,16 +64,39 @@ struct BlockSpan {
     }
 
     void unpack(float *out) const {
-        alignas(32) uint8_t bytes[SPAN];
+        alignas(32) int8_t bytes[SPAN];
         float minima[GROUPS];
-        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk) Type::quantized(at, chunk).store(bytes + chunk * CHUNK);
+        quantized(bytes);
         if constexpr (Type::HAS_MIN)
             for (int g = 0; g < GROUPS; g += LANES) min[g / LANES].store(minima + g);
         for (int g = 0; g < GROUPS; ++g)
             for (int i = g * Type::GROUP; i < (g + 1) * Type::GROUP; ++i) {
-                const float weight = scale[g] * float(Type::IS_SIGNED ? int8_t(bytes[i]) : bytes[i]);
+                const float weight = scale[g] * float(bytes[i]);
                 out[i] = Type::HAS_MIN ? weight - minima[g] : weight;
             }
+    }
+    // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Scales of 16 are whole numbers
+    // times one of the block: they go into the weights, which are 4,096 at most: -32 * -128 of Q6_K.
+    void integers(int16_t *out, float *scales, float *minima) const {
+        alignas(32) int8_t bytes[SPAN];
+        quantized(bytes);
+        if constexpr (Type::GROUP == 32) {
+            for (int i = 0; i < SPAN; i += 16) Shorts::widen(bytes + i).store(out + i);
+            std::copy_n(scale, GROUPS, scales);
+        } else {
+            Floats whole[GROUPS / LANES];
+            alignas(32) int16_t factors[GROUPS];
+            Type::whole_scales(at, whole);
+            for (int g = 0; g < GROUPS; g += LANES) store_rounded(whole[g / LANES], factors + g);
+            for (int g = 0; g < GROUPS; ++g) (Shorts::widen(bytes + 16 * g) * Shorts::all(factors[g])).store(out + 16 * g);
+            std::fill_n(scales, SPAN / CHUNK, Type::block_scale(at));
+        }
+        for (int g = 0; g < MINIMA; g += LANES) min[g / LANES].store(minima + g);
+    }
+
+  private:
+    void quantized(int8_t *out) const {
+        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk) Type::quantized(at, chunk).store(reinterpret_cast<uint8_t *>(out) + chunk * CHUNK);
     }
 };
 

@@ -12,17 +12,26 @@ inline uint32_t word(const uint8_t *at) {
     return value;
 }
 inline uint64_t words(uint32_t low, uint32_t high) { return uint64_t(high) << 32 | low; }
+inline uint64_t eight(const uint8_t *at) { return words(word(at), word(at + 4)); }
 constexpr uint32_t TWO_BITS = 0x03030303, FOUR_BITS = 0x0f0f0f0f, SIX_BITS = 0x3f3f3f3f;
+
+// Scales of 16 weights each: whole numbers, times one of the block.
+template <class Type>
+DBRX_INLINE void scales_of_16(const uint8_t *block, Floats *out) {
+    Type::whole_scales(block, out);
+    for (int i = 0; i < 2; ++i) out[i] = Floats::all(Type::block_scale(block)) * out[i];
+}
 
 struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, two scales of 16 bits
     static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16;
     static constexpr bool IS_SIGNED = false, HAS_MIN = true;
+    static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 80); }
+    static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
+        for (int i = 0; i < 2; ++i) out[i] = eight_bytes(eight(block + 8 * i) & words(FOUR_BITS, FOUR_BITS));
+    }
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) {
-        const Floats d = Floats::all(half(block + 80)), d_min = Floats::all(half(block + 82));
-        for (int i = 0; i < 2; ++i) {
-            const uint64_t both = words(word(block + 8 * i), word(block + 8 * i + 4)), low = words(FOUR_BITS, FOUR_BITS);
-            scale[i] = d * eight_bytes(both & low), min[i] = d_min * eight_bytes(both >> 4 & low);
-        }
+        scales_of_16<Q2_K>(block, scale);
+        for (int i = 0; i < 2; ++i) min[i] = Floats::all(half(block + 82)) * eight_bytes(eight(block + 8 * i) >> 4 & words(FOUR_BITS, FOUR_BITS));
     }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         return Bytes::load(block + 16 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
@@ -32,13 +41,15 @@ struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, t
 struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits, a scale of 16 bits
     static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
-        const Floats d = Floats::all(half(block + 108)), middle = Floats::all(32);
+    static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 108); }
+    static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
+        const Floats middle = Floats::all(32);
         const uint32_t a = word(block + 96), b = word(block + 100), c = word(block + 104);
         const auto six_bits = [](uint32_t low, uint32_t high) { return (low & FOUR_BITS) | (high & TWO_BITS) << 4; };
-        scale[0] = d * (eight_bytes(words(six_bits(a, c), six_bits(b, c >> 2))) - middle);
-        scale[1] = d * (eight_bytes(words(six_bits(a >> 4, c >> 4), six_bits(b >> 4, c >> 6))) - middle);
+        out[0] = eight_bytes(words(six_bits(a, c), six_bits(b, c >> 2))) - middle;
+        out[1] = eight_bytes(words(six_bits(a >> 4, c >> 4), six_bits(b >> 4, c >> 6))) - middle;
     }
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) { scales_of_16<Q3_K>(block, scale); }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const Bytes low = Bytes::load(block + 32 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
         return (low | (Bytes::load(block) >> chunk & Bytes::all(1)) << 2) - Bytes::all(4);
@@ -74,10 +85,11 @@ struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
 struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bits, a scale of 16 bits
     static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16;
     static constexpr bool IS_SIGNED = true, HAS_MIN = false;
-    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
-        const Floats d = Floats::all(half(block + 208));
-        for (int i = 0; i < 2; ++i) scale[i] = d * eight_signed(block + 192 + 8 * i);
+    static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 208); }
+    static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
+        for (int i = 0; i < 2; ++i) out[i] = eight_signed(block + 192 + 8 * i);
     }
+    static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) { scales_of_16<Q6_K>(block, scale); }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const int part = chunk / 4, at = chunk % 4;
         const Bytes low = Bytes::load(block + part * 64 + at % 2 * 32) >> at / 2 * 4 & Bytes::all(15);

@@ -63,7 +63,7 @@ struct GroupSpan {
     static constexpr bool IN_WORDS = 16 % BITS == 0;
     static constexpr int CHUNK = IN_WORDS ? 256 / BITS : 32, VECTORS = CHUNK / 16;
     static constexpr int64_t BYTES = SPAN * BITS / 8;
-    static constexpr int PARTS = SPAN / 32;  // of 32 inputs, the smallest group
+    static constexpr int PARTS = SPAN / 32, MINIMA = PARTS;  // of 32 inputs, the smallest group
 
     static int64_t groups(const dbrx_matrix &m) { return (m.inputs + m.group - 1) / m.group; }
     static int range_bytes(const dbrx_matrix &m) { return (m.ranges & DBRX_RANGES_F32) ? 4 : 2; }
@@ -93,9 +93,8 @@ struct GroupSpan {
         ranges(scales_of_row, index).store(scale);
         offset = ranges(offsets_of_row, index);
     }
-    DBRX_INLINE Floats less(const SpanActivations &of) const {
-        return offset * (from_zero ? Floats::load(scale) : Floats::all(-1)) * Floats::load(of.less_of_32);
-    }
+    DBRX_INLINE Floats minima() const { return offset * (from_zero ? Floats::load(scale) : Floats::all(-1)); }
+    DBRX_INLINE Floats less(const SpanActivations &of) const { return minima() * Floats::load(of.less_of_32); }
     DBRX_INLINE void weights(int chunk, Shorts (&out)[VECTORS]) const {
         const uint8_t *from = at + chunk * (CHUNK * BITS / 8);
         for (int v = 0; v < VECTORS; ++v) {
@@ -117,20 +116,28 @@ struct GroupSpan {
     void unpack(float *out) const {
         alignas(32) int16_t quantized[SPAN];
         float offsets[PARTS];
-        if constexpr (IN_WORDS) {
-            for (int byte = 0; byte < BYTES; ++byte)
-                for (int k = 0; k < 8 / BITS; ++k) quantized[byte * (8 / BITS) + k] = int16_t(at[byte] >> k * BITS & ((1 << BITS) - 1));
-        } else {
-            for (int i = 0; i < SPAN; i += 16) sixteen_weights<BITS>(at + i * BITS / 8, i >= SPAN / 2).store(quantized + i);
-        }
+        in_order(quantized);
         offset.store(offsets);
         for (int part = 0; part < PARTS; ++part) {
             const float zero = from_zero ? offsets[part] : 0, more = from_zero ? 0 : offsets[part];
             for (int i = part * 32; i < (part + 1) * 32; ++i) out[i] = (float(quantized[i]) - zero) * scale[part] + more;
         }
     }
+    void integers(int16_t *out, float *scales, float *to_minima) const {
+        in_order(out);
+        std::copy_n(scale, PARTS, scales);
+        minima().store(to_minima);
+    }
 
   private:
+    void in_order(int16_t *out) const {
+        if constexpr (IN_WORDS) {
+            for (int byte = 0; byte < BYTES; ++byte)
+                for (int k = 0; k < 8 / BITS; ++k) out[byte * (8 / BITS) + k] = int16_t(at[byte] >> k * BITS & ((1 << BITS) - 1));
+        } else {
+            for (int i = 0; i < SPAN; i += 16) sixteen_weights<BITS>(at + i * BITS / 8, i >= SPAN / 2).store(out + i);
+        }
+    }
     // Scales or offsets of a span, one for each 32 inputs.
     DBRX_INLINE Floats ranges(const uint8_t *from, int64_t index) const {
         from += index * each * nbytes;

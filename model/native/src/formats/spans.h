@@ -25,11 +25,10 @@ struct SpanActivations {  // zeros behind the last input
 // Activations, the same for all formats but for their order.
 struct SpanRows {
     static int64_t prepared_bytes(int64_t inputs) { return spans(inputs) * int64_t(sizeof(SpanActivations)); }
-
-  protected:
-    static void prepare_span(const float *x, int64_t inputs, SpanActivations &out) {
+    // In integers of a magnitude up to qmax.
+    static void prepare_span(const float *x, int64_t inputs, int qmax, SpanActivations &out) {
         const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
-        const Floats inverse = Floats::all(32766 / most);
+        const Floats inverse = Floats::all(float(qmax) / most);
         int64_t i = 0;
         for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse, out.x + i);
         std::fill(out.x + i, out.x + SPAN, int16_t(0));
@@ -39,22 +38,24 @@ struct SpanRows {
             out.less_of_16[g] = float(-total);
         }
         for (int g = 0; g < SPAN / 32; ++g) out.less_of_32[g] = out.less_of_16[2 * g] + out.less_of_16[2 * g + 1];
-        out.scale = most / 32766;
+        out.scale = most / float(qmax);
     }
 };
 
 // Span: `begin` an output, `open` one of its spans after the other; then, chunk by chunk, its `weights` as Shorts, to `multiply`
 // with as many activations, and the `scales` of the lanes that this gives. `less` is what minima add up to; `unpack` gives the
-// weights themselves.
+// weights themselves, `integers` what products of many rows take (gemm_spans.h).
 template <class Span>
 struct Spans : SpanRows {
+    using SpanType = Span;
     static constexpr int AT_ONCE = 2;  // outputs whose products share a loop: with four, scales leave no registers
+    static constexpr int QMAX = 32766;
     static int64_t row_bytes(const dbrx_matrix &m) { return Span::row_bytes(m); }
 
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
         SpanActivations *out = reinterpret_cast<SpanActivations *>(to);
         for (int64_t start = 0; start < inputs; start += SPAN, ++out) {
-            prepare_span(x + start, std::min<int64_t>(SPAN, inputs - start), *out);
+            prepare_span(x + start, std::min<int64_t>(SPAN, inputs - start), QMAX, *out);
             Span::order(out->x);
         }
     }
