@@ -245,7 +245,7 @@ def kill_at(server: FakeHub, pid: int, bytes_sent: int, how: signal.Signals) -> 
 )
 @pytest.mark.parametrize("into", ["cache", "folder"])
 def test_kill_and_resume(server: FakeHub, tmp_path: Path, into: str, rounds: int, kills: int) -> None:
-    content = big(server)
+    content = big(server, shards=6)
     wanted = [name for name in content if not name.endswith((".py", ".bin"))]
     total = sum(len(content[name]) for name in wanted)
     for round_ in range(rounds):
