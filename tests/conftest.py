@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,8 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()  # a third of a million objects that stay: to walk through them again and again takes a minute in all
     gc.enable()
+    if comparison := sys.modules.get("torch.testing._comparison"):
+        vars(comparison)["_HAS_DTENSOR"] = False  # else the first assert_close imports sympy, which takes a second
 
 
 def pytest_collection_modifyitems(config: pytest.Config) -> None:
