@@ -125,6 +125,7 @@ FLAGS = st.sampled_from(
 LINES = {"flags": st.lists(st.tuples(FLAGS, NUMBERS), max_size=3), "prompt": st.text(max_size=5)}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**LINES)
 def test_any_flags_end_in_the_contract(

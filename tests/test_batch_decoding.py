@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> DbrxForCausalLM:
     """16 experts choose 4, unevenly."""
     return fidelity.load("like_dbrx", request.param).network

@@ -10,7 +10,15 @@ from tests import fidelity
 torch.set_num_threads(1)
 
 NAMES = list(fidelity.GOLDEN)
-each_backend = pytest.mark.parametrize("backend", fidelity.BACKENDS)
+# Among the quick tests is each model with the usual backend, and each backend with DBRX's shape.
+each_model_and_backend = pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=() if backend == "sdpa" or name == "like_dbrx" else pytest.mark.slow)
+        for name in NAMES
+        for backend in fidelity.BACKENDS
+    ],
+)
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -31,8 +39,7 @@ def test_enough_kinds_of_configuration() -> None:
         assert len(set(sizes)) == len(sizes), (sizes, clip)
 
 
-@each_backend
-@each_model
+@each_model_and_backend
 def test_logits(name: str, backend: str) -> None:
     for way, difference in fidelity.logits(fidelity.load(name, backend)).items():
         assert difference < 1e-4, way
@@ -45,15 +52,13 @@ def test_internals_and_losses(name: str) -> None:
         assert difference < 1e-4, what
 
 
-@each_backend
-@each_model
+@each_model_and_backend
 def test_greedy_tokens(name: str, backend: str) -> None:
     found = fidelity.greedy(fidelity.load(name, backend))
     assert found["greedy tokens"] == 40 and found["cached decode"] < 1e-4
 
 
-@each_backend
-@each_model
+@each_model_and_backend
 def test_bfloat16_is_within_its_rounding(name: str, backend: str) -> None:
     """Not further from the float32 reference than the reference's own bfloat16, but for chance."""
     figures = fidelity.bfloat16(name, backend)

@@ -361,6 +361,7 @@ def test_no_room_is_told_before_the_first_byte(server: FakeHub, monkeypatch: pyt
     assert server.bytes_sent == 0 and not Path(constants.HF_HUB_CACHE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["cache", "folder"])
 def test_a_disk_that_fills_up(server: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str) -> None:
     """ENOSPC at the nth write, for every n: exit code 5, nothing bad under a final name, and it resumes."""

@@ -139,6 +139,7 @@ def test_help_starts_without_torch() -> None:
     assert not {"torch", "accelerate", "huggingface_hub", "prompt_toolkit", "tiktoken"} & loaded_by(code)
 
 
+@pytest.mark.slow
 def test_a_network_on_the_meta_device_starts_without_pytorchs_compiler() -> None:
     code = "import torch, model\nwith torch.device('meta'): model.DbrxForCausalLM(model.DbrxConfig(n_layers=1))"
     assert "sympy" not in loaded_by(code), "torch._dynamo was imported, which takes a second"

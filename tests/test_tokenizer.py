@@ -372,6 +372,7 @@ def test_tensors(dbrx: Tokenizer) -> None:
         _ = BatchEncoding({}).absent
 
 
+@pytest.mark.slow
 def test_save_pretrained_writes_the_files_back(dbrx: Tokenizer, tmp_path: Path) -> None:
     dbrx.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")

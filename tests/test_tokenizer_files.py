@@ -62,6 +62,7 @@ def check_read_alike(folder: Path, ours: Tokenizer) -> None:
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_tokenizer_json(tmp_path: Path) -> None:
     config = {"tokenizer_class": "TiktokenTokenizerWrapper", "auto_map": {"AutoTokenizer": ["t.T", None]}}
     ours = AutoTokenizer.from_pretrained(folder_of(tmp_path / "m", None, **config, eos_token="<|endoftext|>"))
