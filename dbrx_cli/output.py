@@ -37,10 +37,19 @@ def place(text: str) -> None:
     print(f"\r\x1b[K{dimmed}", end="", file=sys.stderr, flush=True)
 
 
-def restore() -> None:
-    """Before the process ends without a word: no line of what is waited for stays, and the cursor shows."""
+CTRL_C = "^C"  # as a terminal shows it, behind what stands there: a row has room for it, or it begins another
+
+
+def restore(*, last: bool = False) -> None:
+    """Before the process ends without a word: no line of what is waited for stays, and the cursor shows.
+
+    last: it ends at once, and no other thread shows anything meanwhile.
+    """
     if moves_cursor(sys.stderr):
-        os.write(2, b"\r\x1b[K\x1b[?25h")
+        terminal = os.dup(2) if last else 2
+        if last:  # to write lets go of Python's lock, for which a thread that shows a line may be waiting
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(terminal, b"\r\x1b[K\x1b[?25h")
 
 
 def tell(text: str, *, dim: bool = False) -> None:

@@ -116,10 +116,10 @@ def settle_libraries() -> None:
 
 
 def stderr_console() -> Console:
-    """rich on stderr."""
-    from dbrx_cli.render.console import PlainConsole
+    """rich on stderr, for bars."""
+    from dbrx_cli.render.console import BarConsole
 
-    return PlainConsole(stderr=True)
+    return BarConsole(stderr=True)
 
 
 def progress(console: Console, unit: str, transient: bool) -> Progress:

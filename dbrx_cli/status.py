@@ -122,8 +122,7 @@ class Status:
                 self._draw()
 
     def _draw(self) -> None:
-        # With room for the ^C that a terminal shows: on a row of its own it would keep the line from being wiped.
-        output.place(self.text(max(10, shutil.get_terminal_size().columns - len("^C") - 1)))
+        output.place(self.text(max(10, shutil.get_terminal_size().columns - len(output.CTRL_C) - 1)))
 
     def _wipe(self) -> None:
         output.place("")

@@ -16,9 +16,12 @@ import pytest
 
 from dbrx_cli.addresses import listen
 from dbrx_cli.engine.local import LocalEngine
-from dbrx_cli.server import app, streaming
+from dbrx_cli.options import OutputOptions
+from dbrx_cli.report import Report
+from dbrx_cli.running import Record
+from dbrx_cli.server import app, run, streaming
 from dbrx_cli.server.safety import Guard
-from dbrx_cli.server.service import Limits
+from dbrx_cli.server.service import Limits, Service
 from dbrx_cli.server.worker import Pace
 from model.errors import InputError
 from model.sampling import SamplingParams
@@ -279,6 +282,26 @@ def test_a_process_from_start_to_end(forks: Forks, small_checkpoint: Path) -> No
         assert rest == "dbrx: replies on their way: 1; Ctrl-C again ends them at once\n", "no prompt, no reply"
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(f"{url}/models", trust_env=False)
+
+
+def test_a_ctrl_c_before_it_hears_signals_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the thread that loads would say so on a terminal, and nobody wipes its line."""
+    loaded: list[bool] = []
+
+    def load() -> LocalEngine:
+        loaded.append(True)
+        raise InputError("it has begun")
+
+    def late(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return Service(*given)
+
+    monkeypatch.setattr(run, "Service", late)
+    record = Record(0, "http://127.0.0.1:1", "m", {}, False)
+    others = run.Ends(1, None), listen("127.0.0.1", 0), Limits(), Guard("127.0.0.1", None), Report(OutputOptions())
+    with pytest.raises(KeyboardInterrupt), others[1]:
+        run.serve(load, record, [], *others)
+    assert not loaded
 
 
 def test_faults_before_it_serves(cli: Cli, small_checkpoint: Path, tmp_path: Path) -> None:

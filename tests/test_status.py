@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -31,7 +33,7 @@ from model.messages import Message
 from model.sampling import SamplingParams
 from tests.cli import Cli
 from tests.fake_chat import FakeEngine
-from tests.terminal import Screen, feed
+from tests.terminal import Screen, Terminal, feed
 
 
 class Tty(io.StringIO):
@@ -110,6 +112,33 @@ def test_a_ctrl_c_in_a_narrow_window_leaves_nothing(monkeypatch: pytest.MonkeyPa
         err.write("^C")
     feed(screen := Screen(40, 10), err.getvalue())
     assert [row for row in screen.display if row.strip()] == []
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_ctrl_c_beside_a_bar_leaves_nothing(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    err = terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Report(OutputOptions()).bar("Reading the weights") as advance:
+        advance(200_000_000, 2_600_000_000)
+        err.write("^C")
+    feed(screen := Screen(columns, 10), err.getvalue())
+    assert [row for row in screen.display if row.strip()] == []
+
+
+def test_no_thread_shows_a_line_behind_the_last_word() -> None:
+    def shows() -> None:
+        while True:
+            output.place("starting demo")
+
+    def ends() -> None:
+        threading.Thread(target=shows, daemon=True).start()
+        time.sleep(0.05)
+        output.restore(last=True)
+        time.sleep(0.05)
+        os._exit(0)
+
+    child = Terminal([], main=ends)
+    assert child.leave() == 0 and b"starting demo" in (child.process.before or b"") and child.text == ""
 
 
 def test_a_notice_breaks_no_word(monkeypatch: pytest.MonkeyPatch) -> None:

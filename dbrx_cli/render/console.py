@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 
+from dbrx_cli.output import CTRL_C
 from model.foreign_text import escaped
 
 ENDLESS = 100_000  # columns
@@ -26,6 +27,15 @@ class PlainConsole(Console):
                 yield segment
             else:
                 yield segment._replace(text=escaped(segment.text))
+
+
+class BarConsole(PlainConsole):
+    """Of what is wiped again: rich would look for it a row too high where a Ctrl-C has begun another row."""
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def size(self) -> ConsoleDimensions:
+        width, height = super().size
+        return ConsoleDimensions(max(10, width - len(CTRL_C) - 1), height)
 
 
 def figures(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

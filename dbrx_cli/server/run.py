@@ -88,6 +88,7 @@ class _Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._end, number)
+        await asyncio.sleep(0)  # a Ctrl-C from before these ends it here: no thread shows yet that it loads
         service.worker.start()
         serving = asyncio.create_task(self._server.serve([listening]))
         try:
@@ -127,9 +128,10 @@ class _Life:
 
     def _end(self, number: int) -> None:
         """At the first signal take no more requests and let replies end; at the second, or while loading, end."""
-        output.restore()  # the terminal has shown ^C
         code = early.INTERRUPTED if number == signal.SIGINT else 0
-        if self._service.draining or self._service.worker.engine is None:
+        ends = self._service.draining or self._service.worker.engine is None
+        output.restore(last=ends)  # the terminal has shown ^C
+        if ends:
             os._exit(code or 128 + number)
         self._service.draining, self._server.should_exit, self._code = True, True, code
         if self._service.open:
