@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.kernels.cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
-from model.kernels.cuda_glu import DOWN, DOWN_REGISTERS, down_kernel, gate_up_kernel
-from model.kernels.cuda_linear import GEMV_REGISTERS, dequantize_kernel, gemv_kernel, tile
+from model.kernels.cuda_glu import DOWN, down_kernel, gate_up_kernel
+from model.kernels.cuda_linear import Tile, dequantize_kernel, gemv_kernel, tile
 from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 
 TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
@@ -95,40 +95,39 @@ class Compiled:
         return min(0.92, by_loads, 1 / (weights * self.clocks))
 
 
-def kernels() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], int, int]]:
-    """Name, format, function, types of its arguments, constants, warps and programs, in DBRX's shapes."""
+def kernels() -> Iterator[tuple[str, str, Any, dict[str, str], dict[str, Any], Tile, int]]:
+    """Name, format, function, types of its arguments, constants, tile and programs, in DBRX's shapes."""
     for form, (bits, group) in FORMATS.items():
         outer, inner = (-(-width * bits // 128) for width in (D_MODEL, HIDDEN))
         same = {"BITS": bits, "GROUP": group}
-        N, C, warps = tile(1)
+        made = tile(1, bits)
         words = {"table": "*i64"}
         glu = {"TOP_K": TOP_K, **same}
         types = {"x": "*fp32", "expert_ids": "*i32", **words, "inner": "*fp32", "hidden": "i32"}
-        constants = {"ACTIVATION": "silu", "CHUNKS": outer, "INNER_CHUNKS": inner, "N": N, "C": C, **glu}
-        yield "gate_up", form, gate_up_kernel, types, constants, warps, TOP_K * HIDDEN * 2 // N
+        constants = {"ACTIVATION": "silu", "CHUNKS": outer, "INNER_CHUNKS": inner, **glu}
+        yield "gate_up", form, gate_up_kernel, types, constants, made, TOP_K * HIDDEN * 2 // made.N
         types = {"inner": "*fp32", "expert_ids": "*i32", "router_weights": "*fp32", **words}
         types |= {"residual": "*fp32", "out": "*fp32", "d_model": "i32"}
-        N, C, warps = DOWN
-        constants = {"CHUNKS": inner, "N": N, "C": C, **glu}
-        yield "down", form, down_kernel, types, constants, warps, D_MODEL // N
+        constants = {"CHUNKS": inner, **glu}
+        yield "down", form, down_kernel, types, constants, DOWN, D_MODEL // DOWN.N
         if form in ("int4 g32", "int4 g128"):
             continue  # attention and head are int8 beside them
         for tokens in (1, 8):
-            N, C, warps = tile(tokens)
+            made = tile(tokens, bits)
             types = {"x": "*fp32", "values": "*i32", "ranges": "*fp32", "out": "*fp32"}
             types |= {"tokens": "i32", "outputs": "i32"}
-            constants = {"T": tokens, "N": N, "C": C, "CHUNKS": outer, **same}
-            yield f"Wqkv, {tokens} tokens", form, gemv_kernel, types, constants, warps, 8192 // N
+            constants = {"T": tokens, "CHUNKS": outer, **same}
+            yield f"Wqkv, {tokens} tokens", form, gemv_kernel, types, constants, made, 8192 // made.N
 
 
 def compile_all(arch: int, only: Collection[tuple[str, str]] | None = None) -> Iterator[Compiled]:
     """Every product for one kind of card, or `only` some kernels in some forms."""
-    for name, form, function, types, constants, warps, programs in kernels():
+    for name, form, function, types, constants, (N, C, warps, maxnreg), programs in kernels():
         if only is not None and (name, form) not in only:
             continue
-        made = _compile(arch, function, types, constants, warps)
+        made = _compile(arch, function, types, {**constants, "N": N, "C": C}, num_warps=warps, maxnreg=maxnreg)
         usage, code = _usage(made), _tool("nvdisasm", "-c", made)
-        weights = constants["N"] * constants["C"] * 128 // constants["BITS"] // (32 * warps)
+        weights = N * C * 128 // constants["BITS"] // (32 * warps)
         loop = _loop(code)
         yield Compiled(
             name,
@@ -174,22 +173,17 @@ def others() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], int]]:
 def compile_others(arch: int) -> Iterator[tuple[str, dict[str, int], int]]:
     """Name, what it uses, and loads of 128 bits."""
     for name, function, types, constants, warps in others():
-        made = _compile(arch, function, types, constants, warps)
+        made = _compile(arch, function, types, constants, num_warps=warps)
         yield name, _usage(made), len(re.findall(r"ld\.global[\w.]*\.v4\.b32", made.asm["ptx"]))
 
 
-def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Any:
+def _compile(arch: int, function: Any, types: dict[str, str], constants: dict[str, Any], **options: int | None) -> Any:
     names = function.arg_names
     # Pointers are multiples of 16, as PyTorch's are; numbers that are 128 or 6144 here, too.
     whole = [n for n, t in types.items() if t[0] == "*" or n in ("head_dim", "width")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     signature = {n: types.get(n, "constexpr") for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": warps}
-    if function is down_kernel:
-        options["maxnreg"] = DOWN_REGISTERS
-    elif function is gemv_kernel and constants["T"] > 1:
-        options["maxnreg"] = GEMV_REGISTERS
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -44,8 +44,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
     # One program for all of a small expert: they cost a tenth of a second each, whatever their tiles.
-    cuda_glu.DOWN = Tile(256, 16, 4)
-    cuda_glu.tile = cuda_linear.tile = lambda tokens: cuda_glu.DOWN
+    cuda_glu.DOWN = Tile(256, 16, 4, 255)
+    cuda_glu.tile = cuda_linear.tile = lambda tokens, bits: cuda_glu.DOWN
     cuda_block.SPLITS = 2
     prepare()
 

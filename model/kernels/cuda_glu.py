@@ -21,8 +21,7 @@ from .torch_glu import LinearsGlu
 if TYPE_CHECKING:
     from ..weights import FloatExpert
 
-DOWN = Tile(16, 32, 4)  # a thread has four outputs: with eight, in a loop over experts, registers are spilled
-DOWN_REGISTERS = 120  # of a thread: left to itself, the assembler takes 64 or 72 for sm_80, and spills
+DOWN = Tile(16, 32, 4, 120)  # a thread has four outputs: with eight, in a loop over experts, registers are spilled
 
 
 @triton.jit
@@ -168,10 +167,10 @@ class CudaGlu(LinearsGlu):
     ) -> Tensor:
         """residual [tokens, d_model] and the experts' weighted sum, of one to eight tokens x, prepared; in float32."""
         (tokens, top_k), (first, second), bits = expert_ids.shape, held.like, self.linear.bits
-        N, C, num_warps = tile(1)
+        made = tile(1, bits)
         hidden, d_model = second.inputs, second.outputs
         inner = torch.empty(tokens * top_k, 128 // bits, second.chunks, device=x.device)
-        grid = tokens * top_k, triton.cdiv(second.chunks * (128 // bits), N // 2)
+        grid = tokens * top_k, triton.cdiv(second.chunks * (128 // bits), made.N // 2)
         shape = {"TOP_K": top_k, "BITS": bits, "GROUP": self.linear.group}
         gate_up_kernel[grid](
             x,
@@ -180,18 +179,14 @@ class CudaGlu(LinearsGlu):
             inner,
             hidden,
             ACTIVATION=self.function,
-            N=N,
-            C=C,
             CHUNKS=first.chunks,
             INNER_CHUNKS=second.chunks,
-            num_warps=num_warps,
+            **made._asdict(),
             **shape,
         )
-        N, C, num_warps = DOWN
-        constants = {"N": N, "C": C, "CHUNKS": second.chunks, "num_warps": num_warps, **shape}
-        constants["maxnreg"] = DOWN_REGISTERS
+        shape |= {"CHUNKS": second.chunks, **DOWN._asdict()}
         out = torch.empty_like(residual)
-        down_kernel[tokens, triton.cdiv(d_model, N)](
-            inner, expert_ids, router_weights, held.table, residual, out, d_model, **constants
+        down_kernel[tokens, triton.cdiv(d_model, DOWN.N)](
+            inner, expert_ids, router_weights, held.table, residual, out, d_model, **shape
         )
         return out

@@ -17,7 +17,6 @@ from .base import Packed, RowByRow, Rows, check_scales
 from .cuda_tiles import CHUNK, add_products
 
 GEMV_MAX_TOKENS = 8
-GEMV_REGISTERS = 168  # of a thread, with several tokens: the assembler takes 128 for sm_120, and spills
 PIECE = 2**24  # weights that are dequantized at once: 32 MB of bfloat16, which stay in the second cache
 BITS = {"int4": 4, "int8": 8, "bfloat16": 16}
 
@@ -39,20 +38,25 @@ class CudaMatrix(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a program makes at once: outputs, chunks of each; and its warps."""
+    """What a program makes at once: outputs, chunks of each; its warps, and how many registers a thread may have.
+
+    Left to itself (None), the assembler takes fewer for some cards, and spills: 64 for `down` on sm_80, 128 for several
+    tokens on sm_120, and that of Triton 3.6 96 for `gate_up` in int4 on sm_100.
+    """
 
     N: int
     C: int
     num_warps: int
+    maxnreg: int | None
 
 
-def tile(tokens: int) -> Tile:
+def tile(tokens: int, bits: int) -> Tile:
     """So that a thread has a chunk of eight outputs, or of four of several tokens: they share what it loads of these.
 
     With more than one token Triton lets each thread load what it needs only where there are more threads than numbers
     of tokens; else they are exchanged through shared memory, with two barriers a number.
     """
-    return Tile(16, 32, 2) if tokens == 1 else Tile(64, 16, 8)
+    return Tile(16, 32, 2, 128 if bits == 4 else None) if tokens == 1 else Tile(64, 16, 8, 168)
 
 
 @triton.jit
@@ -185,12 +189,10 @@ class CudaLinear(RowByRow):
         """One to eight tokens, `prepared`: float32 [tokens, outputs]."""
         out = torch.empty(tokens, matrix.outputs, device=x.device)
         T = triton.next_power_of_2(tokens)
-        N, C, warps = tile(T)
-        constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group}
-        if T > 1:
-            constants["maxnreg"] = GEMV_REGISTERS
-        gemv_kernel[(triton.cdiv(matrix.outputs, N),)](
-            x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, N=N, C=C, num_warps=warps, **constants
+        made = tile(T, self.bits)
+        constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group, **made._asdict()}
+        gemv_kernel[(triton.cdiv(matrix.outputs, made.N),)](
+            x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, **constants
         )
         return out
 
