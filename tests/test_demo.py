@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -589,6 +590,16 @@ def test_a_pip_that_fails(
         demo.ensure_demo(ignore)
     assert caught.value.hint and "\n" not in caught.value.message
     assert left_over(wheel.parent / "cache") == []
+
+
+def test_an_environment_without_pip_takes_the_one_that_python_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv makes such environments. `python WHEEL/pip` runs pip as it lies in its wheel."""
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    words = demo._pip()
+    if words is None:
+        pytest.skip("this Python carries no pip")
+    (path,) = map(Path, words)
+    assert path.name == "pip" and "pip/__main__.py" in zipfile.ZipFile(path.parent).namelist()
 
 
 def test_no_pip_says_what_to_type(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
