@@ -15,6 +15,8 @@ OTHER_TRITON = $(TRITON:%=.venv-triton-%)
 # Installed first, so that no range picks a newer build of several GB. Empty: the newest that pyproject.toml allows.
 TORCH  ?= torch==2.13.0
 NATIVE := model/native/lib/.ready
+# Each works through half of the files in order, so that what a file's tests share is made once; at the end one helps the other.
+TWO    := -n 2 --dist worksteal
 PROMPT ?= What is the capital of France? Answer briefly.
 
 # Tests start hundreds of processes: each module is compiled once, whatever the environment says.
@@ -27,10 +29,10 @@ demo: $(READY)  ## set up, fetch the demo model, and answer a question
 	@echo "Go on with: $(BIN)/dbrx chat -m demo" >&2
 
 test: $(DEV)  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(TWO)
 
 quick: $(DEV)  ## the tests that need neither the demo model nor many seconds
-	$(BIN)/python -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm or clients)"
+	$(BIN)/python -m pytest $(TWO) -m "not (slow or soak or bench or gpu or reference or install or vllm or llm or clients)"
 
 lint: $(DEV)  ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -54,7 +56,7 @@ record: $(DEV)  ## record docs/session.svg, a chat with the demo model
 	$(BIN)/python -m tests.record_session
 
 soak: $(DEV)  ## the promises at full counts (long)
-	$(BIN)/python -m pytest -n 2 -m soak
+	$(BIN)/python -m pytest $(TWO) -m soak
 
 CARD_PAGE = docs/notebook/$(shell date +%F)-card
 

@@ -21,4 +21,4 @@ for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"
 "$where/bin/python" -m pip install --quiet "torch==$version" -r "$where/requirements.txt" --group dev
 "$where/bin/python" -m pip install --quiet --no-deps --editable .
 "$where/bin/python" -c 'import torch; print("torch", torch.__version__)'
-"$where/bin/python" -m pytest -n 2 -m "not (slow or soak or bench or gpu or reference or install or vllm or llm or clients)" "$@"
+"$where/bin/python" -m pytest -n 2 --dist worksteal -m "not (slow or soak or bench or gpu or reference or install or vllm or llm or clients)" "$@"
