@@ -155,20 +155,50 @@ DBRX_INLINE Floats eight_bytes(uint64_t bytes) {
 DBRX_INLINE Floats eight_signed(const uint8_t *at) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(at))))};
 }
+// Eight numbers of so many bits each, the first in the lowest.
+DBRX_INLINE Floats eight_of(uint32_t numbers, int bits) {
+    const __m256i places = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    const __m256i each = _mm256_srlv_epi32(_mm256_set1_epi32(int(numbers)), places);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(each, _mm256_set1_epi32((1 << bits) - 1)))};
+}
+// Scales of eight chunks of 32 weights, one for all or one for each 16, lane by lane of what `multiply_32` gives.
+//     each two of them make one vector of four chunks: of 32 weights 0 1 2 3 0 1 2 3, of 16 weights 0 2 4 6 1 3 5 7
+struct LaneScales {
+    __m256 four[2];
+    static LaneScales of(const Floats (&scales)[1]) {
+        const __m256 all = scales[0].v;
+        return {{_mm256_permute2f128_ps(all, all, 0x00), _mm256_permute2f128_ps(all, all, 0x11)}};
+    }
+    static LaneScales of(const Floats (&scales)[2]) {
+        const __m256i places = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+        return {{_mm256_permutevar8x32_ps(scales[0].v, places), _mm256_permutevar8x32_ps(scales[1].v, places)}};
+    }
+    DBRX_INLINE Floats at(int chunk) const {
+        const __m256 of = four[chunk / 4];
+        switch (chunk % 4) {
+            case 0: return {_mm256_permute_ps(of, 0x00)};
+            case 1: return {_mm256_permute_ps(of, 0x55)};
+            case 2: return {_mm256_permute_ps(of, 0xaa)};
+            default: return {_mm256_permute_ps(of, 0xff)};
+        }
+    }
+};
 DBRX_INLINE Floats halves(float low, float high) {
     return {_mm256_blend_ps(_mm256_set1_ps(low), _mm256_set1_ps(high), 0xf0)};
 }
 
-// 32 numbers of 8 bits, in their order. nibbles: of 16 bytes the lower halves, then the upper ones; bits: of 4 bytes each bit.
+// 32 numbers of 8 bits, in their order. nibbles: of 16 bytes the lower halves, then the upper ones; each_bit: of 4 bytes.
+// bits(a, right, mask): each byte so many places to the right, or to the left, and of it what `mask` lets through; no bit of
+// a neighbour may come there.
 struct Bytes {
     __m256i v;
     static Bytes all(int x) { return {_mm256_set1_epi8(char(x))}; }
     static Bytes load(const uint8_t *at) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at))}; }
     static Bytes nibbles(const uint8_t *at) {
-        const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
-        return {_mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15))};
+        const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
+        return {_mm256_and_si256(_mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15))};
     }
-    static Bytes bits(const uint8_t *at) {
+    static Bytes each_bit(const uint8_t *at) {
         int32_t four;
         std::memcpy(&four, at, 4);
         const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
@@ -181,15 +211,16 @@ struct Bytes {
 DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return {_mm256_and_si256(a.v, b.v)}; }
 DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
 DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.v, b.v)}; }
-DBRX_INLINE Bytes operator>>(Bytes a, int n) { return Bytes{_mm256_srli_epi16(a.v, n)} & Bytes::all(255 >> n); }
-DBRX_INLINE Bytes operator<<(Bytes a, int n) { return Bytes{_mm256_slli_epi16(a.v, n)} & Bytes::all(255 << n); }
-DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
+DBRX_INLINE Bytes bits(Bytes a, int right, int mask) {
+    return Bytes{right < 0 ? _mm256_slli_epi16(a.v, -right) : _mm256_srli_epi16(a.v, right)} & Bytes::all(mask);
+}
+DBRX_INLINE Bytes look_up(const uint8_t (&table)[16], Bytes at) {
     const __m128i once = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
     return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(once), at.v)};
 }
-DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {  // the even ones, the odd ones
-    out[0].v = is_signed ? _mm256_srai_epi16(_mm256_slli_epi16(a.v, 8), 8) : _mm256_and_si256(a.v, _mm256_set1_epi16(255));
-    out[1].v = is_signed ? _mm256_srai_epi16(a.v, 8) : _mm256_srli_epi16(a.v, 8);
+DBRX_INLINE void split(Bytes a, Shorts (&out)[2]) {  // the even ones, the odd ones
+    out[0].v = _mm256_and_si256(a.v, _mm256_set1_epi16(255));
+    out[1].v = _mm256_srli_epi16(a.v, 8);
 }
 // 32 products, of split bytes and of numbers in that order: lanes 0 to 3 sum those of the first 16, lanes 4 to 7 the others'.
 DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
@@ -325,7 +356,7 @@ struct Bytes {
         const uint8x16_t both = vld1q_u8(at);
         return {vandq_u8(both, vdupq_n_u8(15)), vshrq_n_u8(both, 4)};
     }
-    static Bytes bits(const uint8_t *at) {
+    static Bytes each_bit(const uint8_t *at) {
         static constexpr uint8_t bit_of[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
         const auto half = [&](const uint8_t *two) {
             const uint8x16_t spread = vcombine_u8(vdup_n_u8(two[0]), vdup_n_u8(two[1]));
@@ -338,18 +369,16 @@ struct Bytes {
 DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return {vandq_u8(a.lo, b.lo), vandq_u8(a.hi, b.hi)}; }
 DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return {vorrq_u8(a.lo, b.lo), vorrq_u8(a.hi, b.hi)}; }
 DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return {vsubq_u8(a.lo, b.lo), vsubq_u8(a.hi, b.hi)}; }
-DBRX_INLINE Bytes operator<<(Bytes a, int n) {
-    const int8x16_t by = vdupq_n_s8(int8_t(n));
-    return {vshlq_u8(a.lo, by), vshlq_u8(a.hi, by)};
+DBRX_INLINE Bytes bits(Bytes a, int right, int mask) {
+    const int8x16_t left = vdupq_n_s8(int8_t(-right));
+    return Bytes{vshlq_u8(a.lo, left), vshlq_u8(a.hi, left)} & Bytes::all(mask);
 }
-DBRX_INLINE Bytes operator>>(Bytes a, int n) { return a << -n; }
-DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
-    const uint8x16_t once = vreinterpretq_u8_s8(vld1q_s8(table));
+DBRX_INLINE Bytes look_up(const uint8_t (&table)[16], Bytes at) {
+    const uint8x16_t once = vld1q_u8(table);
     return {vqtbl1q_u8(once, at.lo), vqtbl1q_u8(once, at.hi)};
 }
-DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {
-    const auto wide = [=](uint8x16_t of) -> Shorts {
-        if (is_signed) return {vmovl_s8(vreinterpret_s8_u8(vget_low_u8(of))), vmovl_s8(vreinterpret_s8_u8(vget_high_u8(of)))};
+DBRX_INLINE void split(Bytes a, Shorts (&out)[2]) {
+    const auto wide = [](uint8x16_t of) -> Shorts {
         return {vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(of))), vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(of)))};
     };
     out[0] = wide(a.lo), out[1] = wide(a.hi);
@@ -477,19 +506,20 @@ struct Bytes {
     static Bytes all(int x) { return each([=](int) { return x; }); }
     static Bytes load(const uint8_t *at) { return each([=](int i) { return at[i]; }); }
     static Bytes nibbles(const uint8_t *at) { return each([=](int i) { return i < 16 ? at[i] & 15 : at[i - 16] >> 4; }); }
-    static Bytes bits(const uint8_t *at) { return each([=](int i) { return at[i / 8] >> i % 8 & 1; }); }
+    static Bytes each_bit(const uint8_t *at) { return each([=](int i) { return at[i / 8] >> i % 8 & 1; }); }
     void store(uint8_t *at) const { std::memcpy(at, v, sizeof v); }
 };
 DBRX_INLINE Bytes operator&(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] & b.v[i]; }); }
 DBRX_INLINE Bytes operator|(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] | b.v[i]; }); }
 DBRX_INLINE Bytes operator-(Bytes a, Bytes b) { return Bytes::each([&](int i) { return a.v[i] - b.v[i]; }); }
-DBRX_INLINE Bytes operator>>(Bytes a, int n) { return Bytes::each([&](int i) { return a.v[i] >> n; }); }
-DBRX_INLINE Bytes operator<<(Bytes a, int n) { return Bytes::each([&](int i) { return a.v[i] << n; }); }
-DBRX_INLINE Bytes look_up(const int8_t (&table)[16], Bytes at) {
+DBRX_INLINE Bytes bits(Bytes a, int right, int mask) {
+    return Bytes::each([=](int i) { return (right < 0 ? a.v[i] << -right : a.v[i] >> right) & mask; });
+}
+DBRX_INLINE Bytes look_up(const uint8_t (&table)[16], Bytes at) {
     return Bytes::each([&](int i) { return table[at.v[i]]; });
 }
-DBRX_INLINE void split(Bytes a, bool is_signed, Shorts (&out)[2]) {
-    for (int i = 0; i < 32; ++i) out[i / 16].v[i % 16] = is_signed ? int16_t(int8_t(a.v[i])) : int16_t(a.v[i]);
+DBRX_INLINE void split(Bytes a, Shorts (&out)[2]) {
+    for (int i = 0; i < 32; ++i) out[i / 16].v[i % 16] = a.v[i];
 }
 DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
     Ints sums = Ints::zero();
@@ -511,6 +541,18 @@ DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
 #endif
 
 #if !defined(__AVX2__)
+struct LaneScales {
+    float low[8], high[8];
+    template <int N>
+    static LaneScales of(const Floats (&scales)[N]) {
+        float each[N * LANES];
+        LaneScales out;
+        for (int i = 0; i < N; ++i) scales[i].store(each + i * LANES);
+        for (int chunk = 0; chunk < 8; ++chunk) out.low[chunk] = each[chunk * N], out.high[chunk] = each[chunk * N + N - 1];
+        return out;
+    }
+    Floats at(int chunk) const { return halves(low[chunk], high[chunk]); }
+};
 template <int TIMES>
 DBRX_INLINE Floats repeated(const float *at) {
     float each[LANES];
@@ -540,6 +582,11 @@ DBRX_INLINE Floats first_halves(const uint8_t *at, int count, bool is_half) {
 DBRX_INLINE Floats eight_bytes(uint64_t bytes) {
     float each[LANES];
     for (int i = 0; i < LANES; ++i) each[i] = float(bytes >> 8 * i & 255);
+    return Floats::load(each);
+}
+DBRX_INLINE Floats eight_of(uint32_t numbers, int bits) {
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) each[i] = float(numbers >> bits * i & ((1u << bits) - 1));
     return Floats::load(each);
 }
 DBRX_INLINE Floats eight_signed(const uint8_t *at) {

@@ -21,14 +21,15 @@ auto with_blocks(const dbrx_matrix &m, F f) {
 
 template <class Type>
 struct BlockSpan {
-    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::HAS_MIN ? GROUPS : 0;
+    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::OFFSET ? 0 : GROUPS;
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
     const uint8_t *row, *at;
     int64_t inputs;
-    alignas(32) float scale[GROUPS];
-    Floats min[GROUPS / LANES];
+    Floats scale[GROUPS / LANES];
+    LaneScales lanes;
+    Floats min[GROUPS / LANES];  // or scale * OFFSET
     uint8_t padded[BYTES];
 
     void begin(const dbrx_matrix &m, int64_t output) {
@@ -43,21 +44,19 @@ struct BlockSpan {
             std::memset(padded, 0, sizeof padded);
             at = static_cast<const uint8_t *>(std::memcpy(padded, at, size_t(left / Type::INPUTS * Type::BYTES)));
         }
-        Floats scales[GROUPS / LANES];
-        Type::scales(at, scales, min);
-        for (int g = 0; g < GROUPS; g += LANES) scales[g / LANES].store(scale + g);
+        Type::scales(at, scale, min);
+        if (Type::OFFSET)
+            for (int g = 0; g < GROUPS / LANES; ++g) min[g] = scale[g] * Floats::all(Type::OFFSET);
+        lanes = LaneScales::of(scale);
     }
     DBRX_INLINE Floats less(const SpanActivations &of) const {
         Floats found = Floats::all(0);
-        if constexpr (Type::HAS_MIN)
-            for (int g = 0; g < GROUPS; g += LANES)
-                found = fma(min[g / LANES], Floats::load((Type::GROUP == 32 ? of.less_of_32 : of.less_of_16) + g), found);
+        for (int g = 0; g < GROUPS; g += LANES)
+            found = fma(min[g / LANES], Floats::load((Type::GROUP == 32 ? of.less_of_32 : of.less_of_16) + g), found);
         return found;
     }
-    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const { split(Type::quantized(at, chunk), Type::IS_SIGNED, out); }
-    DBRX_INLINE Floats scales(int chunk) const {
-        return Type::GROUP == CHUNK ? Floats::all(scale[chunk]) : halves(scale[2 * chunk], scale[2 * chunk + 1]);
-    }
+    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const { split(Type::quantized(at, chunk), out); }
+    DBRX_INLINE Floats scales(int chunk) const { return lanes.at(chunk); }
     static DBRX_INLINE Ints multiply(const Shorts (&weights)[2], const int16_t *x) { return multiply_32(weights, x); }
     static void order(int16_t *x) {
         if (EVEN_FIRST) even_first(x, SPAN, CHUNK);
@@ -65,14 +64,14 @@ struct BlockSpan {
 
     void unpack(float *out) const {
         alignas(32) int8_t bytes[SPAN];
-        float minima[GROUPS];
+        float scales[GROUPS], minima[GROUPS];
         quantized(bytes);
-        if constexpr (Type::HAS_MIN)
-            for (int g = 0; g < GROUPS; g += LANES) min[g / LANES].store(minima + g);
+        for (int g = 0; g < GROUPS; g += LANES) scale[g / LANES].store(scales + g);
+        for (int g = 0; g < GROUPS; g += LANES) min[g / LANES].store(minima + g);
         for (int g = 0; g < GROUPS; ++g)
             for (int i = g * Type::GROUP; i < (g + 1) * Type::GROUP; ++i) {
-                const float weight = scale[g] * float(bytes[i]);
-                out[i] = Type::HAS_MIN ? weight - minima[g] : weight;
+                const float weight = scales[g] * float(bytes[i]);
+                out[i] = Type::OFFSET ? weight : weight - minima[g];
             }
     }
     // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Scales of 16 are whole numbers
@@ -82,7 +81,7 @@ struct BlockSpan {
         quantized(bytes);
         if constexpr (Type::GROUP == 32) {
             for (int i = 0; i < SPAN; i += 16) Shorts::widen(bytes + i).store(out + i);
-            std::copy_n(scale, GROUPS, scales);
+            scale[0].store(scales);
         } else {
             Floats whole[GROUPS / LANES];
             alignas(32) int16_t factors[GROUPS];
@@ -96,7 +95,8 @@ struct BlockSpan {
 
   private:
     void quantized(int8_t *out) const {
-        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk) Type::quantized(at, chunk).store(reinterpret_cast<uint8_t *>(out) + chunk * CHUNK);
+        for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk)
+            (Type::quantized(at, chunk) - Bytes::all(Type::OFFSET)).store(reinterpret_cast<uint8_t *>(out) + chunk * CHUNK);
     }
 };
 

@@ -23,8 +23,7 @@ DBRX_INLINE void scales_of_16(const uint8_t *block, Floats *out) {
 }
 
 struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, two scales of 16 bits
-    static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16;
-    static constexpr bool IS_SIGNED = false, HAS_MIN = true;
+    static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16, OFFSET = 0;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 80); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         for (int i = 0; i < 2; ++i) out[i] = eight_bytes(eight(block + 8 * i) & words(FOUR_BITS, FOUR_BITS));
@@ -34,13 +33,12 @@ struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, t
         for (int i = 0; i < 2; ++i) min[i] = Floats::all(half(block + 82)) * eight_bytes(eight(block + 8 * i) >> 4 & words(FOUR_BITS, FOUR_BITS));
     }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
-        return Bytes::load(block + 16 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
+        return bits(Bytes::load(block + 16 + chunk / 4 * 32), chunk % 4 * 2, 3);
     }
 };
 
 struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits, a scale of 16 bits
-    static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16;
-    static constexpr bool IS_SIGNED = true, HAS_MIN = false;
+    static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16, OFFSET = 4;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 108); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         const Floats middle = Floats::all(32);
@@ -51,14 +49,12 @@ struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits
     }
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) { scales_of_16<Q3_K>(block, scale); }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
-        const Bytes low = Bytes::load(block + 32 + chunk / 4 * 32) >> chunk % 4 * 2 & Bytes::all(3);
-        return (low | (Bytes::load(block) >> chunk & Bytes::all(1)) << 2) - Bytes::all(4);
+        return bits(Bytes::load(block + 32 + chunk / 4 * 32), chunk % 4 * 2, 3) | bits(Bytes::load(block), chunk - 2, 4);
     }
 };
 
 struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of nibbles: two chunks in 32 bytes
-    static constexpr int FORMAT = DBRX_Q4_K, INPUTS = 256, BYTES = 144, GROUP = 32;
-    static constexpr bool IS_SIGNED = false, HAS_MIN = true;
+    static constexpr int FORMAT = DBRX_Q4_K, INPUTS = 256, BYTES = 144, GROUP = 32, OFFSET = 0;
     // Of 6 bits each: those of the first four groups are the lower six bits of bytes 0 to 3 and 4 to 7; of the others bytes 8
     // to 11 have four bits each, the upper two lie above the former.
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) {
@@ -68,23 +64,20 @@ struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of n
         *min = Floats::all(half(block + 2)) * eight_bytes(words(b & SIX_BITS, upper(c >> 4, b)));
     }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
-        return Bytes::load(block + 16 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
+        return bits(Bytes::load(block + 16 + chunk / 2 * 32), chunk % 2 * 4, 15);
     }
 };
 
 struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
-    static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32;
-    static constexpr bool IS_SIGNED = false, HAS_MIN = true;
+    static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32, OFFSET = 0;
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) { Q4_K::scales(block, scale, min); }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
-        const Bytes low = Bytes::load(block + 48 + chunk / 2 * 32) >> chunk % 2 * 4 & Bytes::all(15);
-        return low | (Bytes::load(block + 16) >> chunk & Bytes::all(1)) << 4;
+        return bits(Bytes::load(block + 48 + chunk / 2 * 32), chunk % 2 * 4, 15) | bits(Bytes::load(block + 16), chunk - 4, 16);
     }
 };
 
 struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bits, a scale of 16 bits
-    static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16;
-    static constexpr bool IS_SIGNED = true, HAS_MIN = false;
+    static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16, OFFSET = 32;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 208); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         for (int i = 0; i < 2; ++i) out[i] = eight_signed(block + 192 + 8 * i);
@@ -92,20 +85,16 @@ struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bit
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) { scales_of_16<Q6_K>(block, scale); }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         const int part = chunk / 4, at = chunk % 4;
-        const Bytes low = Bytes::load(block + part * 64 + at % 2 * 32) >> at / 2 * 4 & Bytes::all(15);
-        const Bytes high = Bytes::load(block + 128 + part * 32) >> at * 2 & Bytes::all(3);
-        return (low | high << 4) - Bytes::all(32);
+        const Bytes low = bits(Bytes::load(block + part * 64 + at % 2 * 32), at / 2 * 4, 15);
+        return low | bits(Bytes::load(block + 128 + part * 32), at * 2 - 4, 48);
     }
 };
 
 struct IQ4_XS {  // a scale of 16 bits, 6 bytes of scales in 6 bits: of eight the upper two bits, then the lower four
-    static constexpr int FORMAT = DBRX_IQ4_XS, INPUTS = 256, BYTES = 136, GROUP = 32;
-    static constexpr bool IS_SIGNED = true, HAS_MIN = false;
+    static constexpr int FORMAT = DBRX_IQ4_XS, INPUTS = 256, BYTES = 136, GROUP = 32, OFFSET = 128;
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *) {
-        const uint32_t upper = block[2] | block[3] << 8, lower = word(block + 4);
-        uint64_t each = 0;
-        for (int i = 0; i < 8; ++i) each |= uint64_t((lower >> 4 * i & 15) | (upper >> 2 * i & 3) << 4) << 8 * i;
-        *scale = Floats::all(half(block)) * (eight_bytes(each) - Floats::all(32));
+        const Floats upper = eight_of(word(block) >> 16, 2) - Floats::all(2);
+        *scale = Floats::all(half(block)) * fma(upper, Floats::all(16), eight_of(word(block + 4), 4));
     }
     static DBRX_INLINE Bytes quantized(const uint8_t *block, int chunk) {
         return look_up(IQ4_VALUES, Bytes::nibbles(block + 8 + chunk * 16));
