@@ -43,7 +43,7 @@ class Awq:
         return (of_group * scales.float()[:, None]).view(wanted[::-1]).t()
 
     def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
-        return Groups.of(AWQ, BITS, wanted[1] // shapes[2][0], 4 if dtypes[2] == "F32" else 2)
+        return Groups.of(AWQ, BITS, wanted[1] // shapes[2][0], dtypes[2])
 
     def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
         from ..quantization.int4 import pack

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint import FLOATS
-from ..quantization import GROUP_SIZES, MLX, Groups
+from ..quantization import MLX, Groups
 from .encoding import Fault, InNoGroups, Shape, codes
 from .foreign import FROM_SOURCE
 
@@ -56,10 +56,9 @@ class Packed:
         return _scaled(codes(tensors[0], bits) - 2 ** (bits - 1), tensors[1])
 
     def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
-        bits, group = self._bits(shapes[0], wanted), wanted[1] // _groups(shapes[1], wanted)
-        if bits is None or group not in GROUP_SIZES or shapes[1][0] != wanted[0]:
-            return None
-        return Groups(MLX, bits, group, 4 if dtypes[1] == "F32" else 2)
+        if shapes[1][:1] != wanted[:1]:
+            return None  # a scale for all outputs
+        return Groups.exactly(MLX, self._bits(shapes[0], wanted), wanted[1] // _groups(shapes[1], wanted), dtypes[1])
 
     def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
         import torch

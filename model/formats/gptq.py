@@ -60,9 +60,9 @@ class Gptq:
 
     def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
         bits, size = self._bits(shapes[0], wanted), self._size(wanted[1])
-        if not self._in_order or bits is None or not size or -(-wanted[1] // size) != shapes[2][0]:
+        if not self._in_order or not size or -(-wanted[1] // size) != shapes[2][0]:
             return None
-        return Groups.of(GPTQ, bits, size, 4 if dtypes[2] == "F32" else 2)
+        return Groups.of(GPTQ, bits, size, dtypes[2])
 
     def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
         import torch

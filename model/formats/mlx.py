@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint import FITS, FLOATS
-from ..quantization import GROUP_BITS, GROUP_SIZES, MLX, Groups
+from ..quantization import GROUP_BITS, MLX, Groups
 from .encoding import Fault, Shape
 from .foreign import MLX_WAY
 
@@ -48,10 +48,9 @@ class Mlx:
         return dequantize(self.keep(tensors, Groups(MLX, bits, wanted[1] // tensors[1].shape[1])))
 
     def groups(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Groups | None:
-        bits, group = self._bits(shapes[0], wanted), wanted[1] // shapes[1][1]
-        if bits is None or group not in GROUP_SIZES or dtypes[1] != dtypes[2]:
+        if dtypes[1] != dtypes[2]:
             return None
-        return Groups(MLX, bits, group, 4 if dtypes[1] == "F32" else 2)
+        return Groups.exactly(MLX, self._bits(shapes[0], wanted), wanted[1] // shapes[1][1], dtypes[1])
 
     def keep(self, tensors: Sequence[Tensor], groups: Groups) -> GroupMatrix:
         import torch

@@ -109,10 +109,15 @@ class Groups:
     itemsize: int = 2  # of scale and offset, as they are held
 
     @classmethod
-    def of(cls, scheme: str, bits: int, inputs: int, itemsize: int) -> Groups | None:
+    def exactly(cls, scheme: str, bits: int | None, inputs: int, dtype: str) -> Groups | None:
+        """In groups of so many inputs, with scales of a safetensors type; None where kernels take no such groups."""
+        return cls(scheme, bits, inputs, 4 if dtype == "F32" else 2) if bits and inputs in GROUP_SIZES else None
+
+    @classmethod
+    def of(cls, scheme: str, bits: int | None, inputs: int, dtype: str) -> Groups | None:
         """In the largest groups that kernels take of which groups of so many inputs are made up; None without any."""
-        group = next((group for group in reversed(GROUP_SIZES) if inputs % group == 0), None)
-        return cls(scheme, bits, group, itemsize) if group else None
+        group = next((group for group in reversed(GROUP_SIZES) if inputs % group == 0), 0)
+        return cls.exactly(scheme, bits, group, dtype)
 
     @property
     def name(self) -> str:
