@@ -231,29 +231,9 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
 #endif
 }
 
-// `bits` of each, from bit `first` on.
-DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
-    const __m256i moved = _mm256_srli_epi16(words.v, first);
-    return {first + bits == 16 ? moved : _mm256_and_si256(moved, _mm256_set1_epi16(short((1 << bits) - 1)))};
-}
-// Products of N times 16 numbers: lane i sums those of the i-th pair of each 16.
-template <int N>
-DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
-    Ints sums{_mm256_madd_epi16(w[0].v, Shorts::load(x).v)};
-    for (int i = 1; i < N; ++i) sums = multiply_add(w[i], Shorts::load(x + 16 * i), sums);
-    return sums;
-}
-// The first 2, 4 or 8 numbers at a place, as lanes: floats; floats of 16 bits, or bfloat16.
-DBRX_INLINE Floats first_floats(const uint8_t *at, int count) {
-    if (count == 8) return Floats::load(reinterpret_cast<const float *>(at));
-    const __m128i some = count == 4 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(at)) : _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at));
-    return {_mm256_castps128_ps256(_mm_castsi128_ps(some))};
-}
-DBRX_INLINE Floats first_halves(const uint8_t *at, int count, bool is_half) {
-    int32_t two;
-    std::memcpy(&two, at, 4);
-    const __m128i words = count == 8 ? _mm_loadu_si128(reinterpret_cast<const __m128i *>(at))
-                          : count == 4 ? _mm_loadl_epi64(reinterpret_cast<const __m128i *>(at)) : _mm_cvtsi32_si128(two);
+// Eight floats of 16 bits behind each other, or bfloat16.
+DBRX_INLINE Floats eight_of_16_bits(const uint8_t *at, bool is_half) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i *>(at));
     if (is_half) return {_mm256_cvtph_ps(words)};
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16))};
 }
@@ -390,25 +370,6 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
     };
     return {sixteen(w[0], Shorts::load(x)), sixteen(w[1], Shorts::load(x + 16))};
 }
-DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
-    const auto moved = [=](int16x8_t of) {
-        const uint16x8_t down = vshlq_u16(vreinterpretq_u16_s16(of), vdupq_n_s16(int16_t(-first)));
-        return vreinterpretq_s16_u16(vandq_u16(down, vdupq_n_u16(uint16_t((1 << bits) - 1))));
-    };
-    return {moved(words.lo), moved(words.hi)};
-}
-template <int N>
-DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
-    int32x4_t sums[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
-    for (int i = 0; i < N; ++i) {
-        const Shorts with = Shorts::load(x + 16 * i);
-        sums[0] = vmlal_s16(sums[0], vget_low_s16(w[i].lo), vget_low_s16(with.lo));
-        sums[1] = vmlal_high_s16(sums[1], w[i].lo, with.lo);
-        sums[2] = vmlal_s16(sums[2], vget_low_s16(w[i].hi), vget_low_s16(with.hi));
-        sums[3] = vmlal_high_s16(sums[3], w[i].hi, with.hi);
-    }
-    return {vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3])};
-}
 
 #else
 
@@ -527,17 +488,6 @@ DBRX_INLINE Ints multiply_32(const Shorts (&w)[2], const int16_t *x) {
     return sums;
 }
 
-DBRX_INLINE Shorts cut(Shorts words, int first, int bits) {
-    for (int16_t &word : words.v) word = int16_t(uint16_t(word) >> first & ((1 << bits) - 1));
-    return words;
-}
-template <int N>
-DBRX_INLINE Ints multiply_pairs(const Shorts (&w)[N], const int16_t *x) {
-    Ints sums = Ints::zero();
-    for (int i = 0; i < 16 * N; ++i) sums.v[i % 16 / 2] += w[i / 16].v[i % 16] * x[i];
-    return sums;
-}
-
 #endif
 
 #if !defined(__AVX2__)
@@ -565,14 +515,9 @@ DBRX_INLINE Floats spread(Floats a, int times) {
     for (int i = 0; i < LANES; ++i) each[i] = before[i / times];
     return Floats::load(each);
 }
-DBRX_INLINE Floats first_floats(const uint8_t *at, int count) {
-    float each[LANES] = {};
-    std::memcpy(each, at, size_t(count) * 4);
-    return Floats::load(each);
-}
-DBRX_INLINE Floats first_halves(const uint8_t *at, int count, bool is_half) {
-    float each[LANES] = {};
-    for (int i = 0; i < count; ++i) {
+DBRX_INLINE Floats eight_of_16_bits(const uint8_t *at, bool is_half) {
+    float each[LANES];
+    for (int i = 0; i < LANES; ++i) {
         uint16_t bits;
         std::memcpy(&bits, at + 2 * i, 2);
         each[i] = is_half ? half(at + 2 * i) : widen(bits);
