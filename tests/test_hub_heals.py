@@ -311,6 +311,21 @@ def test_a_folder_that_goes_away_while_it_is_made(tmp_path: Path, monkeypatch: p
         make_folder(tmp_path / "file")
 
 
+def test_a_folder_that_goes_before_a_file_is_in_it(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment between the two, which another program hardly ever meets."""
+    gone: list[Path] = []
+
+    def make_and_remove(path: Path) -> None:
+        make_folder(path)
+        if path.name == "blobs" and len(gone) < 2:
+            path.rmdir()
+            gone.append(path)
+
+    monkeypatch.setattr(partial, "make_folder", make_and_remove)
+    same(models.download(NAME, progress=Recorder(), workers=1), checkpoint())
+    assert len(gone) == 2  # before it is looked for what is left of an earlier attempt, and before the file is made
+
+
 def test_another_program_that_tidies_up_meanwhile(server: FakeHub) -> None:
     """As `hf cache prune` and `hf cache rm` do, in the middle of a file: it is written again, and all is whole."""
     server.pace = 0.001

@@ -28,6 +28,7 @@ from .listing import COMMIT, HubFile, check_together, is_safe
 
 PIECE = 1 << 20
 MOST_REMOVALS = 100
+KEEPS_REMOVING = "another program keeps removing it"
 OURS, THEIRS = ".dbrx", "trees"  # folders of kept listings: this program's, huggingface_hub's
 NO_SYMLINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # What a checkpoint needs to be loaded, beyond the shards that its index names.
@@ -294,7 +295,7 @@ def make_folder(path: Path) -> None:
         except FileExistsError:
             if os.path.lexists(path) and not path.is_dir():
                 raise
-    raise FileNotFoundError(None, "another program keeps removing it")
+    raise FileNotFoundError(None, KEEPS_REMOVING)
 
 
 def write_atomically(path: Path, text: str) -> None:

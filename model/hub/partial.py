@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .layout import PIECE, Place, hasher, make_folder
+from .layout import KEEPS_REMOVING, PIECE, Place, hasher, make_folder
 from .listing import HubFile
 from .retry import STALL_SECONDS, RetryPolicy
 
@@ -82,7 +82,7 @@ class Partial:
                 return
             except FileNotFoundError:
                 self._rescue()
-        raise FileNotFoundError(None, "another program keeps removing it")
+        raise FileNotFoundError(None, KEEPS_REMOVING)
 
     def close(self) -> None:
         """What is on disk stays there for the next attempt."""
@@ -97,8 +97,11 @@ class Partial:
         return self._place.scratch / f"{self.file.etag}.dbrx-{uuid.uuid4().hex[:8]}.incomplete"
 
     def _create(self) -> int:
-        make_folder(self._place.scratch)
-        return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        for _ in range(MOST_RESCUES):
+            make_folder(self._place.scratch)
+            with contextlib.suppress(FileNotFoundError):  # another program removed it again
+                return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        raise FileNotFoundError(None, KEEPS_REMOVING)
 
     def _adopt(self, alone: bool) -> int:
         """Take over the largest partial file that nobody writes any more, or begin a new one."""
@@ -107,9 +110,9 @@ class Partial:
                 if not alone and _age(leftover) < 2 * STALL_SECONDS:
                     continue
                 os.rename(leftover, self._path)  # one wins, where two try
+                fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            fd = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             if _is_plain(os.fstat(fd)):
                 os.utime(fd)
                 return fd
