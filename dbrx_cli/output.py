@@ -37,7 +37,9 @@ def place(text: str) -> None:
     print(f"\r\x1b[K{dimmed}", end="", file=sys.stderr, flush=True)
 
 
-CTRL_C = "^C"  # as a terminal shows it, behind what stands there: a row has room for it, or it begins another
+def passing(columns: int) -> int:
+    """For a row that is wiped again: a terminal shows ^C behind it, which must not begin another row."""
+    return max(10, columns - len("^C") - 1)
 
 
 def restore(*, last: bool = False) -> None:

@@ -14,6 +14,7 @@ from model.errors import DbrxError, InputError, ResourceError
 
 DATA, CACHE = "DBRX_DATA", "DBRX_CACHE"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OTHER_NAME = "take another name"
 
 
 def data_folder() -> Path:
@@ -103,7 +104,7 @@ def write_faults(path: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise InputError(f"{path} is there already", "take another name") from None
+        raise _present(path) from None
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in FULL:
@@ -133,10 +134,14 @@ def open_private(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return descriptor
 
 
-def refuse_present(path: Path, hint: str = "take another name") -> None:
+def refuse_present(path: Path, hint: str = OTHER_NAME) -> None:
     """`InputError` if anything has the name of a file that is to be written, told before the work for it."""
     if os.path.lexists(path):
-        raise InputError(f"{path} is there already", hint)
+        raise _present(path, hint)
+
+
+def _present(path: Path, hint: str = OTHER_NAME) -> InputError:
+    return InputError(f"{path} is there already", hint)
 
 
 def refuse_link(path: Path) -> None:

@@ -122,7 +122,7 @@ class Status:
                 self._draw()
 
     def _draw(self) -> None:
-        output.place(self.text(max(10, shutil.get_terminal_size().columns - len(output.CTRL_C) - 1)))
+        output.place(self.text(output.passing(shutil.get_terminal_size().columns)))
 
     def _wipe(self) -> None:
         output.place("")

@@ -13,6 +13,7 @@ from dbrx_cli.engine.follower import lead
 from dbrx_cli.engine.job import Job
 from dbrx_cli.engine.load import check_source, find_model, load_network
 from dbrx_cli.engine.memory import memory_fault
+from dbrx_cli.engine.use import keep_use
 from dbrx_cli.options import ModelOptions, require_context
 from dbrx_cli.report import Report
 from model.detokenizer import Detokenizer
@@ -242,8 +243,6 @@ class LocalEngine:
     def keep_use(self) -> None:
         """Keep how often each expert was chosen, where that decides which lie on a card."""
         if self.network.bus is not None and self.source is not None:
-            from dbrx_cli.engine.use import keep_use
-
             keep_use(self.source, self.network.bus.used)
 
     def _forget(self) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableT
 from rich.segment import Segment
 from rich.table import Table
 
-from dbrx_cli.output import CTRL_C
+from dbrx_cli.output import passing
 from model.foreign_text import escaped
 
 ENDLESS = 100_000  # columns
@@ -35,7 +35,7 @@ class BarConsole(PlainConsole):
     @property  # type: ignore[misc]  # nobody sets it
     def size(self) -> ConsoleDimensions:
         width, height = super().size
-        return ConsoleDimensions(max(10, width - len(CTRL_C) - 1), height)
+        return ConsoleDimensions(passing(width), height)
 
 
 def figures(console: Console, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
