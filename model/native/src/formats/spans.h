@@ -60,17 +60,14 @@ struct Spans : SpanRows {
         }
     }
 
-    // The 256 weights of a span, as the programs dequantize them that made the file, to the bit.
-    static void unpack_span(const dbrx_matrix &m, int64_t output, int64_t index, float *out) {
-        Span span;
-        span.begin(m, output);
-        span.open(index);
-        span.unpack(out);
-    }
+    // An output's weights, as the programs dequantize them that made the file, to the bit.
     static void unpack(const dbrx_matrix &m, int64_t output, float *to) {
+        Span span;
         float weights[SPAN];
+        span.begin(m, output);
         for (int64_t s = 0; s < spans(m.inputs); ++s) {
-            unpack_span(m, output, s, weights);
+            span.open(s);
+            span.unpack(weights);
             std::copy_n(weights, std::min<int64_t>(SPAN, m.inputs - s * SPAN), to + s * SPAN);
         }
     }
