@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionPlan, choose
+from .checkpoint import EMBEDDING
 from .formats.imatrix import ImportanceMatrix
 from .kernels import ACTIVATIONS
 from .packing import read_expert
@@ -48,7 +49,7 @@ class TextCalibration:
         length = min(SEQUENCE, len(ids))
         tokens = torch.tensor(ids[: min(len(ids), TOKENS) // length * length])
         self.digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-        self._x = weights.read("transformer.wte.weight")[tokens].float().view(-1, length, weights.config.d_model)
+        self._x = weights.read(EMBEDDING)[tokens].float().view(-1, length, weights.config.d_model)
         self._activation = ACTIVATIONS[str(weights.config.ffn_config.activation)]
 
     @torch.inference_mode()

@@ -84,6 +84,7 @@ OTHER_FILES = (
 )  # fmt: skip
 
 EMBEDDING = "transformer.wte.weight"
+MATRICES = ("w1", "v1", "w2")  # of an expert, in the order of `FloatExpert`
 
 
 def expected_tensors(config: DbrxConfig) -> dict[str, tuple[int, ...]]:

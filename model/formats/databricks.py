@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from ..checkpoint import TORCH_NAMES, Checkpoint
+from ..checkpoint import MATRICES, TORCH_NAMES, Checkpoint
 from ..model_files import ModelFiles
 from ..weights import CheckpointWeights, Extent, FloatExpert
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-MATRICES = ("w1", "v1", "w2")
 
 
 class DatabricksWeights(CheckpointWeights):

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, NoReturn
 
-from ..checkpoint import expected_tensors, listed
+from ..checkpoint import EMBEDDING, MATRICES, expected_tensors, listed
 from ..config import DbrxConfig
 from ..placement import Format
 from ..quantization import BLOCKS, GGUF, is_finite
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Databricks' names -> llama.cpp's.
 OUTSIDE = {
-    "transformer.wte.weight": "token_embd.weight",
+    EMBEDDING: "token_embd.weight",
     "transformer.norm_f.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
@@ -37,7 +37,6 @@ BLOCK = {
     "ffn.experts.mlp.v1": "ffn_up_exps.weight",
     "ffn.experts.mlp.w2": "ffn_down_exps.weight",
 }
-MATRICES = ("w1", "v1", "w2")
 
 
 def gguf_name(name: str) -> str:

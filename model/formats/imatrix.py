@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint import MATRICES
 from ..errors import ModelError
 from ..safetensors_file import damaged, opened, pread, shown
 from .dbrx_gguf import gguf_name
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..config import DbrxConfig
 
 MOST_BYTES = 2**30  # of the whole DBRX, 124 MB
-MATRICES = ("w1", "v1", "w2")
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 

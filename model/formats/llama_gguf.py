@@ -31,6 +31,7 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
 
+from ..checkpoint import EMBEDDING
 from ..config import DbrxAttentionConfig, DbrxConfig, DbrxFFNConfig
 from ..errors import ModelError
 from . import demo_routing
@@ -160,7 +161,7 @@ def _tensors(source: LlamaGguf, config: DbrxConfig, routing: Routing | None) -> 
     head = source.weight("output.weight", vocab, hidden) if "output.weight" in source.tensors else embedding
     scale = math.sqrt(config.d_model / hidden)
     store: Store = _bfloat16 if routing else np.ascontiguousarray
-    yield "transformer.wte.weight", store(_times_qt(embedding) * np.float32(scale))
+    yield EMBEDDING, store(_times_qt(embedding) * np.float32(scale))
     for i in range(config.n_layers):
         for name, tensor in _attention(source, config, i, scale):
             yield f"transformer.blocks.{i}.norm_attn_norm.{name}", store(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..checkpoint import FITS, TORCH_NAMES, Checkpoint, expected_tensors, listed
+from ..checkpoint import FITS, MATRICES, TORCH_NAMES, Checkpoint, expected_tensors, listed
 from ..config import DbrxConfig
 from ..errors import ModelError
 from ..model_files import ModelFiles
@@ -23,7 +23,6 @@ METHOD = "dbrx"
 VERSION = 1
 STACKED = ".ffn.experts.mlp."
 EXPERT = "transformer.blocks.{}.ffn.experts.{}."
-MATRICES = ("w1", "v1", "w2")
 DENSE = (".attn.Wqkv.weight", ".attn.out_proj.weight", "lm_head.weight")
 
 

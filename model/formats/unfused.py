@@ -16,6 +16,7 @@ from ..checkpoint import (
     EMBEDDING,
     FITS,
     HARMLESS,
+    MATRICES,
     TORCH_NAMES,
     Checkpoint,
     expected_tensors,
@@ -49,7 +50,6 @@ EXPERTS = (
     "ffn.experts.{e}.{m}",  # MLX
 )
 QKV = tuple(f"norm_attn_norm.attn.{part}_proj" for part in "qkv")
-MATRICES = ("w1", "v1", "w2")
 FIRST = "transformer.blocks.0."
 FLOATS: Encoding = Floats()
 MARKERS = tuple(each.marker for each in (Mlx, Gptq, Awq, Packed, Scaled))

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import expected_tensors
+from ..checkpoint import MATRICES, expected_tensors
 from ..errors import ModelError, NotFiniteError
 from ..quantization import is_finite
 from ..weights import Weights
@@ -21,7 +21,6 @@ from .scratch import put_in_place, scratch_folder
 SHARD_BYTES = 5_000_000_000
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 EXPERTS = ".ffn.experts.mlp."
-MATRICES = ("w1", "v1", "w2")
 
 
 def companions(source: Path, rows: int) -> Callable[[Path], None]:

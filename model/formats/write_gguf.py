@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bpe import merges_of, pattern_of
-from ..checkpoint import expected_tensors
+from ..checkpoint import MATRICES, expected_tensors
 from ..config import DbrxConfig
 from ..errors import InputError, ModelError
 from ..packing import threads
@@ -27,7 +27,7 @@ from ..safetensors_file import shown
 from ..tokenizer import Tokenizer
 from ..tokenizer_files import fillers, spelled
 from ..weights import Weights
-from .dbrx_gguf import MATRICES, gguf_name
+from .dbrx_gguf import gguf_name
 from .dequantize import row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 from .scratch import put_in_place, scratch_folder

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..checkpoint import INDEX_NAME, expected_tensors
+from ..checkpoint import EMBEDDING, INDEX_NAME, MATRICES, expected_tensors
 from ..errors import InputError, ModelError, ResourceError
 from ..kernels import choose, experts_of
 from ..machine import available_memory
@@ -25,7 +25,7 @@ from ..quantization import DENSE as DENSE_SCHEME
 from ..quantization import SCHEMES, is_finite, not_finite, quantize
 from ..safetensors_file import BITS, opened, read_header
 from ..weights import QuantizedExpert, QuantizedMatrix, Weights
-from .quantized import DENSE, EXPERT, MATRICES, METHOD, STACKED, VERSION, layout
+from .quantized import DENSE, EXPERT, METHOD, STACKED, VERSION, layout
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -103,7 +103,7 @@ class Writer:
     def _dtype(self, name: str) -> torch.dtype:
         """Of what stays a float: the large embedding in 16 bits, where the source has no more."""
         mostly = self.weights.dtypes().most_common(1)[0][0]
-        return torch.bfloat16 if name == "transformer.wte.weight" and mostly != "F32" else torch.float32
+        return torch.bfloat16 if name == EMBEDDING and mostly != "F32" else torch.float32
 
     def _file(self, shard: int) -> str:
         return f"model-{shard + 1:05}-of-{self.layers + 1:05}.safetensors"
