@@ -162,7 +162,9 @@ NOT_SPLIT = {
     "--prompt-cache": ("generate", "--prompt-cache", "cache", "hi"),
     "--resume": ("generate", "--resume", "reply", "hi"),
     "--quantize": ("generate", "--quantize", "int8", "hi"),
+    "--device-map": ("generate", "--device-map", "cpu", "hi"),
     "--offload": ("chat", "--offload", "disk"),
+    "--expert-cache": ("generate", "--expert-cache", "1GiB", "hi"),
     "dbrx bench": ("bench",),
 }
 

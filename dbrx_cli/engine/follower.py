@@ -58,7 +58,9 @@ def lead(options: ModelOptions) -> Ranks | None:
         return None
     for flag, given in (
         ("--quantize", options.quantize not in ("auto", "none")),
+        ("--device-map", options.device_map != "auto"),
         ("--offload", options.offload in ("cpu", "disk")),
+        ("--expert-cache", options.expert_cache is not None),
     ):
         if given:
             needs_one_process(flag)
