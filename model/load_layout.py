@@ -8,10 +8,9 @@ from typing import Any
 
 from .errors import ResourceError
 from .expert_use import known, least_used, shares
-from .load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
+from .load_plan import ARRIVING, AUTOMATIC, LoadOptions, LoadPlan, Stored
 from .placement import Device, Layer, capacity
 
-ARRIVING = 2  # experts on their way to a full GPU; as floats they take what is free until there are keys and values
 CACHE_SHARE = 0.75  # of the memory that is left: what streamed experts get, unless the user says how much
 READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
 STREAMED_CHUNK = 2048  # tokens a step of prefill: it reads nearly all experts of each layer, however few its tokens are
@@ -125,7 +124,8 @@ def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
             away[name] = min(count * parts.n_experts, short + ARRIVING) if short > 0 else 0
     waiting = sum(away.values()) * parts.expert
     plan = replace(plan, machine=replace(plan.machine, gpus=tuple(gpus)))
-    too_small = min(counts.values()) == 0 or any(room < counts[name] * beside for name, room in rooms.items())
+    needed = {name: counts[name] * beside + ARRIVING * parts.expert * (away[name] > 0) for name in rooms}
+    too_small = min(counts.values()) == 0 or any(room < needed[name] for name, room in rooms.items())
     too_small |= waiting > plan.machine.cpu.memory
     if too_small or (waiting and options.offload == "none"):
         hint = ON_THE_CPU if too_small else f"have the CPU compute the others (--offload auto), or {ON_THE_CPU}"
@@ -177,6 +177,8 @@ def _spread(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
             return fault
         rooms[first] -= block + parts.n_layers * kv
         counts = _fill(rooms, block + kv, parts.n_layers, evenly)
+        if not counts[first]:  # it has room for a layer that comes and none that stays
+            return _spread(replace(plan, machine=replace(machine, gpus=tuple(gpus[1:]))), options)
         waiting = parts.n_layers - sum(counts.values())
         last = "cpu"
         if waiting * block + parts.head > machine.cpu.memory:

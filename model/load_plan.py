@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 AUTOMATIC = ("auto", "balanced", "sequential")
 OFFLOADS = ("auto", "none", "cpu", "disk")
 CONTEXT = 4096  # tokens that room is left for, unless more or fewer are asked for
+ARRIVING = 2  # experts on their way to a full GPU; as floats they take what is free until there are keys and values
 # Safetensors' names of the types that weights keep; all others become bfloat16.
 STORED_FLOATS: Mapping[str, str] = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 
@@ -179,11 +180,19 @@ class LoadPlan:
         """Bytes that a device has left."""
         used = self.weights.get(device.name, 0) + self.kv.get(device.name, 0)
         working = self.sizes.buffers if used else 0
-        return device.memory - used - working - self.cache_on(device)
+        return device.memory - used - working - self.cache_on(device) - self.arriving_on(device)
 
     def cache_on(self, device: Device) -> int:
         """Bytes of a device that hold experts from elsewhere."""
         return self.cache if self.runs and self.layers and device.name == self.layers[0].device else 0
+
+    def arriving_on(self, device: Device) -> int:
+        """Bytes of a GPU that are kept for what comes to it to be computed, and goes again."""
+        parts, layers = self.sizes, [layer for layer in self.layers if layer.device == device.name]
+        if any(layer.away for layer in layers):
+            return ARRIVING * parts.expert
+        first = next((layer.device for layer in self.layers if layer.device != "cpu"), None)
+        return parts.dense + parts.experts if device.name == first and any(map(self.comes, self.layers)) else 0
 
     @property
     def kv_room(self) -> int:

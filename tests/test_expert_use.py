@@ -14,8 +14,7 @@ from dbrx_cli.planning import Question, advice
 from model.config import official
 from model.expert_use import Move, least_used, moves
 from model.formats import open_weights
-from model.load_layout import ARRIVING
-from model.load_plan import LoadOptions, Stored
+from model.load_plan import ARRIVING, LoadOptions, Stored
 from model.load_planner import plan_load
 from model.machine import parse_devices
 from model.placement import PREFILL_CHUNK
@@ -152,6 +151,7 @@ def test_replies_and_traces_count_for_the_next_load(
     assert cli("generate", *flags, "-n", 12, "hello").code == 0
     replied = np.array(use_of(small_checkpoint))
     assert replied.shape == (3, EXPERTS) and 0 < replied.sum() <= 3 * TOP_K * 12
-    assert cli("trace", *flags, "--raw", "hello").code == 0
-    assert (np.array(use_of(small_checkpoint)) - replied).sum() == 3 * TOP_K * 5  # a token a byte
+    assert cli("trace", *flags, "--raw", "-n", 12, "hello").code == 0
+    # A token a byte, and each of the reply once, though it was made before it was traced.
+    assert (np.array(use_of(small_checkpoint)) - replied).sum() == 3 * TOP_K * (5 + 12)
     assert "50% of the experts lie on the GPU, those of most use" in " ".join(cli("plan", *flags).out.split())

@@ -141,10 +141,12 @@ def test_no_described_machine_is_overfilled(seed: int) -> None:
     config = replace(official(), n_layers=draw.randint(1, 40))
     gpus = tuple(Device(f"cuda:{i}", draw.randint(1, 200) * 10**9, 1e12, 25e9) for i in range(draw.randint(0, 8)))
     machine = Machine(gpus, Device("cpu", draw.randint(1, 600) * 10**9, 5e10), Device("disk", 0, 3e9))
+    offload = draw.choice(["auto", "none", "cpu", "disk"])
     options = LoadOptions(
+        quantize=draw.choice(["none", "int8", "int4"]) if offload != "disk" else "none",
         pack=True,
         device_map=draw.choice(["auto", "balanced", "sequential", "cpu", *(gpu.name for gpu in gpus)]),
-        offload=draw.choice(["auto", "none", "cpu", "disk"]),
+        offload=offload,
         context=draw.choice([None, 1, 32768]),
     )
     form = Stored(draw.choice(["BF16", "F32"]))

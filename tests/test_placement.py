@@ -159,6 +159,9 @@ def test_the_speed_by_hand() -> None:
     away = sum(layer.device == "cpu" for layer in split.layers)
     brought = away * (parts.dense + parts.experts) + parts.head
     here = (40 - away) * (parts.dense + 4 * parts.expert)
+    # Room for that layer is kept, whatever rows there are.
+    first, kept = split.devices[0], split.weights["cuda:0"] + parts.buffers + parts.dense + parts.experts
+    assert split.kv_room * split.kv["cuda:0"] // sum(split.kv.values()) <= first.memory - kept
     assert 0 < away < 40 and tokens_per_s(split) == pytest.approx(1 / (here / 2039e9 + brought / 25e9))
 
 
