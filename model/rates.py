@@ -94,12 +94,12 @@ def _experts(
     """Bytes a second of the experts of a token, and the seconds a byte that it takes to pack one."""
     top_k, block, groups = config.ffn_config.moe_top_k, BLOCKS.get(format), GROUP_FORMS.get(format)
     per_weight = _kept_bytes(format) if block or groups else FORMATS[format].experts
-    width, hidden = config.d_model, config.ffn_config.ffn_hidden_size
+    width, hidden = _whole(config.d_model, format), _whole(config.ffn_config.ffn_hidden_size, format)
     largest = nbytes / top_k / per_weight
     if 3 * width * hidden > largest:
         width = max(256, int(width * sqrt(largest / (3 * width * hidden))) // 256 * 256)
-        least = block.inputs if block else groups.group if groups else 32
-        hidden = max(least, config.ffn_config.ffn_hidden_size * width // config.d_model // least * least)
+        hidden = config.ffn_config.ffn_hidden_size * width // config.d_model
+        hidden = _whole(max(32, hidden // 32 * 32), format)
     size = 3 * width * hidden * per_weight
     floats = FloatExpert(*(_random(hidden, width).to(dtype) for _ in range(3)))
     stored = kernel.quantize(floats) if format.startswith("int") else None
@@ -134,9 +134,20 @@ def _dense(config: DbrxConfig, network: DbrxForCausalLM, nbytes: int) -> float:
 
 def _dense_kept(config: DbrxConfig, format: str, kernel: LinearKernel, nbytes: int) -> float:
     """The same of a form that another program made."""
-    matrix = _kept(format, int(nbytes / _kept_bytes(format)) // config.d_model, config.d_model)
-    run, x = PackedLinear(kernel, kernel.load(matrix)), torch.randn(1, config.d_model)
-    return len(matrix.values) * config.d_model * _kept_bytes(format) / _median(lambda _: run(x))
+    width = _whole(config.d_model, format)
+    matrix = _kept(format, int(nbytes / _kept_bytes(format)) // width, width)
+    run, x = PackedLinear(kernel, kernel.load(matrix)), torch.randn(1, width)
+    return len(matrix.values) * width * _kept_bytes(format) / _median(lambda _: run(x))
+
+
+def _whole(inputs: int, format: str) -> int:
+    """At least so many inputs, in whole blocks or groups: the format of most matrices of a file need not fit them all.
+
+    A Q4_K_M file has Q5_0 where rows are no multiple of 256.
+    """
+    block, groups = BLOCKS.get(format), GROUP_FORMS.get(format)
+    together = block.inputs if block else groups.group if groups else 1
+    return -(-inputs // together) * together
 
 
 def _kept_bytes(format: str) -> float:

@@ -194,6 +194,14 @@ def test_rates_of_each_format(format: str, streamed: bool) -> None:
     assert format != "int4-g128" or not streamed or found.arrival > 1e-11  # it is packed when it arrives
 
 
+@pytest.mark.parametrize("format", ["Q4_K", "mlx-4bit-g128"])
+def test_rates_of_a_form_that_not_all_rows_fill(format: str) -> None:
+    """The demo exported as Q4_K_M: its w2, with rows of 384, is in other types."""
+    ffn = replace(official().ffn_config, moe_num_experts=4, ffn_hidden_size=160)
+    found = measure(replace(official(), d_model=384, ffn_config=ffn), format, nbytes=2**20)
+    assert 1e7 < found.dense < 5e12 and 1e7 < found.experts < 5e12
+
+
 def test_the_largest_context_is_the_largest() -> None:
     plan = planned("4xH100")
     tight = tuple(replace(gpu, memory=gpu.memory - 13 * 10**9) for gpu in plan.machine.gpus)
