@@ -28,7 +28,7 @@ from model.kernels.torch_int8 import AtenInt8, FbgemmKernel
 from model.kernels.torch_stored import StoredInt8Glu
 from model.packing import at_once, read_expert
 from model.prefill import prefill
-from model.quantization import KEPT, SCHEMES, int3, int4, int8
+from model.quantization import KEPT, SCHEMES, dequantize, int3, int4, int8, quantize
 from model.quantization.equalize import equalizer, quantize_expert
 from model.weights import FloatExpert
 from tests.cli import Cli
@@ -72,6 +72,23 @@ def test_int4_errs_less_than_plain_rounding(inputs: int) -> None:
     plain = torch.cat([_plain(group) for group in groups], dim=1)
     assert matrix.values.shape == (30, inputs // 2)
     assert error < 0.92 * (plain - weight).square().mean()
+
+
+@pytest.mark.parametrize("fit", ["native", "plain", "weighted"])
+@pytest.mark.parametrize(("scheme", "group"), [("int4", 32), ("int4", 128), ("int3", 128)])
+def test_groups_that_are_all_but_the_same_number_keep_it(scheme: str, group: int, fit: str) -> None:
+    """As a GGUF file has them where a scale is 0; a zero point in bfloat16 tells the number to one in 256."""
+    torch.manual_seed(0)
+    same = torch.tensor([0.3, -1.7, 0.0123, 5e-4])[:, None] * torch.rand(4, 64).add(0.5).repeat_interleave(group, 1)
+    weight = same * (1 + torch.randn_like(same) * torch.tensor([0, 1e-7, 1e-5, 1e-4])[:, None])
+    if fit == "native":
+        kernel = kernels.choose(scheme, group)
+        assert kernel is not None
+        matrix = kernel.quantize(weight)
+    else:
+        squares = torch.rand(weight.shape[1]).exp() if fit == "weighted" else None
+        matrix = quantize(scheme, group, weight, squares)
+    assert ((dequantize(scheme, matrix, group) - weight).abs() <= weight.abs() / 128).all()
 
 
 def _plain(group: Tensor) -> Tensor:

@@ -133,7 +133,9 @@ def _fit(w: Tensor, share: Tensor | None, qmax: int, q: Tensor, centred: Tensor,
             middle = mean(_nearest(w, scale, base, qmax, q))
             torch.sub(q, middle, out=centred)
             covariance = total(torch.mul(centred, w, out=product))
-            scale = (covariance / total(centred.square_()).clamp(min=1e-12)).clamp(min=1e-12)
+            scale = covariance / total(centred.square_()).clamp(min=1e-12)
+            # Steps between whole numbers are no larger, but for noise divided by noise where all weights are the same.
+            scale = torch.minimum(scale, high - low).clamp_(min=1e-12)
             base = middle_of_w - scale * middle
         error = total(_nearest(w, scale, base, qmax, q).mul_(scale).add_(base).sub_(w).square_())
         better = error < best_error

@@ -77,7 +77,7 @@ class AffineFit {
         for (const float share : {1.0f, 0.9f, 0.8f, 0.7f}) {
             Floats scale = max((high - low) * Floats::all(share) / qmax_, tiny());
             Floats base = (low + high) * Floats::all(0.5f) - scale * qmax_ * Floats::all(0.5f);
-            improve(mean, scale, base);
+            improve(mean, high - low, scale, base);
             const Floats error = error_of(scale, base);
             best_scale = where_less(error, best_error, scale, best_scale);
             best_base = where_less(error, best_error, base, best_base);
@@ -94,7 +94,9 @@ class AffineFit {
     Floats clamped(Floats t) const { return max(Floats::all(0), min(qmax_, round(t))); }
 
     // Rounds to a range, then takes the range of least squares for what came out, until nothing changes.
-    void improve(Floats mean, Floats &scale, Floats &base) const {
+    // Steps between whole numbers are no larger than the group's range, but for noise divided by noise where all weights are
+    // the same.
+    void improve(Floats mean, Floats range, Floats &scale, Floats &base) const {
         const Floats share = Floats::all(1.0f / float(group_));
         for (int turn = 0; turn < ROUNDS; ++turn) {
             const Floats inverse = Floats::all(1) / scale;
@@ -110,7 +112,7 @@ class AffineFit {
             }
             const Floats all = sum[0] + sum[1], middle = all * share;
             const Floats variance = squares[0] + squares[1] - all * middle;  // exact: of whole numbers up to 57,600
-            const Floats found = max((products[0] + products[1]) / max(variance, tiny()), tiny());
+            const Floats found = max(min((products[0] + products[1]) / max(variance, tiny()), range), tiny());
             const Floats next = mean - found * middle;
             const bool same = equal(found, scale) && equal(next, base);
             scale = found, base = next;
