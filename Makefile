@@ -19,9 +19,6 @@ NATIVE := model/native/lib/.ready
 TWO    := -n 2 --dist worksteal
 PROMPT ?= What is the capital of France? Answer briefly.
 
-# Tests start hundreds of processes: each module is compiled once, whatever the environment says.
-unexport PYTHONDONTWRITEBYTECODE
-
 .PHONY: demo test quick lint format docs fidelity record soak gpu gpu-rehearsal test-vllm test-llm test-clients test-schemathesis clean wheel test-install native-sanitize native-aarch64
 
 demo: $(READY)  ## set up, fetch the demo model, and answer a question

@@ -18,6 +18,9 @@ from tests.cli import Cli
 from tests.forks import Forks
 from tests.stub_server import Server
 
+# Tests start hundreds of processes, and pytest writes their asserts anew: each file is compiled once, whatever is set.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Two workers share two cores; and nothing may ask the Hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
