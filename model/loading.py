@@ -194,7 +194,7 @@ def _read(
 
 def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int | str) -> None:
     """Write the network as a checkpoint folder that `from_pretrained` reads."""
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import constants, split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
     if network.expert_store is not None:
@@ -204,7 +204,12 @@ def save_pretrained(network: DbrxForCausalLM, folder: Path, max_shard_size: int 
     network.config.save_pretrained(folder)
     (network.generation_config or GenerationConfig()).save(folder)
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    split = split_state_dict_into_shards_factory(  # the one for tensors imports PyTorch's distributed ones: a second
+        state,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=constants.SAFETENSORS_WEIGHTS_FILE_PATTERN,
+        max_shard_size=max_shard_size,
+    )
     for file, names in split.filename_to_tensors.items():
         save_file({name: state[name] for name in names}, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
