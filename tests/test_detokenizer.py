@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from model.detokenizer import Detokenizer
 
@@ -47,14 +46,15 @@ def test_every_cut_at_one_or_two_bytes(text: str) -> None:
     assert "".join(shown) == text
 
 
-@settings(max_examples=500, deadline=None)
-@given(
-    st.one_of(st.binary(max_size=40), st.text(max_size=20).map(str.encode)), st.lists(st.integers(0, 999), max_size=8)
-)
-def test_streamed_is_whole(data: bytes, places: list[int]) -> None:
-    shown, detokenizer = stream(cut(data, places))
-    assert "".join(shown) == data.decode("utf-8", "replace")
-    assert not detokenizer.stopped
+def test_streamed_is_whole() -> None:
+    """Any bytes, and any text, cut anywhere: several times at one place, too."""
+    draw = random.Random(1)
+    for round in range(2000):
+        text = "".join(map(draw.choice, TEXTS))[: draw.randrange(20)].encode()
+        data = text if round % 2 else draw.randbytes(draw.randrange(9)) + text + draw.randbytes(draw.randrange(3))
+        shown, detokenizer = stream(cut(data, [draw.randrange(999) for _ in range(draw.randrange(9))]))
+        assert "".join(shown) == data.decode("utf-8", "replace"), data
+        assert not detokenizer.stopped
 
 
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
@@ -62,18 +62,20 @@ def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     return next((i for i in range(len(text)) if text.startswith(stops, i)), None)
 
 
-letters = st.text("abé", max_size=14)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(letters, st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3), st.lists(st.integers(0, 99)))
-def test_text_is_cut_before_the_earliest_stop_string(text: str, stops: list[str], places: list[int]) -> None:
-    shown, detokenizer = stream(cut(text.encode(), places), tuple(stops))
-    at = first_stop(text, tuple(stops))
-    assert "".join(shown) == text[:at]
-    assert detokenizer.stopped == (at is not None)
-    if at is not None:
-        assert detokenizer.stop_string in stops and text.startswith(detokenizer.stop_string or "?", at)
+def test_text_is_cut_before_the_earliest_stop_string() -> None:
+    draw = random.Random(2)
+    ends: set[int | None] = set()
+    for _ in range(4000):
+        text = "".join(draw.choices("abé", k=draw.randrange(15)))
+        stops = tuple("".join(draw.choices("abé", k=draw.randint(1, 4))) for _ in range(draw.randint(1, 3)))
+        shown, detokenizer = stream(cut(text.encode(), [draw.randrange(99) for _ in range(draw.randrange(9))]), stops)
+        at = first_stop(text, stops)
+        assert "".join(shown) == text[:at], (text, stops)
+        assert detokenizer.stopped == (at is not None)
+        if at is not None:
+            assert detokenizer.stop_string in stops and text.startswith(detokenizer.stop_string or "?", at)
+        ends.add(at)
+    assert ends >= {None, *range(12)}
 
 
 def test_holds_back_no_more_than_a_possible_beginning() -> None:
