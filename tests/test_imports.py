@@ -19,20 +19,25 @@ LIGHT = ["errors", "messages", "chat_template", "tokenizer", "detokenizer", "con
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text("utf-8"))
-
-
-@cache
-def imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
-    """Every import of a file, anywhere in it."""
-    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Import | ast.ImportFrom)]
+def imports(path: Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import of a file, anywhere in it, and whether only a type checker reads it."""
+    found = []
+    waiting: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text("utf-8")), False)]
+    while waiting:
+        node, typing = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append((node, typing))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += [(each, True) for each in node.body] + [(each, typing) for each in node.orelse]
+        else:  # no expression holds a statement
+            waiting += [(each, typing) for each in ast.iter_child_nodes(node) if not isinstance(each, ast.expr)]
+    return found
 
 
 def imported(path: Path) -> Iterator[str]:
     """Every module that a file imports, anywhere in it, by its full name."""
     package = [*path.relative_to(ROOT).parts[:-1]]
-    for node in imports(path):
+    for node, _ in imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:
@@ -46,19 +51,15 @@ def needed(path: Path, modules: frozenset[str]) -> set[str]:
     """Modules of this project that a file imports, inside functions too; not those that only a type checker reads."""
     package = path.relative_to(ROOT).parts[:-1]
     found: set[str] = set()
-    waiting: list[ast.AST] = [parsed(path)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting += node.orelse
-        elif isinstance(node, ast.Import):
+    for node, typing in imports(path):
+        if typing:
+            continue
+        if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join([*base, *([node.module] if node.module else [])])
             found |= {full if (full := f"{name}.{alias.name}") in modules else name for alias in node.names}
-        else:
-            waiting += ast.iter_child_nodes(node)
     return found & modules
 
 
@@ -96,7 +97,7 @@ def test_the_library_knows_no_terminal(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODEL, ids=lambda p: str(p.relative_to(ROOT)))
 def test_inside_the_library_imports_are_relative(path: Path) -> None:
-    for node in imports(path):
+    for node, _ in imports(path):
         if isinstance(node, ast.Import):
             assert not any(within(alias.name, "model") for alias in node.names)
         elif node.level == 0:
