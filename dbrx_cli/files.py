@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Sequence
 
-from dbrx_cli.stdin import REPLACE, InputErrors, decode
+from dbrx_cli.stdin import InputErrors, decode
 from model.errors import InputError
 from model.messages import MAX_TEXT, check_size
 
@@ -26,7 +26,7 @@ def read_file(path: str, limit: int = MAX_TEXT) -> bytes:
         # Without waiting: a pipe without a writer would hold the program up for ever.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path} is not a plain file", "pipe what is not a file to stdin")
+                raise InputError(f"{path} is not a plain file", "write it to a file first")
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -36,7 +36,7 @@ def read_file(path: str, limit: int = MAX_TEXT) -> bytes:
     return data
 
 
-def attached(paths: Sequence[str], errors: InputErrors, hint: str = REPLACE) -> str:
+def attached(paths: Sequence[str], errors: InputErrors | None = None) -> str:
     """The files as a prompt shows them: each under its name, between fences that nothing in it can close.
 
     Raises `InputError` as `read_file`, for bytes that are not UTF-8, and if all of them are too long for any model.
@@ -46,7 +46,7 @@ def attached(paths: Sequence[str], errors: InputErrors, hint: str = REPLACE) -> 
         data = read_file(path)
         if kind := next((kind for mark, kind in KINDS if re.match(mark, data, re.DOTALL)), None):
             raise InputError(f"{path} is {kind}, and this model reads text only", "give its text instead")
-        text = decode(data, path, errors, hint)
+        text = decode(data, path, errors)
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
         end = "" if text.endswith("\n") else "\n"

@@ -21,7 +21,7 @@ def read_ids(text: Path, folder: Path) -> list[int]:
     """A text file as ids of a model; `InputError` if it has less than two tokens."""
     from model.tokenizer import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder).encode(decode(read_file(str(text)), str(text), "strict"))
+    ids = AutoTokenizer.from_pretrained(folder).encode(decode(read_file(str(text)), str(text)))
     if len(ids) < 2:
         raise InputError(f"{text} has less than two tokens", "give a longer text")
     return ids

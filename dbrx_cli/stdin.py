@@ -25,18 +25,14 @@ def read_piped(errors: InputErrors = "strict") -> str | None:
     return decode(data, "stdin", errors) or None
 
 
-CONVERT = "convert it (iconv -t UTF-8)"
-REPLACE = f"{CONVERT}, or go on with --input-errors replace"
-
-
-def decode(data: bytes, source: str, errors: InputErrors = "strict", hint: str = REPLACE) -> str:
-    """UTF-8 -> text; a byte order mark at the front is left out."""
+def decode(data: bytes, source: str, errors: InputErrors | None = None) -> str:
+    """UTF-8 -> text; a byte order mark at the front is left out. errors: `--input-errors`, None where there is none."""
     try:
-        return data.decode("utf-8", errors).removeprefix("\ufeff")
+        return data.decode("utf-8", errors or "strict").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{source} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}",
-            hint,
+            "convert it (iconv -t UTF-8)" + (", or go on with --input-errors replace" if errors else ""),
         ) from None
 
 

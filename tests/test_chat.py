@@ -67,6 +67,7 @@ def test_blocks_and_backslashes_open_more_lines(cli: Cli, monkeypatch: pytest.Mo
 def test_bytes_that_are_no_text_name_the_line(cli: Cli, tiny_checkpoint: Path) -> None:
     result = cli("chat", "-m", tiny_checkpoint, "-n", "2", stdin=b"hello\nbad \xff\n")
     assert result.code == 2 and "line 2 of stdin is not UTF-8: byte 0xff at offset 4" in result.fault
+    assert "--input-errors" not in result.fault  # which chat has not
 
 
 def test_a_full_context_drops_the_oldest_turns_and_says_so(cli: Cli, tiny_checkpoint: Path) -> None:

@@ -170,6 +170,13 @@ def test_what_others_quantized_is_named(tmp_path: Path, form: str) -> None:
         assert error.value.hint != FITS
 
 
+def test_a_format_to_come_of_gptq_is_not_taken_for_a_known_one(tmp_path: Path) -> None:
+    settings = {Q: {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v3"}}
+    tensors, _ = quantized(apart(), lambda name, w: quantize_gptq(name, w, 4, 32, True))
+    with pytest.raises(ModelError, match=r"quantized by GPTQ \(format gptq_v3\), which cannot be read"):
+        open_weights(write(tmp_path / "m", tensors, CONFIG | settings))
+
+
 def compressed(form: str, of: dict[str, Tensor]) -> Parts:
     """A matrix in one of compressed-tensors' forms; `of` hears its values."""
 
@@ -387,8 +394,9 @@ def test_ollamas_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
         with pytest.raises(ModelError, match=said):
             resolve(f"ollama:{name}")
     (tags / "instruct").write_text(json.dumps({"layers": layers}))
-    with pytest.raises(ModelError, match="holds 2 models: dbrx:instruct, dbrx:latest"):
+    with pytest.raises(ModelError, match="holds 2 models: dbrx:instruct, dbrx:latest") as several:
         resolve(tmp_path / "models")
+    assert several.value.hint == f"choose one: -m {tags / 'instruct'}"  # with what its maker set, which a blob has not
     (tags / "other").write_text(json.dumps({"layers": layers[:1]}))
     with pytest.raises(ModelError, match="names no GGUF file"):
         resolve(tags / "other")

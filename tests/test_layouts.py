@@ -273,7 +273,8 @@ DEFECTS: dict[str, tuple[Callable[[], Tensors], str]] = {
     "gptq_bits": (gptq(lambda t: t.update({f"{GPTQ}.qweight": torch.ones(10, 128).int()})), "2, 3, 4 or 8 bits"),
     "gptq_zeros": (gptq(lambda t: t.update({f"{GPTQ}.qzeros": torch.ones(2, 8).int()})), "unlike GPTQ's"),
     "gptq_index": (gptq(lambda t: t.update({f"{GPTQ}.g_idx": torch.full((64,), 9)})), "groups that are not there"),
-    "awq": (gptq(lambda t: [t.pop(name) for name in list(t) if "g_idx" in name]), "AWQ quantized"),
+    "gptq_index_below": (gptq(lambda t: t.update({f"{GPTQ}.g_idx": torch.arange(64) % 2 - 1})), "that are not there"),
+    "awq": (gptq(lambda t: [t.pop(name) for name in list(t) if "g_idx" in name]), "GPTQ or AWQ, and nothing"),
 }  # fmt: skip
 
 

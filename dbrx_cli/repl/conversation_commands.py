@@ -11,7 +11,6 @@ from dbrx_cli.engine import Request
 from dbrx_cli.files import attached
 from dbrx_cli.repl.branches import answer_as_branch
 from dbrx_cli.repl.phrases import count, quote, quote_message, unquoted
-from dbrx_cli.stdin import CONVERT
 from model.errors import ContextError, InputError
 from model.messages import Message
 
@@ -112,7 +111,7 @@ def read(repl: Repl, argument: str) -> None:
 
 def attach(path: str) -> str:
     """A text file as a message has it before its own text."""
-    return attached([path], "strict", CONVERT) + "\n\n"
+    return attached([path]) + "\n\n"
 
 
 def put(repl: Repl, name: str, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import FITS
 from ..quantization import GPTQ, Groups
+from ..safetensors_file import shown
 from .encoding import Fault, Shape, codes, spread_groups
 from .foreign import GPTQ_WAY, READABLE_BITS
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..weights import GroupMatrix
+
+FORMATS = ("gptq", "gptq_v2")
 
 
 class Gptq:
@@ -27,12 +30,15 @@ class Gptq:
     marker = "g_idx"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._lowered = "gptq_v2" not in (settings.get("checkpoint_format"), settings.get("format"))
+        self._format = settings.get("checkpoint_format") or settings.get("format") or FORMATS[0]
+        self._lowered = FORMATS[1] not in (settings.get("checkpoint_format"), settings.get("format"))
         self._in_order = settings.get("desc_act") is False  # inputs are in the groups' order
         self._group_size = settings.get("group_size")
 
     def check(self, dtypes: Sequence[str], shapes: Sequence[Shape], wanted: Shape) -> Fault | None:
         out, inputs = wanted
+        if self._format not in FORMATS:
+            return Fault(f"is in the format {shown(str(self._format))} of GPTQ", GPTQ_WAY)
         bits = self._bits(shapes[0], wanted)
         if bits is None:
             return Fault(
@@ -55,6 +61,8 @@ class Gptq:
         bits = self._bits(tuple(words.shape), wanted)
         assert bits is not None
         by_group, index = scales.float().t(), groups.long()
+        if int(index.min()) < 0:  # PyTorch would count from the end
+            raise IndexError
         values = codes(words.t(), bits) - self._zeros(packed_zeros, bits).t()[:, index]
         return values * by_group[:, index]
 

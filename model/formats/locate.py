@@ -27,7 +27,8 @@ def locate(path: Path) -> Path:
         return path if manifest is None else manifest.weights
     models = {str(model.relative_to(path)): model for model in gguf_models(path)}
     if not models and ollama.is_store(path):
-        models = {each.name.removeprefix(ollama.PREFIX): each.weights for each in ollama.stored(path)}
+        manifests = {each.name.removeprefix(ollama.PREFIX): each for each in ollama.stored(path)}
+        models = {name: each.path if len(manifests) > 1 else each.weights for name, each in manifests.items()}
     if len(models) > 1:
         named = ", ".join(shown(name) for name in list(models)[:6]) + (", ..." if len(models) > 6 else "")
         raise ModelError(

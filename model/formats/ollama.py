@@ -34,9 +34,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Manifest:
-    """A model in a store: what a user calls it, and its layers' digests by kind, the first of each."""
+    """A model in a store: what a user calls it, its file, and its layers' digests by kind, the first of each."""
 
     name: str
+    path: Path
     store: Path
     layers: dict[str, str]
 
@@ -47,7 +48,7 @@ class Manifest:
         store = next((parent.parent for parent in path.parents if parent.name == "manifests"), None)
         if store is None or path.suffix == ".gguf" or path.stat().st_size > MAX_MANIFEST:
             return None
-        found = cls(_name(path), store, {})
+        found = cls(_name(path), path, store, {})
         try:
             layers = read_json(path).get("layers")
         except ModelError as error:

@@ -27,7 +27,7 @@ from ..errors import ModelError
 from ..model_files import ModelFiles
 from ..placement import Format
 from ..quantization import Groups
-from ..safetensors_file import TensorInfo
+from ..safetensors_file import TensorInfo, damaged
 from ..weights import CheckpointWeights, Extent, FloatExpert, GroupMatrix, KeptExpert, kept_format
 from .awq import Awq
 from .compressed import Packed, Scaled
@@ -94,7 +94,7 @@ class Module:
         try:
             values = self.encoding.unpack(tensors, self.shape)
         except IndexError:
-            raise ModelError(f"{self.infos[0].file}: {self.names[0]} names groups that are not there") from None
+            raise damaged(self.infos[0].file, f"{self.names[0]} names groups that are not there") from None
         return values.t() if self.transposed else values
 
     def keep(self, tensors: Sequence[Tensor]) -> GroupMatrix:
