@@ -123,6 +123,10 @@ def no_space(*_: Any) -> NoReturn:
     raise OSError(28, "No space left on device")
 
 
+def too_large(*_: Any) -> NoReturn:
+    raise OSError(27, "File too large")
+
+
 def interrupted(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -131,7 +135,7 @@ def damaged(*_: Any) -> NoReturn:
     raise ModelError("became shorter while it was in use")
 
 
-@pytest.mark.parametrize(("fault", "code"), [(no_space, 5), (interrupted, 130), (damaged, 3)])
+@pytest.mark.parametrize(("fault", "code"), [(no_space, 5), (too_large, 2), (interrupted, 130), (damaged, 3)])
 def test_a_fault_leaves_nothing(
     tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, fault: Any, code: int
 ) -> None:

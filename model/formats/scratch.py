@@ -17,7 +17,8 @@ from ..errors import InputError, ResourceError
 def scratch_folder(target: Path, nbytes: int) -> Iterator[Path]:
     """A folder beside `target` to write `nbytes` into; what is left in it at the end is removed, come what may.
 
-    `InputError` if the target exists, `ResourceError` if the disk is too small, before or while it is written.
+    `InputError` if the target exists or cannot be written, `ResourceError` if the disk is too small, before or
+    while it is written.
     """
     if os.path.lexists(target):
         raise InputError(f"{target} exists already", "name one that does not, or remove it")
@@ -28,12 +29,14 @@ def scratch_folder(target: Path, nbytes: int) -> Iterator[Path]:
             raise _full(parent, nbytes)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror}", "name another place") from None
+        raise _unwritable(target, error) from None
     try:
         yield scratch
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _full(parent, nbytes) from None
+        if error.filename is None:  # of an open file, a write: a limit of files' sizes, a fault of the disk
+            raise _unwritable(target, error) from None
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -57,6 +60,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _unwritable(target: Path, error: OSError) -> InputError:
+    return InputError(f"{target} cannot be written: {error.strerror}", "name another place")
 
 
 def _full(folder: Path, nbytes: int) -> ResourceError:
