@@ -149,7 +149,13 @@ BREAK: dict[str, Callable[[Path], object]] = {
     "numbers for blk.0.ffn_gate_exps": lambda path: matrix_file(
         path, squares_of() | {"blk.0.ffn_gate_exps.weight": np.ones((EXPERTS, 8), np.float32)}, ONCE
     ),
-    "that are none": lambda path: matrix_file(
+    "and this model 2 layers": lambda path: matrix_file(path, squares_of(LAYERS + 1), ONCE),
+    "no mean squares: negative": lambda path: matrix_file(
+        path,
+        squares_of() | {"blk.1.ffn_down_exps.weight": np.full((EXPERTS, HIDDEN), 1e38, np.float32)},
+        ONCE,
+    ),
+    "that are no mean squares": lambda path: matrix_file(
         path,
         squares_of() | {"blk.0.ffn_gate_exps.weight": np.full((EXPERTS, WIDTH), np.nan, np.float32)},
         ONCE,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint import MATRICES
 from ..errors import ModelError
-from ..safetensors_file import damaged, opened, pread, shown
+from ..safetensors_file import opened, pread, shown
 from .dbrx_gguf import gguf_name
 from .gguf_file import is_older_importance_matrix, open_gguf
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..config import DbrxConfig
 
 MOST_BYTES = 2**30  # of the whole DBRX, 124 MB
+OTHER = "give the one that was made of this model"
+AGAIN = "copy it again, make it again with llama-imatrix, or give a text"
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
@@ -41,6 +43,8 @@ class ImportanceMatrix:
         self.digest = hashlib.sha256(content).hexdigest()
         experts, sizes = config.ffn_config.moe_num_experts, (config.d_model, config.ffn_config.ffn_hidden_size)
         found = _of_gguf(path, experts) if content.startswith(b"GGUF") else _of_dat(path, content, experts)
+        if (beyond := gguf_name(f"transformer.blocks.{config.n_layers}.ffn.experts.mlp.w1")) in found:
+            raise ModelError(f"{path}: has {beyond}, and this model {config.n_layers} layers", OTHER)
         self._squares: dict[tuple[int, str], Tensor] = {}
         for layer in range(config.n_layers):
             for matrix in MATRICES:
@@ -48,12 +52,10 @@ class ImportanceMatrix:
                 squares, shape = found.get(name), (experts, sizes[matrix == "w2"])
                 if squares is None or tuple(squares.shape) != shape:
                     what = f"lacks {name}" if squares is None else f"has {list(squares.shape)} numbers for {name}"
-                    raise ModelError(
-                        f"{path}: {what}, where this model has {list(shape)}",
-                        "give the one that was made of this model",
-                    )
-                if not bool((squares.isfinite() & (squares >= 0)).all()):
-                    raise damaged(path, f"holds squares of {name} that are none")
+                    raise ModelError(f"{path}: {what}, where this model has {list(shape)}", OTHER)
+                if not (bool((squares >= 0).all()) and bool(squares.sum().isfinite())):
+                    what = f"has numbers for {name} that are no mean squares: negative, or not finite"
+                    raise ModelError(f"{path}: {what}", AGAIN)
                 self._squares[layer, matrix] = squares
 
     def squares(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
@@ -103,11 +105,12 @@ def _of_dat(path: Path, content: bytes, experts: int) -> dict[str, Tensor]:
             name, at = content[at : at + length], at + max(length, 0)
             calls, count = number(), number()
             if length < 0 or calls < 0 or count < 0 or at + 4 * count > len(content):
-                raise damaged(path, f"is cut off, or no importance matrix, at entry {shown(name.decode('latin1'))}")
+                at_entry = f"at entry {shown(name.decode('latin1'))}"
+                raise ModelError(f"{path}: is cut off, or no importance matrix, {at_entry}", AGAIN)
             values = torch.frombuffer(bytearray(content[at : at + 4 * count]), dtype=torch.float32) if count else None
             at += 4 * count
             if values is not None and count % experts == 0:
                 found[name.decode("latin1")] = values.view(experts, -1) / max(1, calls)
     except struct.error:
-        raise damaged(path, "is cut off, or no importance matrix") from None
+        raise ModelError(f"{path}: is cut off, or no importance matrix", AGAIN) from None
     return found
