@@ -87,7 +87,7 @@ struct Gemm {
     // inner: x is what an expert computes before w2.
     static void prepare(const float *x, int64_t inputs, bool inner, std::byte *to) {
         if constexpr (SHARES_GEMV_ROWS) {  // the same numbers, so that a row has the same result with many as with few
-            Int8::round_row(x, inputs, to);
+            Int8::prepare(x, inputs, to);
             ((PreparedRow *)to)->has_residual = 0;
         } else {
             Rows<Dot>::prepare(x, inputs, inner, to);

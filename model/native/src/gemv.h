@@ -94,29 +94,28 @@ struct Places {
     static int64_t quarter(int64_t outputs) { return (outputs + PLACES - 1) / PLACES; }
 };
 
-// f.operator()<R>() for R = count, from 1 to MOST.
-template <int MOST, class F>
+// f.operator()<R>() for R = count, from LEAST to MOST.
+template <int LEAST, int MOST, class F>
 void with_count(int64_t count, F f) {
-    if constexpr (MOST > 1)
-        if (count < MOST) return with_count<MOST - 1>(count, f);
+    if constexpr (MOST > LEAST)
+        if (count < MOST) return with_count<LEAST, MOST - 1>(count, f);
     f.template operator()<MOST>();
 }
 
 // out[r * stride + o] = the product, or what it was and the product, for the outputs of a piece and n rows. In registers
-// some rows meet an output of as many places as the format takes AT_ONCE.
-template <class Format>
+// LEAST to MOST rows meet an output of W places.
+template <class Format, int W, int LEAST, int MOST>
 void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const std::byte *const *x, int64_t n, float *out,
               int64_t stride, bool add) {
-    constexpr int W = ROWS_AT_ONCE > 1 ? Format::AT_ONCE : 1;
     const int64_t first = piece * places.each, last = std::min(first + places.each, places.apart);
     for (int64_t o = first; o < last; ++o) {
         const int64_t there = std::min<int64_t>(PLACES, (m.outputs - 1 - o) / places.apart + 1);
         for (int64_t place = 0; place < there; place += W) {
             int64_t outputs[W];  // behind the last output it is computed again, and not stored
             for (int w = 0; w < W; ++w) outputs[w] = std::min(o + (place + w) * places.apart, m.outputs - 1);
-            for (int64_t row = 0, tiles = (n + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE, count; row < n; row += count, --tiles) {
+            for (int64_t row = 0, tiles = (n + MOST - 1) / MOST, count; row < n; row += count, --tiles) {
                 count = (n - row + tiles - 1) / tiles;  // 5 rows are 3 and 2
-                with_count<ROWS_AT_ONCE>(count, [&]<int R>() {
+                with_count<LEAST, MOST>(count, [&]<int R>() {
                     float y[W][R];
                     Format::template dot<W, R>(m, outputs, x + row, y);
                     for (int64_t w = 0; w < std::min<int64_t>(W, there - place); ++w)
@@ -130,9 +129,15 @@ void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const s
     }
 }
 
+// One row meets all places, so that a core has as much of them under way as it can; of several rows a format says what fits.
 inline void multiply(const dbrx_matrix &m, const Places &places, int64_t piece, const std::byte *const *x, int64_t n,
                      float *out, int64_t stride, bool add = false) {
-    with_format(m, [&](auto format) { multiply<decltype(format)>(m, places, piece, x, n, out, stride, add); });
+    with_format(m, [&](auto format) {
+        using Format = decltype(format);
+        if constexpr (ROWS_AT_ONCE == 1) multiply<Format, 1, 1, 1>(m, places, piece, x, n, out, stride, add);
+        else if (n == 1) multiply<Format, PLACES, 1, 1>(m, places, piece, x, n, out, stride, add);
+        else multiply<Format, Format::AT_ONCE, 2, ROWS_AT_ONCE>(m, places, piece, x, n, out, stride, add);
+    });
 }
 
 // Floats that are stored [inputs, outputs]: rows are scaled and added up. A strip is so many stored rows; each has a sum of

@@ -112,18 +112,13 @@ struct Shorts {  // 16 of 16 bits
 };
 DBRX_INLINE Shorts operator*(Shorts a, Shorts b) { return {_mm256_mullo_epi16(a.v, b.v)}; }
 constexpr int ROWS_AT_ONCE = 4;  // activation rows that meet a weight in registers
-// 16 weights, or 32, for products: where it is fewer instructions, the even ones before the odd ones. What they are
-// multiplied with is kept in that order (EVEN_FIRST).
+// 16 weights, for products: where it is fewer instructions, the even ones before the odd ones. What they are multiplied
+// with is kept in that order (EVEN_FIRST), as it is for bytes that are `split`.
 constexpr bool EVEN_FIRST = true;
 DBRX_INLINE void load_weights(const uint16_t *bf16, Floats (&out)[2]) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bf16));
     out[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     out[1].v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
-}
-DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
-    out[0].v = _mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 8);
-    out[1].v = _mm256_srai_epi16(pairs, 8);
 }
 struct Ints {  // sums of products of Shorts, spread over lanes
     __m256i v;
@@ -542,19 +537,17 @@ DBRX_INLINE Floats eight_signed(const uint8_t *at) {
 DBRX_INLINE void load_weights(const uint16_t *bf16, Floats (&out)[2]) {
     out[0] = Floats::load(bf16), out[1] = Floats::load(bf16 + LANES);
 }
-DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {
-    out[0] = Shorts::widen(at), out[1] = Shorts::widen(at + 16);
-}
 #endif
-// Floats of 16 bits, so many bytes apart. As a vector at once: what is stored one by one is not soon loaded as a whole.
+// Floats of 16 bits, so many bytes apart; nothing behind the last is read.
 DBRX_INLINE Floats eight_halves(const uint8_t *at, int apart) {
 #if defined(__F16C__)
-    const auto bits = [=](int i) {
-        int16_t one;
-        std::memcpy(&one, at + i * apart, 2);
-        return one;
+    const auto with = [=](int i) {  // the float i at its place among eight
+        return _mm_loadu_si128(reinterpret_cast<const __m128i *>(at + i * (apart - 2)));
     };
-    return {_mm256_cvtph_ps(_mm_setr_epi16(bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7)))};
+    const __m128i two[4] = {_mm_blend_epi16(with(0), with(1), 0x02), _mm_blend_epi16(with(2), with(3), 0x08),
+                            _mm_blend_epi16(with(4), with(5), 0x20), _mm_blend_epi16(with(6), with(7), 0x80)};
+    const __m128i low = _mm_blend_epi16(two[0], two[1], 0x0c), high = _mm_blend_epi16(two[2], two[3], 0xc0);
+    return {_mm256_cvtph_ps(_mm_blend_epi16(low, high, 0xf0))};
 #else
     float each[LANES];
     for (int i = 0; i < LANES; ++i) each[i] = half(at + i * apart);
@@ -564,6 +557,9 @@ DBRX_INLINE Floats eight_halves(const uint8_t *at, int apart) {
 
 DBRX_INLINE void load_weights(const float *at, Floats (&out)[2]) {
     out[0] = Floats::load(at), out[1] = Floats::load(at + LANES);
+}
+DBRX_INLINE void load_weights(const int8_t *at, Shorts (&out)[2]) {  // 32, in their order: widened by the load on AVX2
+    out[0] = Shorts::widen(at), out[1] = Shorts::widen(at + 16);
 }
 
 // `count` numbers, each `size` of them with the even ones before the odd ones: 0 1 2 3 4 5 6 7 -> 0 2 4 6 1 3 5 7.

@@ -243,7 +243,7 @@ struct AffineRows {
 template <int BITS, int GROUP>
 struct Affine : AffineRows<BITS> {
     using typename AffineRows<BITS>::Activations;
-    static constexpr int AT_ONCE = 4;             // outputs whose products share a loop
+    static constexpr int AT_ONCE = 4;             // outputs whose products with several rows share a loop
     static constexpr int GROUPS = BLOCK / GROUP;  // in a block
     static int64_t groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs * BITS / 8 + 4 * groups(m.inputs); }

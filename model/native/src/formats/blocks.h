@@ -21,7 +21,8 @@ auto with_blocks(const dbrx_matrix &m, F f) {
 
 template <class Type>
 struct BlockSpan {
-    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::OFFSET ? 0 : GROUPS;
+    static constexpr bool SIGNED = requires { Type::signed_bytes; };
+    static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::OFFSET || SIGNED ? 0 : GROUPS;
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
@@ -51,15 +52,18 @@ struct BlockSpan {
     }
     DBRX_INLINE Floats less(const SpanActivations &of) const {
         Floats found = Floats::all(0);
-        for (int g = 0; g < GROUPS; g += LANES)
+        for (int g = 0; g < GROUPS && !SIGNED; g += LANES)
             found = fma(min[g / LANES], Floats::load((Type::GROUP == 32 ? of.less_of_32 : of.less_of_16) + g), found);
         return found;
     }
-    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const { split(Type::quantized(at, chunk), out); }
+    DBRX_INLINE void weights(int chunk, Shorts (&out)[2]) const {
+        if constexpr (SIGNED) load_weights(Type::signed_bytes(at, chunk), out);
+        else split(Type::quantized(at, chunk), out);
+    }
     DBRX_INLINE Floats scales(int chunk) const { return lanes.at(chunk); }
     static DBRX_INLINE Ints multiply(const Shorts (&weights)[2], const int16_t *x) { return multiply_32(weights, x); }
     static void order(int16_t *x) {
-        if (EVEN_FIRST) even_first(x, SPAN, CHUNK);
+        if (EVEN_FIRST && !SIGNED) even_first(x, SPAN, CHUNK);
     }
 
     void unpack(float *out) const {
@@ -71,7 +75,7 @@ struct BlockSpan {
         for (int g = 0; g < GROUPS; ++g)
             for (int i = g * Type::GROUP; i < (g + 1) * Type::GROUP; ++i) {
                 const float weight = scales[g] * float(bytes[i]);
-                out[i] = Type::OFFSET ? weight : weight - minima[g];
+                out[i] = MINIMA ? weight - minima[g] : weight;
             }
     }
     // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Scales of 16 are whole numbers
@@ -96,7 +100,8 @@ struct BlockSpan {
   private:
     void quantized(int8_t *out) const {
         for (int chunk = 0; chunk < SPAN / CHUNK; ++chunk)
-            (Type::quantized(at, chunk) - Bytes::all(Type::OFFSET)).store(reinterpret_cast<uint8_t *>(out) + chunk * CHUNK);
+            if constexpr (SIGNED) std::memcpy(out + chunk * CHUNK, Type::signed_bytes(at, chunk), CHUNK);
+            else (Type::quantized(at, chunk) - Bytes::all(Type::OFFSET)).store(reinterpret_cast<uint8_t *>(out) + chunk * CHUNK);
     }
 };
 

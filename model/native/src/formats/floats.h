@@ -10,7 +10,7 @@ template <class T>
 struct FloatRows {
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs * int64_t(sizeof(T)); }
 
-    static constexpr int AT_ONCE = 4;  // outputs whose products share a loop
+    static constexpr int AT_ONCE = 4;  // outputs whose products with several rows share a loop
     static constexpr int STEP = 16;  // inputs, two vectors
 
     // Activations: the floats, and zeros up to a whole step.

@@ -2,7 +2,8 @@
 //
 // A type tells of a span of 256 inputs, here eight blocks, the scales of its groups. A weight is scale * (q - OFFSET); where that
 // is 0, it is scale * q - minimum, and the type tells minima, too. `quantized` gives the 32 q of a chunk, without a sign, in the
-// order of the inputs. 4 bits a weight lie as nibbles: those of inputs 0 and 16 in the first byte.
+// order of the inputs. Where q has one, there is neither offset nor minimum, and `signed_bytes` is where they lie. 4 bits a weight
+// lie as nibbles: those of inputs 0 and 16 in the first byte.
 #pragma once
 #include "../dbrx.h"
 #include "../simd.h"
@@ -40,9 +41,11 @@ struct Q5_1 {
 };
 
 struct Q8_0 {
-    static constexpr int FORMAT = DBRX_Q8_0, INPUTS = 32, BYTES = 34, GROUP = 32, OFFSET = 128;
+    static constexpr int FORMAT = DBRX_Q8_0, INPUTS = 32, BYTES = 34, GROUP = 32, OFFSET = 0;
     static DBRX_INLINE void scales(const uint8_t *span, Floats *scale, Floats *) { *scale = eight_halves(span, BYTES); }
-    static DBRX_INLINE Bytes quantized(const uint8_t *span, int chunk) { return Bytes::load(span + chunk * BYTES + 2) - Bytes::all(128); }
+    static DBRX_INLINE const int8_t *signed_bytes(const uint8_t *span, int chunk) {
+        return reinterpret_cast<const int8_t *>(span + chunk * BYTES + 2);
+    }
 };
 
 // 4 bits that choose one of 16 levels, closer together near 128, which stands for zero.

@@ -245,7 +245,7 @@ struct Parts {
 // these groups add up to.
 template <int BITS>
 struct Groups : Spans<GroupSpan<BITS>> {
-    static constexpr int AT_ONCE = 4;  // outputs whose products share a loop
+    static constexpr int AT_ONCE = 4;  // outputs whose products with several rows share a loop
 
     // A row: its spans, then the sums of groups of 32, 64 and 128 inputs: eight, four and two a span, and zeros up to four
     // whole spans, so that sums of eight can be read everywhere.
@@ -279,17 +279,6 @@ struct Groups : Spans<GroupSpan<BITS>> {
     using Span = GroupSpan<BITS>;
 
     static int64_t in_fours(int64_t inputs) { return (spans(inputs) + 3) / 4 * 4; }
-
-    // Of a row alone sums stay in registers so, which is a twelfth faster; of more rows there are too few of these.
-    template <int W, int R, class F>
-    static DBRX_INLINE void for_outputs(F f) {
-        if constexpr (R == 1) {
-#pragma GCC unroll 4
-            for (int w = 0; w < W; ++w) f(w);
-        } else {
-            for (int w = 0; w < W; ++w) f(w);
-        }
-    }
 
     // EACH: groups of a chunk, 1 where one has a chunk or several.
     template <int EACH, int W, int R>

@@ -12,7 +12,7 @@
 namespace dbrx {
 
 struct Int8 {
-    static constexpr int AT_ONCE = 4;  // outputs whose products share a loop
+    static constexpr int AT_ONCE = 4;  // outputs whose products with several rows share a loop
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs + 4; }
 
     // Activations: the scale, at 64 bytes the rounded numbers, and zeros up to a whole step.
@@ -20,11 +20,6 @@ struct Int8 {
     static int64_t padded(int64_t inputs) { return (inputs + STEP - 1) / STEP * STEP; }
     static int64_t prepared_bytes(int64_t inputs) { return 64 + 2 * padded(inputs); }
     static void prepare(const float *x, int64_t inputs, std::byte *to) {
-        round_row(x, inputs, to);
-        if (EVEN_FIRST) even_first(reinterpret_cast<int16_t *>(to + 64), padded(inputs), STEP);
-    }
-    // The same in the order of the inputs, for gemm.
-    static void round_row(const float *x, int64_t inputs, std::byte *to) {
         int16_t *out = reinterpret_cast<int16_t *>(to + 64);
         const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
         const Floats inverse = Floats::all(1 / most);

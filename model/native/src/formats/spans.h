@@ -42,13 +42,25 @@ struct SpanRows {
     }
 };
 
+// f(w) for outputs side by side. Of a row alone sums stay in registers so, which is a twelfth faster; of more rows there are too
+// few of these.
+template <int W, int R, class F>
+DBRX_INLINE void for_outputs(F f) {
+    if constexpr (R == 1) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) f(w);
+    } else {
+        for (int w = 0; w < W; ++w) f(w);
+    }
+}
+
 // Span: `begin` an output, `open` one of its spans after the other; then, chunk by chunk, its `weights` as Shorts, to `multiply`
 // with as many activations, and the `scales` of the lanes that this gives. `less` is what minima add up to; `unpack` gives the
 // weights themselves, `integers` what products of many rows take (gemm_spans.h).
 template <class Span>
 struct Spans : SpanRows {
     using SpanType = Span;
-    static constexpr int AT_ONCE = 2;  // outputs whose products share a loop: with four, scales leave no registers
+    static constexpr int AT_ONCE = 2;  // outputs whose products with several rows share a loop: with four, scales leave no registers
     static constexpr int QMAX = 32766;
     static int64_t row_bytes(const dbrx_matrix &m) { return Span::row_bytes(m); }
 
@@ -76,13 +88,14 @@ struct Spans : SpanRows {
     static void dot(const dbrx_matrix &m, const int64_t (&outputs)[W], const std::byte *const *x, float (&y)[W][R]) {
         Floats sums[W][R];
         Span of[W];
-        for (int w = 0; w < W; ++w) {
+        for_outputs<W, R>([&](int w) {
             of[w].begin(m, outputs[w]);
             for (Floats &one : sums[w]) one = Floats::all(0);
-        }
+        });
         for (int64_t s = 0; s < spans(m.inputs); ++s) add<W, R>(of, x, s, sums);
-        for (int w = 0; w < W; ++w)
+        for_outputs<W, R>([&](int w) {
             for (int r = 0; r < R; ++r) y[w][r] = sum(sums[w][r]);
+        });
     }
 
   private:
@@ -91,22 +104,23 @@ struct Spans : SpanRows {
         const SpanActivations *of[R];
         for (int r = 0; r < R; ++r) of[r] = reinterpret_cast<const SpanActivations *>(x[r]) + index;
         Floats found[W][R];
-        for (int w = 0; w < W; ++w) {
+        for_outputs<W, R>([&](int w) {
             span[w].open(index);
             for (int64_t line = 0; line < Span::BYTES; line += 64) read_ahead(span[w].at + line);
             for (int r = 0; r < R; ++r) found[w][r] = span[w].less(*of[r]);
-        }
+        });
 #pragma GCC unroll 8
         for (int chunk = 0; chunk < SPAN / Span::CHUNK; ++chunk)
-            for (int w = 0; w < W; ++w) {
+            for_outputs<W, R>([&](int w) {
                 Shorts weights[Span::CHUNK / 16];
                 span[w].weights(chunk, weights);
                 const Floats scale = span[w].scales(chunk);
                 for (int r = 0; r < R; ++r)
                     found[w][r] = fma(to_floats(Span::multiply(weights, of[r]->x + chunk * Span::CHUNK)), scale, found[w][r]);
-            }
-        for (int w = 0; w < W; ++w)
+            });
+        for_outputs<W, R>([&](int w) {
             for (int r = 0; r < R; ++r) sums[w][r] = fma(found[w][r], Floats::all(of[r]->scale), sums[w][r]);
+        });
     }
 };
 
