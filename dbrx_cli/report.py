@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dbrx_cli.options import OutputOptions
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 DEBUG = "DBRX_DEBUG"
+NARROW = 60  # columns below which amounts and the time left take the place of a bar
 Advance = Callable[[int, int], None]  # done, total
 
 
@@ -123,9 +125,14 @@ def stderr_console() -> Console:
 
 
 def progress(console: Console, unit: str, transient: bool) -> Progress:
-    """A bar with amounts in `unit` ("bytes", or a plain count) and the time left."""
+    """A bar with amounts in `unit` ("bytes", or a plain count) and the time left; on a narrow terminal these alone."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=transient)
+    whole = partial(Column, no_wrap=True)
+    amount = (DownloadColumn if unit == "bytes" else MofNCompleteColumn)(table_column=whole())
+    words = TextColumn("{task.description}", markup=False, table_column=whole(max_width=max(8, console.width - 25)))
+    bar = () if console.width < NARROW else (BarColumn(),)
+    return Progress(
+        words, *bar, amount, TimeRemainingColumn(table_column=whole()), console=console, transient=transient
+    )

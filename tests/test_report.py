@@ -29,3 +29,13 @@ def test_a_bar_is_there_at_once_or_from_its_first_step_on(monkeypatch: pytest.Mo
         assert shows(screen, "Working", within=10 if at_once else 0.5) == at_once
         advance(1000, 2000)
         assert shows(screen, "1.0/2.0 kB")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_amounts_and_the_time_left_are_whole_on_any_terminal(columns: int) -> None:
+    screen = io.StringIO()
+    bars = report.progress(Console(file=screen, width=columns), "bytes", transient=True)
+    bars.add_task("Quantizing to int3", total=918_100_000, completed=458_300_000)
+    bars.console.print(bars.get_renderable())
+    (line,) = screen.getvalue().splitlines()
+    assert line.startswith("Quantizing") and "458.3/918.1 MB -:--:--" in line and len(line) <= columns
