@@ -47,6 +47,7 @@ from .precedence import with_origin  # noqa: E402
 from .report import DEBUG, Report, settle_libraries  # noqa: E402
 
 NARROW = 60  # columns
+FORMS = {"quantize": "--to", "convert": "--to", "export": "--type"}  # what takes q8_0 or int4, in others --quantize
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ended
 
 REWORDED = (
@@ -243,6 +244,12 @@ def _advised(message: str, context: typer.Context | None) -> str:
             return f"{words[0]} stands behind a command; type dbrx chat {shlex.join(words)}"
         if " " in words[0]:
             return f"{message}; to ask the model: dbrx generate {shlex.join(words)}"
+    if context is not None and message.startswith("No such option: "):
+        typed, mine = message.split()[3], FORMS.get(str(context.info_name), "--quantize")
+        if typed in (*FORMS.values(), "--quantize") and any(
+            mine in parameter.opts for parameter in context.command.params
+        ):
+            return f"No such option: {typed}; {context.command_path} calls it {mine}"
     return f"{message}; see {context.command_path if context else 'dbrx'} --help"
 
 

@@ -35,6 +35,9 @@ from tests.fake_chat import FakeEngine
     [
         ("quantize demo out", "Missing option '--to' (int8, int4, int3); see dbrx quantize --help"),
         ("quantize demo out --to int5", "'int5' is not one of 'int8', 'int4', 'int3'"),
+        ("quantize demo out --quantize int3", "No such option: --quantize; dbrx quantize calls it --to"),
+        ("export out.gguf --to q8_0", "No such option: --to; dbrx export calls it --type"),
+        ("generate --type int4 hi", "No such option: --type; dbrx generate calls it --quantize"),
         ("generate -t warm hi", "it must be a number"),
         ("-m demo", "-m stands behind a command; type dbrx chat -m demo"),
         ("help", "type dbrx --help"),
