@@ -339,6 +339,8 @@ def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Path, tmp_path: Path) -
 
     def interrupt(done: int, total: int) -> None:
         if done > 0.7 * total:
+            with pytest.raises(InputError, match="is in use by another run"):
+                Writer(weights, out, "int8").write(lambda written: None)
             raise KeyboardInterrupt
 
     with open_weights(tiny_checkpoint) as weights:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -72,21 +74,22 @@ class Writer:
         """Make the folder; it appears under its name when it is whole. `finish` adds the tokenizer's files before.
 
         `progress` hears how far it is, in bytes of the source's weights: hashing them counts as a part of it.
-        `ResourceError` if the disk is too small.
+        `ResourceError` if the disk is too small, `InputError` if another run writes the same folder.
         """
         sizes = [self.weights.nbytes_of(name) for name in expected_tensors(self.weights.config)]
         hashed = sum(path.stat().st_size for path in self._source_files())
         count = _Counter(progress, hashed + sum(sizes), sum(sizes))
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            self._require_room()
-            source = self._hash_source(count)
-            self.metadata["source"] = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-            for shard in range(self.layers + 1):
-                self._write_shard(shard, count)
-            self._write_json(source)
-            finish(self.work)
-            os.rename(self.work, self.out)
+            with _alone(self.work):
+                self._require_room()
+                source = self._hash_source(count)
+                self.metadata["source"] = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+                for shard in range(self.layers + 1):
+                    self._write_shard(shard, count)
+                self._write_json(source)
+                finish(self.work)
+                os.rename(self.work, self.out)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._require_room()
@@ -240,6 +243,21 @@ class Writer:
         index = {"metadata": {"total_size": sum(map(self._nbytes, self._entries))}, "weight_map": shards}
         for file, content in (("config.json", config), (INDEX_NAME, index)):
             (self.work / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a lock of a folder: two runs would write into the same files, and one that ends early leaves holes."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # of file systems without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder} is in use by another run", "wait for it, or name another place") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _parts(kind: str, matrix: QuantizedMatrix) -> Iterator[tuple[str, Tensor]]:
