@@ -82,9 +82,9 @@ def test_a_gguf_becomes_a_quantized_checkpoint(tmp_path: Path, cli: Cli, to: str
     assert AutoTokenizer.from_pretrained(out).special_tokens == SPECIAL
 
 
-def test_a_folder_keeps_its_tokenizer(tiny_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_folder_keeps_its_tokenizer(small_checkpoint: Path, tmp_path: Path, cli: Cli) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
-    shutil.copytree(tiny_checkpoint, source)
+    shutil.copytree(small_checkpoint, source)
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert cli("convert", source, out, "--to", "float16").code == 0
     assert (out / "chat_template.jinja").read_text() == "{{ messages[0].content }}"

@@ -20,6 +20,13 @@ from model.load_planner import plan_load
 from model.placement import Device, Machine
 from tests.cli import Cli
 
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled here: accelerate's hooks would import PyTorch's compiler to leave themselves out of it."""
+    monkeypatch.setattr(torch.compiler, "disable", lambda function: function)
+
+
 GB = 10**9
 # GPUs and CPU memory in GB, and which kinds of place the whole layers of 263 GB must use; none: they find no room.
 MACHINES: dict[str, tuple[list[int], int, set[str]]] = {
