@@ -37,6 +37,13 @@ class Calibration(Protocol):
         """A layer's experts, in order; layers are asked for in order, too, some maybe not at all."""
 
 
+class Importance(Protocol):
+    """How much errors of experts' weights count, by what is known of their inputs."""
+
+    def squares(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """Mean squares of the inputs of w1 and v1 [d_model], and of w2 [ffn_hidden_size]; asked for in order."""
+
+
 class TextCalibration:
     """The text goes through the network as it is stored, a layer at a time, while the experts are quantized."""
 
@@ -51,25 +58,37 @@ class TextCalibration:
         self.digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
         self._x = weights.read(EMBEDDING)[tokens].float().view(-1, length, weights.config.d_model)
         self._activation = ACTIVATIONS[str(weights.config.ffn_config.activation)]
+        self._squares: list[tuple[Tensor, Tensor]] = []  # of the experts of the layer before
 
     @torch.inference_mode()
     def experts(self, layer: int, quantize: Quantize) -> Iterator[QuantizedExpert]:
         """See `Calibration`."""
         while self._layer < layer:  # those were quantized by an earlier run
-            for _ in self._pass(None):
+            for _ in self._pass(fits=False):
                 pass
-        yield from self._pass(quantize)
+        for floats, x, inner in self._pass(fits=True):
+            yield quantize_expert(floats, quantize, (_products(x), _products(inner)))
 
-    def _pass(self, quantize: Quantize | None) -> Iterator[QuantizedExpert]:
-        """Send the text through the next layer, in floats."""
+    @torch.inference_mode()
+    def squares(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """See `Importance`."""
+        while self._layer <= layer:
+            self._squares = [(_squares(x), _squares(inner)) for _, x, inner in self._pass(fits=True)]
+        assert layer == self._layer - 1  # no layer comes again
+        return self._squares[expert]
+
+    def _pass(self, fits: bool) -> Iterator[tuple[FloatExpert, Tensor, Tensor]]:
+        """Send the text through the next layer, in floats: experts, what w1 and v1 read, and what w2 reads.
+
+        fits: of an expert that few tokens chose, what it would read of all.
+        """
         normed, router_weights, chosen = self._attend()
         for expert in range(self._weights.config.ffn_config.moe_num_experts):
             w1, v1, w2 = floats = _floats(self._weights, self._layer, expert)
             rows, place = (chosen == expert).nonzero(as_tuple=True)
-            x = normed if quantize is not None and len(rows) < FEWEST else normed[rows]
+            x = normed if fits and len(rows) < FEWEST else normed[rows]
             inner = self._activation(x @ w1.t()).mul_(x @ v1.t())
-            if quantize is not None:
-                yield quantize_expert(floats, quantize, (_products(x), _products(inner)))
+            yield floats, x, inner
             out = (inner if len(x) == len(rows) else inner[rows]) @ w2
             self._x.flatten(0, 1).index_add_(0, rows, out.mul_(router_weights[rows, place, None]))
         self._layer += 1
@@ -120,6 +139,11 @@ def _floats(weights: Weights, layer: int, expert: int) -> FloatExpert:
     """An expert in float32."""
     data = read_expert(weights, layer, expert)
     return FloatExpert(*(part.float() for part in weights.expert(layer, expert, data)))
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Mean squares of columns [n, inputs]."""
+    return x.square().mean(0)
 
 
 def _products(x: Tensor) -> Tensor:

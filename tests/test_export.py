@@ -23,6 +23,7 @@ from model.formats import open_weights, quantized
 from model.quantization import dequantize
 from tests.cli import Cli
 from tests.gguf_files import CONFIG, SPECIAL, tensors, write_gguf
+from tests.test_calibration import matrix_file
 from tests.test_tokenizer_files import small_json
 from tests.weights import make_checkpoint
 
@@ -75,6 +76,43 @@ def test_k_quants_have_llama_quantizes_mixture_and_load(tmp_path: Path, cli: Cli
         again = gguf.dequantize(found[name].data, found[name].tensor_type).reshape(value.shape)
         assert np.abs(again - value).std() < 0.08 * value.std(), name
     assert cli("generate", "-m", out, "-n", "1", "--raw", "hello").code == 0
+
+
+def test_k_quants_of_experts_are_fitted_to_a_text_or_a_matrix(tmp_path: Path, cli: Cli) -> None:
+    config = {
+        **CONFIG, "d_model": 256, "n_layers": 1,
+        "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 1, "moe_top_k": 1},
+    }  # fmt: skip
+    source, text, matrix = write_gguf(tmp_path / "m.gguf", config=config), tmp_path / "text", tmp_path / "matrix.dat"
+    text.write_text("".join(f"{i} and {i + 7} are {i + i + 7}. " for i in range(60)))
+    network = DbrxForCausalLM.from_pretrained(source)
+    read: list[torch.Tensor] = []
+    network.transformer.blocks[0].ffn.register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    ids = AutoTokenizer.from_pretrained(source).encode(text.read_text())
+    network(torch.tensor([ids]))
+    gate, up = (tensors(config)[f"blk.0.ffn_{name}_exps.weight"][0] for name in ("gate", "up"))
+    x = read[0].detach().flatten(0, -2).double().numpy()
+    inner = x @ gate.T / (1 + np.exp(-(x @ gate.T))) * (x @ up.T)
+    squares = {f"blk.0.ffn_{name}_exps.weight": (x**2).mean(0) for name in ("gate", "up")}
+    squares["blk.0.ffn_down_exps.weight"] = (inner**2).mean(0)
+    matrix_file(matrix, {name: each[None].astype(np.float32) for name, each in squares.items()}, np.ones(1, np.float32))
+
+    def errors(*flags: str | Path) -> dict[str, float]:
+        out = tmp_path / "out.gguf"
+        out.unlink(missing_ok=True)
+        ran = cli("export", out, "--type", "q4_k", "-m", source, *flags)
+        assert ran.code == 0, ran.err
+        found = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+        dequantized = {name: gguf.dequantize(found[name].data, found[name].tensor_type) for name in squares}
+        weights = {name: tensors(config)[name].reshape(dequantized[name].shape) for name in squares}
+        return {name: float((squares[name] * (dequantized[name] - weights[name]) ** 2).sum()) for name in squares}
+
+    plain, of_text, of_matrix = errors(), errors("--calibrate", text), errors("--calibrate", matrix)
+    for name in squares:
+        assert of_text[name] < 0.97 * plain[name], name
+        assert of_matrix[name] == pytest.approx(of_text[name], rel=0.01), name
+    ran = cli("export", tmp_path / "other.gguf", "-m", source, "--calibrate", text)
+    assert (ran.code, ran.out) == (2, "") and "--calibrate is for K-quants" in ran.err
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,9 @@ from .dbrx_gguf import gguf_name
 from .dequantize import row_bytes
 from .gguf_metadata import CONTROL, EPS, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 from .scratch import put_in_place, scratch_folder
+
+if TYPE_CHECKING:
+    from ..calibration import Importance
 
 
 class Kind(NamedTuple):
@@ -57,6 +62,7 @@ FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # llama-quantize's
 NORMAL = 1
 NO_CLAMP = 1e30  # for null: llama.cpp always clamps
 Bytes = NDArray[np.uint8]
+Squares = dict[tuple[int, int], tuple[Tensor, Tensor]]  # of a layer and an expert, as `Importance` has them
 
 
 def write_gguf(
@@ -65,19 +71,21 @@ def write_gguf(
     out: Path,
     kind: str,
     split_bytes: int | None = None,
+    importance: Importance | None = None,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Write `out` in one of `KINDS`, or its parts of at most `split_bytes`; returns the files.
 
-    Norms and routers stay in float32; `notice` hears which matrices fall back to another type. The files appear when
-    they are whole. `ModelError` for what llama.cpp cannot run or pack, `InputError` if a file exists, `ResourceError`
-    if the disk is too small.
+    Norms and routers stay in float32; K-quants of experts are fitted to `importance`; `notice` hears which matrices
+    fall back to another type. The files appear when they are whole. `ModelError` for what llama.cpp cannot run or
+    pack, `InputError` if a file exists, `ResourceError` if the disk is too small.
     """
     _check_runnable(weights.config)
     kinds = _types(weights.config, KINDS[kind], notice)
     sizes = {name: _nbytes(weights.config, name, kinds[name]) for name in kinds}
     total = sum(sizes.values())
+    squares = _squares(weights.config, importance) if importance else {}
     with scratch_folder(out, total + 2**25) as scratch:
         writer = GGUFWriter(scratch / out.name, "dbrx", split_max_size=split_bytes or 0)
         _add_config(writer, weights.config, out.stem, KINDS[kind].number)
@@ -91,7 +99,7 @@ def write_gguf(
         done = 0
         with closing(writer), threads(torch.get_num_threads()) as pool:
             for name, size in sizes.items():
-                rows: Any = _Rows(size, _pieces(weights, name, kinds[name], pool))
+                rows: Any = _Rows(size, _pieces(weights, name, kinds[name], squares, pool))
                 writer.write_tensor_data(rows)
                 done += size
                 if progress:
@@ -172,27 +180,41 @@ def _nbytes(config: DbrxConfig, name: str, kind: GGMLQuantizationType) -> int:
     return int(np.prod(rows, dtype=np.int64)) * row_bytes(kind.name, columns)
 
 
-def _pieces(weights: Weights, name: str, kind: GGMLQuantizationType, pool: ThreadPoolExecutor) -> Iterator[Bytes]:
+def _squares(config: DbrxConfig, importance: Importance) -> Squares:
+    """All of them, before threads share the cores: a text goes through the network for it."""
+    every = itertools.product(range(config.n_layers), range(config.ffn_config.moe_num_experts))
+    return {(layer, expert): importance.squares(layer, expert) for layer, expert in every}
+
+
+def _pieces(
+    weights: Weights, name: str, kind: GGMLQuantizationType, squares: Squares, pool: ThreadPoolExecutor
+) -> Iterator[Bytes]:
     """A tensor's bytes in llama.cpp's order: whole matrices of experts, cut so that all threads have work."""
-    matrices: Iterator[Tensor]
-    if ".experts." in name:
-        layer, matrix = int(name.split(".")[2]), MATRICES.index(name.rpartition(".")[2])
-        every = (weights.expert_matrix(layer, e, matrix) for e in range(weights.config.ffn_config.moe_num_experts))
-        matrices = (each.t() for each in every) if name.endswith(".w2") else every
-    else:
-        matrices = iter([weights.read(name)])
-    for each in matrices:
+    for each, known in _matrices(weights, name, squares):
         rows = each.reshape(1, -1) if each.dim() == 1 else each
-        yield from pool.map(lambda part: _packed(part, kind), torch.split(rows, max(1, PIECE // rows.shape[1])))
+        parts = torch.split(rows, max(1, PIECE // rows.shape[1]))
+        yield from pool.map(partial(_packed, kind=kind, squares=known), parts)
 
 
-def _packed(rows: Tensor, kind: GGMLQuantizationType) -> Bytes:
+def _matrices(weights: Weights, name: str, squares: Squares) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A tensor's matrices [outputs, inputs], each with the mean squares of its inputs where they are known."""
+    if ".experts." not in name:
+        yield weights.read(name), None
+        return
+    layer, matrix = int(name.split(".")[2]), MATRICES.index(name.rpartition(".")[2])
+    last = name.endswith(".w2")
+    for e in range(weights.config.ffn_config.moe_num_experts):
+        each = weights.expert_matrix(layer, e, matrix)
+        yield each.t() if last else each, squares[layer, e][last] if squares else None
+
+
+def _packed(rows: Tensor, kind: GGMLQuantizationType, squares: Tensor | None) -> Bytes:
     if not is_finite(rows):
         raise not_finite()
     if kind.name in ("F32", "BF16"):
         dtype = torch.float32 if kind.name == "F32" else torch.bfloat16
         return rows.to(dtype).contiguous().view(torch.uint8).numpy()
-    packed: Bytes = blocks.quantize(rows, kind.name).values.numpy()
+    packed: Bytes = blocks.quantize(rows, kind.name, squares).values.numpy()
     return packed
 
 
