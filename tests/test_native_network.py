@@ -228,9 +228,9 @@ def test_what_is_stored_is_read_where_the_file_is_mapped(tiny_checkpoint: Path, 
 
 
 def test_without_a_native_library_all_is_computed_by_pytorch(
-    cli: Cli, tiny_checkpoint: Path, without_native: None
+    cli: Cli, small_checkpoint: Path, without_native: None
 ) -> None:
     for quantize in ("none", "int8", "int4"):
-        found = cli("generate", "-m", tiny_checkpoint, "--raw", "-n", "3", "Hello", "--json", "--quantize", quantize)
+        found = cli("generate", "-m", small_checkpoint, "--raw", "-n", "3", "Hello", "--json", "--quantize", quantize)
         assert found.code == 0 and json.loads(found.out)["quantize"] == quantize
     assert "native" not in " ".join(kernels.probe().values())

@@ -194,7 +194,7 @@ def test_where_the_reply_is_split_makes_no_difference(columns: int) -> None:
     """At every byte: what is not yet a whole character waits in the detokenizer, so at every character here."""
     whole = shown(stream([SAMPLE], columns), columns)
     assert shown(stream(list(SAMPLE), columns), columns) == whole
-    for i in range(0, len(SAMPLE), 13):
+    for i in range(0, len(SAMPLE), 29):
         assert shown(stream([SAMPLE[:i], SAMPLE[i:]], columns), columns) == whole
 
 
@@ -266,7 +266,7 @@ def test_bytes_grow_with_the_reply() -> None:
         parts = re.findall(r"\s?\S+|\s", block * times)
         return len(stream(parts, 80, 24))
 
-    assert 3.8 < cost(8) / cost(2) < 4.2
+    assert 3.8 < cost(4) / cost(1) < 4.2
 
 
 def test_one_long_block_costs_no_square() -> None:

@@ -44,8 +44,8 @@ from tests.weights import make_checkpoint
 EXPERT = 3 * 48 * 40 * 2  # bytes of one of TINY's experts in bfloat16
 SLOT = 6 * BLOCK  # two blocks for each of its matrices, of one block less a bit
 LAYERS, EXPERTS = 3, 16
-PROMPT = list(range(100, 160))
-GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPT = list(range(100, 130))
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 @pytest.fixture(scope="module")
