@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
+from triton.language import core
 from triton.runtime import interpreter
 
 
@@ -28,3 +30,34 @@ def prepare() -> None:
 
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = patch_language
+    interpreter._get_np_dtype = _remembered(interpreter._get_np_dtype, lambda dtype: dtype.scalar.name)
+    _make_once(core.block_type, lambda element_ty, shape: (element_ty.name, *map(int, shape)))
+    _make_once(core.tensor, lambda handle, type: type.name, own=("handle",))
+
+
+def _remembered(function: Any, key: Callable[..., Hashable]) -> Any:
+    """A function that makes the same of arguments with the same key."""
+    made: dict[Hashable, Any] = {}
+
+    def call(*args: Any) -> Any:
+        found = key(*args)
+        if found not in made:
+            made[found] = function(*args)
+        return made[found]
+
+    return call
+
+
+def _make_once(kind: Any, key: Callable[..., Hashable], own: tuple[str, ...] = ()) -> None:
+    """Objects of a class whose first arguments are its `own` attributes are alike in all else if their keys are."""
+    made: dict[Hashable, dict[str, Any]] = {}
+
+    def init(self: Any, *args: Any, make: Any = kind.__init__) -> None:
+        found = made.get(name := key(*args))
+        if found is None:
+            make(self, *args)
+            made[name] = dict(self.__dict__)
+        else:
+            self.__dict__.update(found, **dict(zip(own, args, strict=False)))
+
+    kind.__init__ = init
