@@ -58,6 +58,7 @@ soak: $(DEV)  ## the promises at full counts (long)
 CARD_PAGE = docs/notebook/$(shell date +%F)-card
 
 gpu: $(DEV)  ## the tests that need a card, then what its kernels reach: a page and JSON in docs/notebook/ (6 minutes at most)
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: PyTorch finds no card here; make gpu-rehearsal does the same without one')"
 	timeout 210 $(BIN)/python -m pytest -n 0 -m gpu || echo "gpu: some tests failed, see above"
 	timeout 150 $(BIN)/python -m tests.bench_card $(CARD_PAGE)
 	@echo "gpu: figures are in $(CARD_PAGE).md and .json"

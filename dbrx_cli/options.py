@@ -223,7 +223,9 @@ class ModelOptions(WhichModel):
     )
     quantize: Annotated[
         QuantizeName,
-        option("--quantize", panel=MODEL, help="Weights on a CPU; auto: floats become int8; none: as stored."),
+        option(
+            "--quantize", panel=MODEL, help="Bits of the weights; auto: floats on a CPU become int8; none: as stored."
+        ),
     ] = "auto"
     graph: Annotated[
         Literal["auto", "off"],

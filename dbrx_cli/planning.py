@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from model.hub import resolve
 from model.load_plan import AUTOMATIC, LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.machine import parse_devices, this_machine
-from model.placement import Machine
+from model.placement import KV_BLOCK, Machine
 from model.quantization import SCHEMES
 from model.speed import Rates, predict, tiers, tokens_per_s
 
@@ -84,6 +85,22 @@ class Question:
         """What loading would do."""
         return plan_load(self.config, self.stored, self.machine, self.options)
 
+    @cached_property
+    def largest_context(self) -> int:
+        """The largest context that there is room for; beside a GPU, more experts go to the CPU for a longer one."""
+        limit = self.config.max_seq_len
+        if not self.plan.on_cpu:
+            return self.plan.largest_context(limit)
+
+        def context(blocks: int) -> int:
+            return min(limit, blocks * KV_BLOCK)
+
+        def is_too_long(blocks: int) -> bool:
+            options = replace(self.options, context=context(blocks))
+            return not plan_load(self.config, self.stored, self.machine, options).runs
+
+        return context(bisect_left(range(1, -(-limit // KV_BLOCK) + 1), True, key=is_too_long))
+
     @property
     def predicted(self) -> float | None:
         """Tokens a second; None where nothing was measured, or experts change their form on the way."""
@@ -107,7 +124,7 @@ def advice(question: Question) -> Iterator[str]:
             yield f"every token reads {decimal(read.nbytes)} from the disk: about {seconds(read.seconds)} a token"
     if better := _better(question):
         yield better
-    longest = plan.largest_context(question.config.max_seq_len)
+    longest = question.largest_context
     if plan.runs and longest < question.config.max_seq_len:
         yield f"--context has room for {longest} at most; the model was made for {question.config.max_seq_len}"
 

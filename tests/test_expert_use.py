@@ -109,6 +109,18 @@ def test_a_plan_counts_use() -> None:
     assert after.startswith("22% of the experts lie on the GPU, those of most use: 4")  # some 40 % of the choices
 
 
+def test_the_largest_context_beside_a_card() -> None:
+    """More experts go to the CPU for a longer one, as long as it has room for them."""
+    options = LoadOptions(quantize="int4", device_map="auto", offload="auto")
+    roomy, full = (
+        Question("dbrx", official(), Stored(), parse_devices(f"24GiB,cpu={n}GiB"), options) for n in (192, 66)
+    )
+    assert roomy.plan.on_cpu and roomy.largest_context == 32768
+    longest = full.largest_context
+    runs = [replace(full, options=replace(options, context=longest + more)).plan.runs for more in (0, 1)]
+    assert 4096 < longest < 32768 and runs == [True, False]
+
+
 def test_counts_are_kept_for_each_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBRX_DATA", str(tmp_path / "data"))
     one, other = tmp_path / "one", tmp_path / "other"

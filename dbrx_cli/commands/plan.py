@@ -86,6 +86,6 @@ def to_dict(question: "Question", advice: list[str]) -> dict[str, Any]:
         "tokens_per_s_predicted": question.predicted,
         "kernels": asdict(question.rates) if question.rates else None,
         "load_s": load_s(plan) if plan.runs else None,
-        "largest_context": plan.largest_context(question.config.max_seq_len),
+        "largest_context": question.largest_context,
         "advice": advice,
     }
