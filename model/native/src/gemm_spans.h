@@ -1,8 +1,8 @@
 // Products of many rows with weights that are read in spans: those of a panel of outputs are unpacked in cache, and meet all rows.
 //
 // Where integers are multiplied faster, a panel has a span's quantized weights as they are, and a row 14 bits and a sign with a
-// scale for each span. What 32 of them give becomes a float before it meets the scale of its group, as with few rows: only
-// the row is rounded, by 1 in 20,000.
+// scale for each span. What inputs give whose weights share a scale becomes a float before it meets that: 32 of them, or as
+// many as a sum of 32 bits can hold, up to the whole span. Only the row is rounded, by 1 in 20,000.
 #pragma once
 #include "formats/spans.h"
 #include "panel.h"
@@ -10,7 +10,7 @@
 namespace dbrx {
 
 // A span of a panel's outputs, each in a row, then beside each other; and of the rows that meet it. Outputs that are not there
-// are zeros.
+// are zeros, or those of the panel before.
 template <class Dot>
 struct SpanPanel;
 
@@ -39,32 +39,59 @@ struct SpanPanel<FloatDot> {
 
 template <>
 struct SpanPanel<ShortDot> {
-    static constexpr int PART = 32, PARTS = SPAN / PART;  // inputs whose products are one sum of integers
-    static constexpr int MINIMA = SPAN / 16;              // at most
-    // 32 products with weights of 4,096 at most (see `integers`): 2,147,352,576 is below 2^31.
+    static constexpr int PARTS = SPAN / 32, MINIMA = SPAN / 16;  // at most
+    // A part's products are one sum of integers, which must stay below 2^31 = 2,147,483,648. That of 32 does with any weights,
+    // which are 4,096 at most (see `integers`): 32 * 4,096 * 16,383 = 2,147,352,576. By Cauchy and Schwarz longer ones do whose
+    // weights have a norm of 21,400: 21,400 * (100,000 + sqrt(256) / 2) = 2,140,171,200.
     static constexpr int ROW_QMAX = (1 << 14) - 1;
+    static constexpr float ROW_NORM = 100000, WEIGHTS_NORM = 21400;
 
     using Row = SpanActivations;
-    static void prepare(const float *x, int64_t count, Row &out) { SpanRows::prepare_span(x, count, ROW_QMAX, out); }
+    static void prepare(const float *x, int64_t count, Row &out) {
+        SpanRows::prepare_span(x, count, ROW_QMAX, out, std::sqrt(squares(x, count)) * (ROW_QMAX / ROW_NORM));
+    }
 
     alignas(64) int16_t rows[PANEL][SPAN] = {}, words[SPAN * PANEL];
     alignas(64) float scale_rows[PANEL][PARTS] = {}, scales[PARTS][PANEL];
     alignas(64) float minima_rows[PANEL][MINIMA] = {}, minima[MINIMA][PANEL];
-    int n_minima = 0;
+    int n_minima = 0, n_parts = 0;
 
     template <class Span>
     void set(int output, const Span &span) {
         span.integers(rows[output], scale_rows[output], minima_rows[output]);
-        n_minima = Span::MINIMA;
+        n_minima = Span::MINIMA, n_parts = span.parts();
     }
     void order() {
         interleave((const float *)rows, SPAN / 2, SPAN / 2, (float *)words);
         interleave(scale_rows[0], PARTS, PARTS, scales[0]);
         if (n_minima) interleave(minima_rows[0], MINIMA, n_minima, minima[0]);
+        if (n_parts < PARTS) split_parts();
     }
     void add(const Row *const *x, int64_t n, float (*totals)[PANEL]) const { add_tiles(x, n, totals); }
 
   private:
+    // Makes more parts of a span until no sum can leave 32 bits.
+    void split_parts() {
+        alignas(64) float square[PARTS][PANEL];  // of the norm of 32 weights
+        for (int i = 0; i < PARTS; ++i)
+            DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) {
+                WordLanes sum = {};
+                for (int word = 16 * i; word < 16 * (i + 1); ++word) {
+                    const WordLanes w = load<WordLanes>(words + 2 * (word * PANEL + v * TILE_LANES));
+                    sum = ShortDot::add(sum, w, w);
+                }
+                store(square[i] + v * TILE_LANES, to_float(sum));
+            }
+        const auto fits = [&](int o, int part) {
+            float norm = 0;
+            for (int i = part * PARTS / n_parts; i < (part + 1) * PARTS / n_parts; ++i) norm += square[i][o];
+            return norm <= WEIGHTS_NORM * WEIGHTS_NORM;
+        };
+        for (int o = 0; o < PANEL; ++o)
+            for (int part = 0; n_parts < PARTS && part < n_parts; ++part)
+                if (!fits(o, part)) n_parts *= 2, part = -1;
+    }
+
     template <int R = TILE_ROWS>
     __attribute__((noinline)) void add_tiles(const Row *const *x, int64_t n, float (*totals)[PANEL]) const {
         for (; n >= R; n -= R, x += R, totals += R) add_tile<R>(x, totals);
@@ -77,17 +104,18 @@ struct SpanPanel<ShortDot> {
         FloatLanes found[R][TILE_VECTORS] = {};
         for (int g = 0; g < n_minima; ++g)
             DBRX_UNROLL for (int r = 0; r < R; ++r) {
-                const FloatLanes less = FloatLanes{} + (n_minima == PARTS ? x[r]->less_of_32 : x[r]->less_of_16)[g];
+                const FloatLanes less = FloatLanes{} + (n_minima == SPAN / 32 ? x[r]->less_of_32 : x[r]->less_of_16)[g];
                 DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v)
                     found[r][v] = multiply_add(less, load<FloatLanes>(minima[g] + v * TILE_LANES), found[r][v]);
             }
-        for (int part = 0; part < PARTS; ++part) {
+        const int inputs = SPAN / n_parts;
+        for (int i = 0; i < SPAN; i += inputs) {
             WordLanes sum[R][TILE_VECTORS] = {};
             const char *row[R];
-            DBRX_UNROLL for (int r = 0; r < R; ++r) row[r] = (const char *)(x[r]->x + part * PART);
-            multiply_words<ShortDot>(row, (const char *)(words + part * PART * PANEL), PART / 2, sum);
+            DBRX_UNROLL for (int r = 0; r < R; ++r) row[r] = (const char *)(x[r]->x + i);
+            multiply_words<ShortDot>(row, (const char *)(words + i * PANEL), inputs / 2, sum);
             DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) {
-                const FloatLanes scale = load<FloatLanes>(scales[part] + v * TILE_LANES);
+                const FloatLanes scale = load<FloatLanes>(scales[i / 32] + v * TILE_LANES);
                 DBRX_UNROLL for (int r = 0; r < R; ++r) found[r][v] = multiply_add(to_float(sum[r][v]), scale, found[r][v]);
             }
         }
@@ -125,9 +153,9 @@ class SpanProducts {
                      const GemmWrite &write, Fill fill) {
         const Row *rows[GEMM_ROWS];
         alignas(64) float totals[GEMM_ROWS][PANEL];
+        Panel panel;
         for (int64_t output = first; output < last; output += PANEL) {
             const int outputs = int(std::min<int64_t>(PANEL, last - output));
-            Panel panel;
             std::memset(totals, 0, size_t(n) * sizeof totals[0]);
             for (int64_t s = 0; s < spans(m.inputs); ++s) {
                 fill(panel, m, output, outputs, s);
@@ -156,6 +184,8 @@ class SpanGemm : public SpanProducts {
         for (int o = 0; o < count; ++o) {
             span.begin(m, output + o);
             span.open(index);
+            // What the next panel has there comes while rows meet this one.
+            for (int64_t line = 0; line < Span::BYTES; line += 64) read_ahead(span.at + line, PANEL * Span::row_bytes(m));
             panel.set(o, span);
         }
     }

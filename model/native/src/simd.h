@@ -586,8 +586,8 @@ inline void even_last(T *x, int64_t count, int size) {
 }
 
 // Weights that a thread comes to soon: where it computes much for each byte, it has too few of them under way otherwise.
-DBRX_INLINE void read_ahead(const void *at) {  // it may be behind a matrix, where nothing is read
-    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(at) + 512));
+DBRX_INLINE void read_ahead(const void *at, int64_t bytes = 512) {  // it may be behind a matrix, where nothing is read
+    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(at) + uintptr_t(bytes)));
 }
 
 // The first `count` numbers at a place behind which nothing may be read, and zeros.

@@ -23,6 +23,7 @@ template <class Type>
 struct BlockSpan {
     static constexpr bool SIGNED = requires { Type::signed_bytes; };
     static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::OFFSET || SIGNED ? 0 : GROUPS;
+    static constexpr bool WHOLE = Type::INPUTS == SPAN;  // see `integers`
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
@@ -78,24 +79,25 @@ struct BlockSpan {
                 out[i] = MINIMA ? weight - minima[g] : weight;
             }
     }
-    // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Scales of 16 are whole numbers
-    // times one of the block: they go into the weights, which are 4,096 at most: -32 * -128 of Q6_K.
+    // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Groups' scales that are whole numbers
+    // times one of the block go into the weights, which are 4,096 at most: -32 * -128 of Q6_K.
     void integers(int16_t *out, float *scales, float *minima) const {
         alignas(32) int8_t bytes[SPAN];
         quantized(bytes);
-        if constexpr (Type::GROUP == 32) {
-            for (int i = 0; i < SPAN; i += 16) Shorts::widen(bytes + i).store(out + i);
-            scale[0].store(scales);
-        } else {
+        if constexpr (WHOLE) {
             Floats whole[GROUPS / LANES];
             alignas(32) int16_t factors[GROUPS];
             Type::whole_scales(at, whole);
             for (int g = 0; g < GROUPS; g += LANES) store_rounded(whole[g / LANES], factors + g);
-            for (int g = 0; g < GROUPS; ++g) (Shorts::widen(bytes + 16 * g) * Shorts::all(factors[g])).store(out + 16 * g);
-            std::fill_n(scales, SPAN / CHUNK, Type::block_scale(at));
+            for (int i = 0; i < SPAN; i += 16) (Shorts::widen(bytes + i) * Shorts::all(factors[i / Type::GROUP])).store(out + i);
+            std::fill_n(scales, SPAN / 32, Type::block_scale(at));
+        } else {
+            for (int i = 0; i < SPAN; i += 16) Shorts::widen(bytes + i).store(out + i);
+            scale[0].store(scales);
         }
         for (int g = 0; g < MINIMA; g += LANES) min[g / LANES].store(minima + g);
     }
+    static int parts() { return WHOLE ? 1 : GROUPS; }  // of a span, that have one of these scales each
 
   private:
     void quantized(int8_t *out) const {

@@ -187,6 +187,7 @@ struct GroupSpan {
         scale.store(scales);
         (offset * (matrix->ranges & DBRX_ZERO_POINTS ? scale : Floats::all(-1))).store(minima);
     }
+    int parts() const { return SPAN / int(std::min<int64_t>(SPAN, matrix->group)); }  // of a span, that have one scale each
 
   private:
     void in_order(int16_t *out) const {

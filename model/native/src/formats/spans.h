@@ -25,9 +25,9 @@ struct SpanActivations {  // zeros behind the last input
 // Activations, the same for all formats but for their order.
 struct SpanRows {
     static int64_t prepared_bytes(int64_t inputs) { return spans(inputs) * int64_t(sizeof(SpanActivations)); }
-    // In integers of a magnitude up to qmax.
-    static void prepare_span(const float *x, int64_t inputs, int qmax, SpanActivations &out) {
-        const float most = std::max(largest(x, inputs), 1e-30f);  // NaN stays, and makes the scale NaN
+    // In integers of a magnitude up to qmax, which stands for the largest x, or for `least` where that is more.
+    static void prepare_span(const float *x, int64_t inputs, int qmax, SpanActivations &out, float least = 0) {
+        const float most = std::max(largest(x, inputs), std::max(least, 1e-30f));  // NaN stays, and makes the scale NaN
         const Floats inverse = Floats::all(float(qmax) / most);
         int64_t i = 0;
         for (; i < inputs; i += LANES) store_rounded(load_up_to(x + i, inputs - i) * inverse, out.x + i);
