@@ -102,12 +102,6 @@ struct SpanPanel<ShortDot> {
     template <int R>
     DBRX_INLINE void add_tile(const Row *const *x, float (*totals)[PANEL]) const {
         FloatLanes found[R][TILE_VECTORS] = {};
-        for (int g = 0; g < n_minima; ++g)
-            DBRX_UNROLL for (int r = 0; r < R; ++r) {
-                const FloatLanes less = FloatLanes{} + (n_minima == SPAN / 32 ? x[r]->less_of_32 : x[r]->less_of_16)[g];
-                DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v)
-                    found[r][v] = multiply_add(less, load<FloatLanes>(minima[g] + v * TILE_LANES), found[r][v]);
-            }
         const int inputs = SPAN / n_parts;
         for (int i = 0; i < SPAN; i += inputs) {
             WordLanes sum[R][TILE_VECTORS] = {};
@@ -119,6 +113,12 @@ struct SpanPanel<ShortDot> {
                 DBRX_UNROLL for (int r = 0; r < R; ++r) found[r][v] = multiply_add(to_float(sum[r][v]), scale, found[r][v]);
             }
         }
+        const float *less[R];
+        DBRX_UNROLL for (int r = 0; r < R; ++r) less[r] = n_minima == SPAN / 32 ? x[r]->less_of_32 : x[r]->less_of_16;
+        for (int g = 0; g < n_minima; ++g)
+            DBRX_UNROLL for (int r = 0; r < R; ++r)
+                DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v)
+                    found[r][v] = multiply_add(FloatLanes{} + less[r][g], load<FloatLanes>(minima[g] + v * TILE_LANES), found[r][v]);
         DBRX_UNROLL for (int r = 0; r < R; ++r)
             DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) {
                 float *total = totals[r] + v * TILE_LANES;
