@@ -145,7 +145,8 @@ struct HalfDot {
 // sum [R, TILE_VECTORS vectors] += rows [R][steps] times panel [steps, PANEL], in words of 32 bits each.
 template <class Dot, int R>
 DBRX_INLINE void multiply_words(const char *const (&row)[R], const char *panel, int64_t steps, typename Dot::Sum (&sum)[R][TILE_VECTORS]) {
-    for (int64_t s = 0; s < steps; ++s, panel += 4 * PANEL) {
+    // Two steps at once: fewer instructions of the loop's own beside the 32 of a step, of which six begin in a cycle.
+    _Pragma("GCC unroll 2") for (int64_t s = 0; s < steps; ++s, panel += 4 * PANEL) {
         WordLanes w[TILE_VECTORS];
         DBRX_UNROLL for (int v = 0; v < TILE_VECTORS; ++v) w[v] = load<WordLanes>(panel + v * sizeof(WordLanes));
         DBRX_UNROLL for (int r = 0; r < R; ++r) {
