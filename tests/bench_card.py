@@ -33,9 +33,11 @@ from model.weights import FloatExpert
 
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CARD else "cpu")
-FORMS = (("int4", 32), ("int4", 128), ("int8", None))
+FORMS: tuple[tuple[str, int | None], ...] = (("int4", 32), ("int4", 128), ("int8", None))
 WIDTH, HIDDEN = (6144, 10752) if CARD else (32, 32)
 EXPERTS, TOP_K, ON_CARD = 16, 4, 5
+ALL_FORMS = (*FORMS, ("bfloat16", None))
+PROMPT = 2048 if CARD else 16  # tokens
 BOTH_SIDES = 6144, 10752  # DBRX's widths; of 16 experts 11 lie in the CPU's memory, 2.2 GB in int8
 SLEEPS = 100e9  # bytes a second of what stands in a card's place
 ROUNDS = 40
@@ -45,6 +47,8 @@ Row = dict[str, Any]
 def experts(kernel: GluExpertKernel, width: int, hidden: int, count: int, device: torch.device) -> list[Packed]:
     """So many times one expert, each in memory of its own."""
     floats = [torch.randn(hidden, width, device=device) / width**0.5 for _ in range(3)]
+    if kernel.quantization == "none":
+        return [kernel.pack(FloatExpert(*floats)) for _ in range(count)]
     stored = kernel.quantize(FloatExpert(*floats))
     parts = [[type(m)(*(None if p is None else p.clone() for p in m)) for m in stored] for _ in range(count)]
     return [kernel.load(type(stored)(*each)) for each in parts]
@@ -69,8 +73,14 @@ def card_bandwidth() -> float:
     return 2 * source.numel() / seconds(lambda _: to.copy_(source))
 
 
-def products(form: str, group: int | None, bandwidth: float) -> Row:
-    """A layer's chosen experts for one token, in DBRX's widths."""
+def dense_rate() -> float:
+    """Operations a second of a card's own product in bfloat16."""
+    x, weight = (torch.randn(n, WIDTH, device=DEVICE, dtype=torch.bfloat16) for n in (PROMPT, HIDDEN))
+    return 2 * PROMPT * WIDTH * HIDDEN / seconds(lambda _: x @ weight.t())
+
+
+def products(form: str, group: int | None, bandwidth: float, dense: float) -> Row:
+    """A layer's chosen experts for one token, and for a prompt, in DBRX's widths."""
     from model.kernels.cuda_glu import CudaGlu
     from model.kernels.cuda_linear import CudaLinear
 
@@ -81,7 +91,17 @@ def products(form: str, group: int | None, bandwidth: float) -> Row:
     rounds = (ROUNDS, 3) if CARD else (1, 0)  # one that is interpreted takes seconds
     taken = seconds(lambda i: layer(x, ids[i % 4], weights), *rounds)
     rate = TOP_K * kernel.nbytes(HIDDEN, WIDTH, 2) / taken
-    return {"form": form, "group": group, "ms": taken * 1e3, "of_bandwidth": rate / bandwidth}
+    rows, even = torch.randn(PROMPT, WIDTH, device=DEVICE), weights.expand(PROMPT, TOP_K).contiguous()
+    chosen = torch.rand(PROMPT, EXPERTS, device=DEVICE).topk(TOP_K).indices
+    prompt = seconds(lambda _: layer(rows, chosen, even), *((10, 2) if CARD else (1, 0)))
+    return {
+        "form": form,
+        "group": group,
+        "ms": taken * 1e3,
+        "of_bandwidth": rate / bandwidth,
+        "prompt_ms": prompt * 1e3,
+        "prompt_of_dense": 2 * 3 * PROMPT * TOP_K * WIDTH * HIDDEN / prompt / dense,
+    }
 
 
 class Timed(nn.Module):
@@ -162,7 +182,7 @@ def planned(form: str, width: int, hidden: int, nbytes: int, card: float, cpu: f
 
 def main() -> None:
     torch.manual_seed(0)
-    memory, bandwidth = memory_bandwidth(), card_bandwidth()
+    memory, bandwidth, dense = memory_bandwidth(), card_bandwidth(), dense_rate()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
         from tests.triton_interpreter import prepare
@@ -173,7 +193,8 @@ def main() -> None:
         "torch": torch.__version__,
         "card_gb_s": bandwidth / 1e9 if CARD else None,
         "memory_gb_s": memory / 1e9,
-        "products": [products(*form, bandwidth) for form in FORMS] if CARD or interpreted else [],
+        "dense_tflop_s": dense / 1e12 if CARD else None,
+        "products": [products(*form, bandwidth, dense) for form in ALL_FORMS] if CARD or interpreted else [],
         "both_sides": [both_sides(*form, memory) for form in FORMS],
     }
     prefix = Path(sys.argv[1])
@@ -186,9 +207,13 @@ def page(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [f"# Kernels for cards on {found['card'] or 'no card: a rehearsal'}\n", f"torch {found['torch']}."]
     if found["card"]:
-        lines += [f"It copies {found['card_gb_s']:.0f} GB/s.\n", "| experts of a token | ms | of the bandwidth |"]
-        lines += ["|---|---|---|"]
-        lines += [f"| {_name(row)} | {row['ms']:.3f} | {row['of_bandwidth']:.0%} |" for row in found["products"]]
+        dense = f"{found['dense_tflop_s']:.0f} TFLOP/s in bfloat16"
+        lines += [f"It copies {found['card_gb_s']:.0f} GB/s, and multiplies {dense}.\n"]
+        lines += [f"| a layer's experts | ms a token | of the bandwidth | ms for {PROMPT} tokens | of the dense rate |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in found["products"]:
+            prompt = f"{row['prompt_ms']:.1f} | {row['prompt_of_dense']:.0%}"
+            lines.append(f"| {_name(row)} | {row['ms']:.3f} | {row['of_bandwidth']:.0%} | {prompt} |")
     lines += [
         f"\nThe CPU reads {found['memory_gb_s']:.1f} GB/s. A layer with {ON_CARD} of {EXPERTS} experts on the card:\n"
     ]
