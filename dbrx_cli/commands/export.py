@@ -74,6 +74,6 @@ def _importance(weights: "Weights", source: Path, file: Path) -> "Importance":
     from model.calibration import TextCalibration
     from model.formats.imatrix import ImportanceMatrix, is_importance_matrix
 
-    if file.is_file() and is_importance_matrix(file):
+    if is_importance_matrix(file):
         return ImportanceMatrix(file, weights.config)
     return TextCalibration(weights, read_ids(file, source))

@@ -105,7 +105,7 @@ def _calibration(weights: "Weights", folder: Path, file: Path) -> "tuple[Calibra
     from model.calibration import ImatrixCalibration, TextCalibration
     from model.formats.imatrix import is_importance_matrix
 
-    if file.is_file() and is_importance_matrix(file):
+    if is_importance_matrix(file):
         return ImatrixCalibration(weights, file), None
     ids = read_ids(file, folder)
     held = min(HELD_OUT, len(ids) // 8)

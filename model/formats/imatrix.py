@@ -25,7 +25,9 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 
 def is_importance_matrix(path: Path) -> bool:
-    """Whether a file, which may hold a text as well, is one."""
+    """Whether a file, which may hold a text as well, is one; what is no file is none."""
+    if not path.is_file():
+        return False
     with opened(path, path.parent) as (fd, _):
         head = pread(fd, 24, 0)
     return head.startswith(b"GGUF") or is_older_importance_matrix(head)
