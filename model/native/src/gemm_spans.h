@@ -82,14 +82,16 @@ struct SpanPanel<ShortDot> {
                 }
                 store(square[i] + v * TILE_LANES, to_float(sum));
             }
-        const auto fits = [&](int o, int part) {
-            float norm = 0;
-            for (int i = part * PARTS / n_parts; i < (part + 1) * PARTS / n_parts; ++i) norm += square[i][o];
-            return norm <= WEIGHTS_NORM * WEIGHTS_NORM;
+        const auto fits = [&] {
+            for (int first = 0, each = PARTS / n_parts; first < PARTS; first += each)
+                for (int o = 0; o < PANEL; ++o) {
+                    float norm = 0;
+                    for (int i = first; i < first + each; ++i) norm += square[i][o];
+                    if (norm > WEIGHTS_NORM * WEIGHTS_NORM) return false;
+                }
+            return true;
         };
-        for (int o = 0; o < PANEL; ++o)
-            for (int part = 0; n_parts < PARTS && part < n_parts; ++part)
-                if (!fits(o, part)) n_parts *= 2, part = -1;
+        while (n_parts < PARTS && !fits()) n_parts *= 2;
     }
 
     template <int R = TILE_ROWS>
