@@ -229,7 +229,7 @@ class ModelOptions(WhichModel):
     ] = "auto"
     graph: Annotated[
         Literal["auto", "off"],
-        option("--graph", panel=MODEL, help="CUDA graphs of decode steps in few bits on a GPU; auto: if one can."),
+        option("--graph", panel=MODEL, help="CUDA graphs of decode steps on a GPU; auto: if one can."),
     ] = "auto"
     compile: Annotated[
         bool,

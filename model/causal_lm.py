@@ -82,6 +82,11 @@ class DbrxForCausalLM(nn.Module):
             "bus_bytes": {"down": bus.down, "up": bus.up, "weights": bus.weights} if bus else None,
         }
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a decode step asks for no number, so that the next one may begin before its ids are known here."""
+        return self.transformer.at_once is not None and self.transformer.at_once.runs_ahead
+
     def place_by_use(self) -> None:
         """Before a reply: experts on a card and on the CPU change places where their use says that it pays."""
         if self.bus is not None:

@@ -104,19 +104,28 @@ def _beside(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
 def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
     """Whole layers over these GPUs, in order; the experts that find no room there with the CPU, as many of each layer.
 
-    If there are some, a prompt is read in longer steps, since experts come over the bus for each.
+    A prompt is read in longer steps than on a CPU, unless all would have room but for these: weights become floats in
+    each step, or come over the bus.
     """
     parts, n, first, last = plan.sizes, plan.sizes.n_layers, gpus[0].name, gpus[-1].name
     beside = parts.dense + parts.kv * capacity(plan.context)
     ends = dict.fromkeys((gpu.name for gpu in gpus), 0)
     ends[first] += parts.embedding
     ends[last] += parts.head
-    rooms = {gpu.name: gpu.memory - parts.buffers - ends[gpu.name] for gpu in gpus}
-    counts, away = _fill(rooms, beside + parts.experts, n, evenly=True), dict.fromkeys(rooms, 0)
-    if sum(counts.values()) < n:
-        longer = STREAMED_CHUNK // plan.chunk
-        plan = replace(plan, sizes=replace(parts, buffers=longer * parts.buffers), chunk=longer * plan.chunk)
-        rooms = {name: room - (longer - 1) * parts.buffers for name, room in rooms.items()}
+    each, away = beside + parts.experts, dict.fromkeys(ends, 0)
+
+    def room(plan: LoadPlan) -> dict[str, int]:
+        return {gpu.name: gpu.memory - plan.sizes.buffers - ends[gpu.name] for gpu in gpus}
+
+    steps = _longer(plan), plan
+    for plan in steps:
+        rooms = room(plan)
+        counts = _fill(rooms, each, n, evenly=True)
+        if sum(counts.values()) == n:
+            break
+    else:
+        plan = steps[0]
+        rooms = room(plan)
         # In shares of their room: of layers a little smaller than that all find some.
         counts = _fill(rooms, max(1, sum(rooms.values()) // (n + len(gpus))), n, evenly=True)
         for name, count in counts.items():
@@ -142,6 +151,12 @@ def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
         weights=weights | ({"cpu": waiting} if waiting else {}),
         kv={name: count * parts.kv * capacity(plan.context) for name, count in counts.items()},
     )
+
+
+def _longer(plan: LoadPlan) -> LoadPlan:
+    """With longer steps of prefill."""
+    times = STREAMED_CHUNK // plan.chunk
+    return replace(plan, sizes=replace(plan.sizes, buffers=times * plan.sizes.buffers), chunk=times * plan.chunk)
 
 
 def _by_use(device: str, on_cpu: int, counts: Sequence[int]) -> Layer:

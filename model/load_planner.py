@@ -74,6 +74,9 @@ def _packs(machine: Machine, options: LoadOptions) -> bool:
 def _plan(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions, quantize: str) -> LoadPlan:
     """The plan for one form of the weights, with what the user should know."""
     plan = lay_out(_in_form(config, stored, machine, options, quantize), stored, options)
+    if plan.machine.gpus and plan.kernel and plan.scheme == "none" and (plan.on_cpu or not plan.runs):
+        options = replace(options, pack=False)  # floats of which some lie elsewhere are PyTorch's
+        plan = lay_out(_in_form(config, stored, machine, options, quantize), stored, options)
     told = list(plan.notices)
     if stored.scheme == plan.scheme == "none" and stored.float_type is None and options.dtype == "auto":
         told.append(f"the files hold {stored.dtype} weights, which become {plan.format}; --dtype chooses another")
@@ -97,6 +100,8 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     kernel = machine.kernel(form, group, stored.scheme) if wanted else None
     if scheme != "none" and not packs:
         machine, kernel = _on_cards(machine, options, scheme, group)
+    elif machine.gpus and options.pack and options.ranks == 1 and options.offload in ("auto", "none"):
+        kernel = _floats_on_cards(machine, options, form)
     activations = kernel.dtype if kernel else dtype
     kv_dtype = dtype if scheme == "none" else activations
     kept_dtype = stored.float_type if kernel and packs else None  # the embedding's, of which rows are read
@@ -138,6 +143,12 @@ def _on_cards(machine: Machine, options: LoadOptions, scheme: str, group: int | 
         wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
         raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", hint)
     return replace(machine, gpus=able), kernel
+
+
+def _floats_on_cards(machine: Machine, options: LoadOptions, form: str) -> KernelFacts | None:
+    """The kernels for floats of a type, if each GPU has some; else PyTorch multiplies."""
+    kernels = [machine.card(form, None, gpu.name) for gpu in machine.gpus if isinstance(options.device_map, str)]
+    return kernels[0] if kernels and all(kernels) else None
 
 
 def _keeps_form(kept: Format, machine: Machine, options: LoadOptions) -> bool:

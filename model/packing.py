@@ -76,7 +76,7 @@ def _kernels_on(place: str, plan: LoadPlan, weights: Weights) -> KernelChoice:
     experts: LinearKernel | None
     beside: LinearKernel | None = None
     if plan.scheme == "none":
-        dense = experts = choose(plan.format)
+        dense = experts = choose(plan.format, None, torch.device(place))
     elif plan.scheme in KEPT and weights.kept is not None:
         dense, experts = (NativeKept(plan.scheme, part) for part in (weights.kept.linear, weights.kept.experts))
     else:

@@ -135,9 +135,9 @@ def native_kernel(form: str, group: int | None, stored: str) -> KernelFacts | No
     return None if form == "float16" else KernelFacts("native", "float32", "stored")
 
 
-def triton_kernel(form: str, group: int | None, device: str) -> KernelFacts:
-    """The kernel of a GPU that is not here: Triton's."""
-    return KernelFacts("triton", "bfloat16", "packed")
+def triton_kernel(form: str, group: int | None, device: str) -> KernelFacts | None:
+    """The kernel of a GPU that is not here: Triton's, of any form but the other float types."""
+    return KernelFacts("triton", "bfloat16", "packed") if form == "bfloat16" or form not in FLOAT_BYTES else None
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Machine:
     disk: Device
     # The kernel for a form (a float type or a scheme), with a group, of weights that are stored in a scheme or none.
     kernel: Callable[[str, int | None, str], KernelFacts | None] = native_kernel
-    # The same on a GPU, by its name: for experts in a scheme.
+    # The same on a GPU, by its name.
     card: Callable[[str, int | None, str], KernelFacts | None] = triton_kernel
 
 

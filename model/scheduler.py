@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,38 @@ if TYPE_CHECKING:
     from .causal_lm import DbrxForCausalLM
 
 GEMV_ROWS = 16  # tokens of a step up to which each is computed as it would be alone; drafts of a batch leave it there
+
+
+class Coming:
+    """Numbers on their way from a card."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._there = torch.cuda.current_stream(numbers.device).record_event() if numbers.is_cuda else None
+
+    def read(self) -> list[list[int]]:
+        """Wait for them, and not for what was begun later."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[list[int]] = self._numbers.tolist()
+        return found
+
+
+@dataclass
+class Ahead:
+    """A step that was begun before the host knew the ids that it reads; by now it does."""
+
+    rows: list[Sequence]
+    logits: Tensor  # [rows, vocab], behind these ids
+    begun: float
+
+    def logits_of(self, rows: Ids[Sequence]) -> Tensor:
+        """Logits of those that go on; now their keys count."""
+        for row in rows:
+            _kv(row).length += 1
+        if len(rows) == len(self.rows):
+            return self.logits
+        return torch.stack([scores for row, scores in zip(self.rows, self.logits, strict=True) if row in rows])
 
 
 class Scheduler:
@@ -46,6 +79,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._reading: list[Sequence] = []  # their prompts; the one that came first in front
         self._active: list[Sequence] = []
+        self._ahead: Ahead | None = None
         self._oldest_first = False
 
     def __len__(self) -> int:
@@ -105,24 +139,60 @@ class Scheduler:
                 self._pool.release(row)
 
     def _decode(self) -> list[tuple[Sequence, int]]:
-        """A step of all active rows. A drafted id is computed as a row of its own would be, with its row's keys."""
-        if not self._active:
+        """A step of all active rows, or what follows from one that has begun."""
+        ahead, self._ahead = self._ahead, None
+        rows = [row for row in self._active if ahead is None or row in ahead.rows]
+        if not rows:
             return []
-        alone = len(self._active) == 1
-        most = MAX_LOOKUP if alone else max(0, GEMV_ROWS - len(self._active)) // len(self._active)
-        begun = time.perf_counter()
-        drafts = [row.draft(most) for row in self._active]
-        counts = [1 + len(draft) for draft in drafts]
-        tokens = [[token] for row, draft in zip(self._active, drafts, strict=True) for token in (row.ids[-1], *draft)]
-        rows = [_kv(row) for row, count in zip(self._active, counts, strict=True) for _ in range(count)]
-        cache = KVCache.of(rows, [ahead for count in counts for ahead in range(count)])
-        logits = self._network(torch.tensor(tokens, device=self._network.device), past_key_values=cache).logits[:, -1]
-        for row, draft in zip(self._active, drafts, strict=True):
-            _kv(row).length -= len(draft)  # of these each counts when it is verified: an interrupt leaves no wrong keys
-        parts = zip(self._active, drafts, logits.split(counts), strict=True)
-        new = [(row, token) for row, draft, scores in parts for token in row.verify(draft, scores, begun)]
+        begun = time.perf_counter() if ahead is None else ahead.begun
+        most = MAX_LOOKUP if len(rows) == 1 else max(0, GEMV_ROWS - len(rows)) // len(rows)
+        drafts = [row.draft(most) for row in rows]
+        # A draft is worth more than to be ahead: the id before it has to be known.
+        runs_ahead = self._network.runs_ahead and rows == self._active and not any(drafts)
+        if ahead is None:
+            logits = self._compute(rows, drafts)
+        else:
+            logits, drafts = ahead.logits_of(rows), [[]] * len(rows)
+        if runs_ahead and all(row.runs_ahead for row in rows):
+            new = self._go_ahead(rows, logits, begun)
+        else:
+            each = torch.split(logits, [1 + len(draft) for draft in drafts])
+            parts = zip(rows, drafts, each, strict=True)
+            new = [(row, token) for row, draft, scores in parts for token in row.verify(draft, scores, begun)]
         self._let_go()
         return new
+
+    def _compute(self, rows: Ids[Sequence], drafts: Ids[Ids[int]]) -> Tensor:
+        """Logits behind the newest id of each row and its drafts. A drafted id is a row of its own with its row's keys."""
+        counts = [1 + len(draft) for draft in drafts]
+        tokens = [[token] for row, draft in zip(rows, drafts, strict=True) for token in (row.ids[-1], *draft)]
+        several = [_kv(row) for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+        cache = KVCache.of(several, [ahead for count in counts for ahead in range(count)])
+        logits: Tensor = self._network(torch.tensor(tokens, device=self._network.device), past_key_values=cache).logits
+        for row, draft in zip(rows, drafts, strict=True):
+            _kv(row).length -= len(draft)  # of these each counts when it is verified: an interrupt leaves no wrong keys
+        return logits[:, -1]
+
+    def _go_ahead(self, rows: Ids[Sequence], logits: Tensor, begun: float) -> list[tuple[Sequence, int]]:
+        """Choose ids where the logits [rows, vocab] lie, and begin the step behind them before they are known here.
+
+        A row that they end has begun a step for nothing.
+        """
+        chosen = torch.stack([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
+        coming = Coming(chosen)
+        going = [i for i, row in enumerate(rows) if row.left > 1]
+        if going:
+            kept = [_kv(rows[i]) for i in going]
+            ids = chosen[:, :1] if len(going) == len(rows) else torch.cat([chosen[i : i + 1, :1] for i in going])
+            behind = self._network(ids, past_key_values=KVCache.of(kept)).logits[:, -1]
+            for kv in kept:
+                kv.length -= 1  # it counts when the id is known
+        numbers, now = coming.read(), time.perf_counter()
+        if going:
+            self._ahead = Ahead([rows[i] for i in going], behind, now)
+        return [
+            (row, id) for row, (id, fine) in zip(rows, numbers, strict=True) for id in row.take(id, fine, now - begun)
+        ]
 
     def _admit(self) -> None:
         """Give those that wait the free places while the pool has room, with what they can take over."""

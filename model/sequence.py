@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import DbrxError, InputError, NotFiniteError
 from .kv_cache import KVRow
-from .sampling import SamplingParams, penalize, sample
+from .sampling import SamplingParams, draw, penalize, sample
 
 
 class Stopper(Protocol):
@@ -105,6 +105,7 @@ class Sequence:
         self._number, self._generator = number, generator
         self._stopper, self._mask, self._watcher = stopper, mask, watcher
         self._bias = logit_bias or {}
+        self._biases: tuple[Tensor, Tensor] | None = None  # ids and what is added, where logits lie
         self._ends = frozenset(eos_ids)
         self._penalized = params.repetition_penalty != 1 or bool(params.frequency_penalty or params.presence_penalty)
         self._occurred: tuple[Tensor, Tensor] | None = None  # what `penalize` asks for: seen, counts
@@ -124,6 +125,11 @@ class Sequence:
     def most_tokens(self) -> int:
         """Prompt and reply at their longest."""
         return len(self.prompt) + len(self.ids) + self.left
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether nothing on the host must know its newest id before the next step can begin."""
+        return not (self._penalized or self._mask or self._watcher)
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` ids that may come next."""
@@ -155,20 +161,46 @@ class Sequence:
         if self.drafter is not None and begun is not None:
             self.drafter.learn(len(draft), accepted, seconds)
 
+    def choose(self, logits: Tensor) -> Tensor:
+        """Of a row that runs ahead, choose the next id where logits [vocab] lie, for `take`: that id, and if all is well.
+
+        int64 [2]; nothing is waited for.
+        """
+        scores = self._biased(logits.float())
+        return torch.stack((draw(scores, self.params, self._generator), scores.max().isfinite()))
+
+    def take(self, token: int, is_finite: int, seconds: float) -> list[int]:
+        """What `choose` gave, now that it is known: the new id, or a fault and none. seconds: what the step took."""
+        if self.drafter is not None:
+            self.drafter.learn(0, 0, seconds)
+        if not is_finite:
+            self.fault, self.done = _not_finite(), True
+            return []
+        self._add(token)
+        return [token]
+
     def _choose(self, logits: Tensor) -> int:
         raw = logits.float()
-        scores = self._penalize(raw) if self._penalized else raw
-        if self._bias:
-            ids = torch.tensor([*self._bias], device=scores.device)
-            scores = scores.index_add(0, ids, scores.new_tensor([*self._bias.values()]))
+        scores = self._biased(self._penalize(raw) if self._penalized else raw)
         if self._mask is not None:
             scores = self._mask(self._number, self.ids, scores)
         token = self._pick(scores)
-        self.ids.append(token)
         if self._watcher is not None:
             self._watcher(self._number, token, raw)
-        self.done = self._complete()
+        self._add(token)
         return token
+
+    def _biased(self, scores: Tensor) -> Tensor:
+        if not self._bias:
+            return scores
+        if self._biases is None:
+            ids = torch.tensor([*self._bias], device=scores.device)
+            self._biases = ids, scores.new_tensor([*self._bias.values()])
+        return scores.index_add(0, *self._biases)
+
+    def _add(self, token: int) -> None:
+        self.ids.append(token)
+        self.done = self._complete()
 
     def _pick(self, scores: Tensor) -> int:
         """A token, one behind which the reply can go on."""
@@ -211,9 +243,14 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 def finite(logits: Tensor) -> Tensor:
     """Logits as they are; `NotFiniteError` for numbers that no sound network makes. -inf is a mask's."""
-    if not math.isfinite(logits.numpy(force=True).max()):  # NaN is the largest; NumPy wakes no threads
-        raise NotFiniteError(
-            "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",
-            "check the files with `dbrx download MODEL --verify`, or try --dtype float32",
-        )
+    # NaN is the largest. NumPy wakes no threads; from a card one number comes faster than all.
+    if not math.isfinite(logits.max() if logits.is_cuda else logits.numpy(force=True).max()):
+        raise _not_finite()
     return logits
+
+
+def _not_finite() -> NotFiniteError:
+    return NotFiniteError(
+        "the model computed numbers that are not finite: its weights are damaged, or overflow in this dtype",
+        "check the files with `dbrx download MODEL --verify`, or try --dtype float32",
+    )

@@ -39,6 +39,8 @@ class Step:
 class AllBlocks(Protocol):
     """Computes a step of all blocks at once."""
 
+    runs_ahead: bool  # it asks for no number, so the next step may begin before this one is over
+
     def takes(self, step: Step) -> bool:
         """Whether it can."""
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import DbrxForCausalLM, KVCache, SamplingParams
-from model.errors import InputError
-from model.sampling import sample
+from model import DbrxForCausalLM, KVCache, SamplingParams, sampling, scheduler, sequence
+from model.errors import InputError, NotFiniteError
+from model.lookup import Lookup
+from model.outputs import CausalLMOutput
+from model.sampling import draw
 from model.scheduler import Scheduler
 from model.sequence import LogitsMask, common_prefix
 from model.sequence import Sequence as Row
@@ -24,10 +27,20 @@ torch.set_num_threads(1)
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
-@pytest.fixture(scope="module", params=["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
-def network(request: pytest.FixtureRequest) -> DbrxForCausalLM:
-    """16 experts choose 4, unevenly."""
-    return fidelity.load("like_dbrx", request.param).network
+@pytest.fixture(scope="module", params=["sdpa", "ahead", pytest.param("eager", marks=pytest.mark.slow)])
+def network(request: pytest.FixtureRequest) -> Iterator[DbrxForCausalLM]:
+    """16 experts choose 4, unevenly. ahead: steps begin before the ids that they read are known, as on a card."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "ahead":
+            runs_ahead(patch)
+        yield fidelity.load("like_dbrx", "eager" if request.param == "eager" else "sdpa").network
+
+
+def runs_ahead(patch: pytest.MonkeyPatch) -> None:
+    """Let networks on a CPU decode as on a card, where another sampler draws."""
+    patch.setattr(DbrxForCausalLM, "runs_ahead", True)
+    for module in (sampling, sequence):
+        patch.setattr(module, "sample", lambda *given: int(draw(*given)))
 
 
 def alone(network: DbrxForCausalLM, prompt: list[int], params: SamplingParams, eos: Sequence[int] = ()) -> list[int]:
@@ -44,7 +57,7 @@ def _alone(
     while len(ids) < params.max_tokens and not {*ids[-1:]} & {*eos}:
         with torch.inference_mode():
             logits = network(torch.tensor([read]), past_key_values=cache).logits[0, -1]
-        read = [sample(logits.float(), params, generator)]
+        read = [sampling.sample(logits.float(), params, generator)]
         ids += read
     return ids
 
@@ -122,13 +135,13 @@ def test_long_and_short_prompts_get_on_by_turns(network: DbrxForCausalLM, monkey
     rng, vocab = random.Random(4), network.config.vocab_size
     texts = [[rng.randrange(vocab) for _ in range(60)], *([rng.randrange(vocab), i] for i in range(40))]
     long, *short = (Row(text, replace(GREEDY, max_tokens=2)) for text in texts)
-    scheduler, steps, waited = Scheduler(network, 3), 0, list[int]()
-    scheduler.add(long)
+    batch, steps, waited = Scheduler(network, 3), 0, list[int]()
+    batch.add(long)
     for row in short:
-        scheduler.add(row)
+        batch.add(row)
         begun = steps
         while not row.done:
-            scheduler.step()
+            batch.step()
             steps += 1
         waited.append(steps - begun)
         if long.done:
@@ -144,18 +157,18 @@ def test_a_row_is_cancelled(network: DbrxForCausalLM, monkeypatch: pytest.Monkey
     monkeypatch.setattr(network, "prefill_chunk", 4)
     texts = [[3, 4], list(range(30, 60)), [9, 8, 7]]
     rows = [Row(text, GREEDY) for text in texts]
-    scheduler = Scheduler(network, 1 if when == "waiting" else 2)
+    batch = Scheduler(network, 1 if when == "waiting" else 2)
     for row in rows:
-        scheduler.add(row)
+        batch.add(row)
     gone = rows[1]
     for _ in range({"waiting": 2, "reading": 3, "decoding": 14, "done": 30}[when]):
-        scheduler.step()
+        batch.step()
     made = list(gone.ids)
     assert (0 < len(made) < 12) == (when == "decoding") and gone.done == (when == "done")
-    scheduler.cancel(gone)
-    scheduler.cancel(gone)
-    while len(scheduler):
-        assert gone not in [row for row, _ in scheduler.step()]
+    batch.cancel(gone)
+    batch.cancel(gone)
+    while len(batch):
+        assert gone not in [row for row, _ in batch.step()]
     assert gone.ids == made == alone(network, texts[1], GREEDY)[: len(made)]
     assert [row.ids for row in (rows[0], rows[2])] == [alone(network, text, GREEDY) for text in (texts[0], texts[2])]
     assert gone.kv is not None
@@ -252,6 +265,67 @@ def test_the_context_is_never_left(network: DbrxForCausalLM) -> None:
     for length in (0, 9, 20):
         with pytest.raises(ValueError, match=f"prompt of {length} tokens"):
             batch.add(Row(list(range(length)), GREEDY, max_context=9))
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens when steps run ahead: each step that begins, each time that ids are read."""
+    runs_ahead(monkeypatch)
+    found, read, forward = list[str](), scheduler.Coming.read, DbrxForCausalLM.forward
+
+    def reads(self: scheduler.Coming) -> list[list[int]]:
+        found.append("ids")
+        return read(self)
+
+    def begins(self: DbrxForCausalLM, ids: Tensor, **given: Any) -> CausalLMOutput:
+        found.append(f"step of {len(ids)}")
+        return forward(self, ids, **given)
+
+    monkeypatch.setattr(scheduler.Coming, "read", reads)
+    monkeypatch.setattr(DbrxForCausalLM, "forward", begins)
+    return found
+
+
+def test_a_step_begins_before_the_ids_that_it_reads_are_known(order: list[str]) -> None:
+    """None begins in vain behind a last token, one does behind an end that nobody could foresee."""
+    network = fidelity.load("like_dbrx", "sdpa").network
+    rows = [Row(prompt, replace(GREEDY, max_tokens=tokens)) for prompt, tokens in (([4, 5, 6], 4), ([1, 2, 3], 5))]
+    run(Scheduler(network, 2), rows)
+    assert order == ["step of 2", "step of 2", "ids", "step of 2", "ids", "step of 1", "ids", "ids"]
+    assert [row.kv.length for row in rows if row.kv] == [6, 7]
+    third = rows[1].ids[2]
+    assert third not in rows[1].ids[:2]
+    order.clear()
+    run(Scheduler(network, 1), [row := Row([1, 2, 3], GREEDY, eos_ids=[third])])
+    assert row.ids == rows[1].ids[:3]
+    assert order == ["step of 1", "step of 1", "ids", "step of 1", "ids"]
+
+
+def test_who_has_drafts_is_not_ahead(order: list[str]) -> None:
+    """Drafts need the id before them; without any the steps run ahead. The text is the same."""
+    network = fidelity.load("like_dbrx", "sdpa").network
+    params = replace(GREEDY, max_tokens=40)
+    run(Scheduler(network, 1), [plain := Row([1, 2, 3], params)])
+    order.clear()
+    run(Scheduler(network, 1), [row := Row([1, 2, 3], params, drafter=Lookup(4))])
+    assert row.ids == plain.ids
+    assert "ids" in order and {*order} - {"step of 1", "ids"}
+
+
+def test_numbers_that_are_not_finite_end_their_row_alone(order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    network = fidelity.load("like_dbrx", "sdpa").network
+    head = network.lm_head.forward
+
+    def poisoned(x: Tensor) -> Tensor:
+        logits: Tensor = head(x)
+        if order.count("ids") == 2:
+            logits[1, :, 5] = torch.nan
+        return logits
+
+    monkeypatch.setattr(network.lm_head, "forward", poisoned)
+    run(Scheduler(network, 2), rows := [Row([1, 2, 3], GREEDY), Row([4, 5, 6], GREEDY)])
+    assert rows[0].fault is None and len(rows[0].ids) == 12
+    assert isinstance(rows[1].fault, NotFiniteError) and len(rows[1].ids) == 4
 
 
 def test_common_prefix() -> None:

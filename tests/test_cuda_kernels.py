@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.cli import ROOT
 from tests.forks import Forks
@@ -78,15 +79,16 @@ def test_on_a_card() -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-class OnCard(torch.Tensor):
-    """A tensor that says when its numbers are asked for, which on a card is to wait for it."""
+class Hurries(TorchFunctionMode):
+    """Refuses whatever asks a tensor for its numbers, which on a card is to wait for it."""
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__", "__float__"):
+    WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__", "__float__")
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        if name in self.WAITS or (name == "tensor" and kwargs.get("device") is not None):  # copied from plain memory
             raise AssertionError(f"{name} waits for the card")
-        return super().__torch_function__(function, types, args, kwargs or {})
+        return function(*args, **kwargs)
 
 
 class Recorded:
@@ -113,22 +115,23 @@ def test_the_experts_of_a_step_wait_for_nothing(tokens: int, monkeypatch: pytest
     glu = cuda_glu.CudaGlu(linear, "silu")
     held = glu.stack([glu.pack(FloatExpert(*(torch.randn(64, 32) for _ in range(3)))) for _ in range(4)])
     matrix = linear.pack(torch.randn(100, 32))
-    x, weights = (torch.randn(tokens, n).as_subclass(OnCard) for n in (32, 2))
-    ids = torch.zeros(tokens, 2, dtype=torch.long).as_subclass(OnCard)
-    with pytest.raises(AssertionError, match="waits for the card"):
-        ids.tolist()
-    assert glu.forward(x, ids, weights, held).shape == (tokens, 32)
-    assert linear.run(linear.prepare(x), matrix).shape == (tokens, 100)
+    x, weights = (torch.randn(tokens, n) for n in (32, 2))
+    ids = torch.zeros(tokens, 2, dtype=torch.long)
+    with Hurries():
+        with pytest.raises(AssertionError, match="waits for the card"):
+            ids.tolist()
+        assert glu.forward(x, ids, weights, held).shape == (tokens, 32)
+        assert linear.run(linear.prepare(x), matrix).shape == (tokens, 100)
     assert launches == [("gate_up", (2 * tokens, 8)), ("down", (tokens, 2)), ("gemv", (7 if tokens == 1 else 2,))]
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine launches a layer: ids, weights, scores and how far each row has come stay where they are."""
-    from model import DbrxForCausalLM, packing
+    """Nine launches a layer, and of the ids of two rows none is asked for before the next step has begun."""
+    from model import DbrxForCausalLM, SamplingParams, packing, scheduler
     from model.formats import open_weights
     from model.formats.write_quantized import Writer
     from model.kernels import cuda_block, cuda_glu, cuda_linear
-    from model.kv_cache import KVCache
+    from model.sequence import Sequence
     from tests.weights import make_checkpoint
 
     launches: list[tuple[str, tuple[int, ...]]] = []
@@ -148,16 +151,22 @@ def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cuda_block.decode_on_card(network, records=False)  # --graph off
     step = network.transformer.at_once
     assert isinstance(step, cuda_block.CudaBlocks) and step.graph == "off"
-    compute = step._compute
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # nothing is computed; what there was may be no number
+    batch = scheduler.Scheduler(network, 2)
+    for id, temperature in ((1, 0.0), (2, 1.0)):
+        batch.add(Sequence([id], SamplingParams(temperature, 0.9, 5, 0.01, max_tokens=9), logit_bias={2: 1.0}))
+    while batch._ahead is None or len(batch._ahead.rows) < 2:
+        batch.step()
+    launches.clear()
 
-    def watched(inputs: Any) -> Any:
-        for name in ("x", "cos", "sin", "positions", "table"):
-            setattr(inputs, name, getattr(inputs, name).as_subclass(OnCard))
-        return compute(inputs)
+    def read(coming: scheduler.Coming) -> list[list[int]]:
+        launches.append(("read", ()))
+        with torch._C.DisableTorchFunction():
+            return coming._numbers.tolist()
 
-    monkeypatch.setattr(step, "_compute", watched)
-    with torch.inference_mode():
-        network.transformer(torch.tensor([[1], [2]]), past_key_values=KVCache(2, 2))
+    monkeypatch.setattr(scheduler.Coming, "read", read)
+    with Hurries():
+        assert len(batch.step()) == 2
     layer = [
         ("norm", (2,)),
         ("gemv", (1,)),
@@ -165,5 +174,6 @@ def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("attend", (2, 2, cuda_block.SPLITS)),
         ("merge", (2, 4)),
     ]
-    assert [name for name, _ in launches] == 2 * [*(name for name, _ in layer), "gemv", "router", "gate_up", "down"]
+    names_of_layer = [*(name for name, _ in layer), "gemv", "router", "gate_up", "down"]
+    assert [name for name, _ in launches] == [*2 * names_of_layer, "gemv", "read"]
     assert launches[:5] == layer

@@ -27,7 +27,7 @@ from model.kernels.registry import KERNELS
 from model.kernels.torch_plain import PlainKernel
 from model.kv_cache import KVCache
 from model.load_layout import STREAMED_CHUNK
-from model.load_plan import ARRIVING, LoadOptions, LoadPlan, Stored
+from model.load_plan import ARRIVING, CONTEXT, LoadOptions, LoadPlan, Stored
 from model.load_planner import plan_load
 from model.machine import parse_devices
 from model.placement import PREFILL_CHUNK, Device, KernelFacts, Machine, capacity
@@ -331,15 +331,26 @@ def dbrx(devices: str, **options: Any) -> LoadPlan:
     return plan_load(official(), Stored(), parse_devices(devices), LoadOptions(device_map="auto", **options))
 
 
+def test_a_prompt_is_read_in_short_steps_where_all_has_room_but_for_longer_ones() -> None:
+    """As many bytes as are needed with short steps, and one less."""
+    parts = dbrx("B200", quantize="int4").sizes
+    short = parts.buffers * PREFILL_CHUNK // STREAMED_CHUNK
+    needed = parts.total + short + 40 * parts.kv * capacity(CONTEXT)
+    for memory, chunk in ((needed, PREFILL_CHUNK), (needed - 1, STREAMED_CHUNK)):
+        machine = Machine((Device("cuda:0", memory, 4e12, 25e9),), Device("cpu", 2**37, 80e9), Device("disk", 0, 7e9))
+        plan = plan_load(official(), Stored(), machine, LoadOptions(quantize="int4", device_map="auto", offload="auto"))
+        assert plan.runs and plan.chunk == chunk and (plan.on_cpu > 0) == (chunk == STREAMED_CHUNK)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_plan_of_dbrx_beside_24_gib(scheme: str) -> None:
     """Counted by hand: what lies beside experts, keys and values of 4096 tokens; and the slower side's time."""
     plan = dbrx("24GiB@900GB/s,cpu=192GiB@80GB/s", quantize=scheme, offload="auto")
     card, cpu = plan.devices
-    short = dbrx("B200", quantize=scheme)
+    whole = dbrx("B200", quantize=scheme)
     expert = plan.sizes.expert
     here = 640 - plan.on_cpu
-    assert plan.chunk == STREAMED_CHUNK and plan.sizes.buffers == STREAMED_CHUNK // PREFILL_CHUNK * short.sizes.buffers
+    assert plan.chunk == whole.chunk == STREAMED_CHUNK and plan.sizes.buffers == whole.sizes.buffers
     assert plan.runs and 0 < here < 640 and 0 <= plan.free(card) < expert == plan.arriving_on(card) / ARRIVING
     # Rows get no more: what a prompt brings over the bus keeps its place.
     assert plan.kv_room - sum(plan.kv.values()) == plan.free(card)

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -307,6 +308,26 @@ def test_weights_in_few_bits_lie_on_as_few_gpus_as_hold_them() -> None:
     assert "compute capability 8.0" in refused.value.message and "--device-map cpu" in str(refused.value.hint)
 
 
+def test_floats_are_packed_for_gpus_that_hold_all_of_them() -> None:
+    """As bfloat16; other types, and floats of which some lie elsewhere, are PyTorch's."""
+
+    def planned(words: str, **changes: Any) -> LoadPlan:
+        options = LoadOptions(**{"pack": True, "device_map": "auto", "offload": "auto"} | changes)
+        return plan_load(official(), Stored(), parse_devices(words), options)
+
+    whole = planned("4xH100,cpu=256GiB")
+    assert whole.runs and whole.resident and whole.kernel == KernelFacts("triton", "bfloat16", "packed")
+    assert (whole.scheme, whole.format, whole.kv_dtype) == ("none", "bfloat16", "bfloat16")
+    assert planned("4xH100,cpu=256GiB", pack=False).weights.keys() == whole.weights.keys()
+    for words, changes in (
+        ("2xH100,cpu=256GiB", {}),
+        ("4xH100,cpu=300GiB", {"dtype": "float16"}),
+        ("4xH100,cpu=300GiB", {"offload": "cpu"}),
+    ):
+        other = planned(words, **changes)
+        assert other.runs and other.kernel is None and other == planned(words, pack=False, **changes)
+
+
 @pytest.mark.parametrize(("words", "scheme"), [("24GiB", "none"), ("24GiB", "int4"), ("cpu=4GiB", "int4")])
 def test_ranks_that_find_no_room_are_told_of_no_flag_that_they_have_not(words: str, scheme: str) -> None:
     """One device is the place of a rank, and nothing is streamed there: --offload and --device-map would be refused."""
@@ -387,13 +408,14 @@ def test_the_table_of_the_readme_is_the_plans_own() -> None:
 def test_a_kernel_serves_each_cell_of_the_table(machine: str) -> None:
     for form in make_plan_table.FORMS:
         _, plan = make_plan_table.fastest(make_plan_table.MACHINES[machine], form)
-        if plan.scheme == "none":
-            assert plan.kernel is None or choose(plan.format)  # tensors are PyTorch's
+        if plan.kernel is None:
+            assert plan.scheme == "none"  # tensors are PyTorch's
         elif plan.machine.gpus:
-            assert plan.kernel == KernelFacts("triton", "bfloat16", "packed") and SCHEMES[form].on_cards
+            assert plan.kernel == KernelFacts("triton", "bfloat16", "packed")
+            assert plan.format == "bfloat16" or SCHEMES[form].on_cards
             assert all(find_spec(f"model.kernels.cuda_{name}") for name in ("linear", "glu", "block"))
-        if plan.scheme != "none" and (plan.on_cpu or not plan.machine.gpus):
-            assert choose(form)
+        if plan.kernel and (plan.on_cpu or not plan.machine.gpus):
+            assert choose(plan.scheme if plan.scheme != "none" else plan.format)
 
 
 def test_a_local_checkpoint(cli: Cli, checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dbrx_cli.options import SamplingOptions
 from model import DbrxForCausalLM
-from model.sampling import DISTRIBUTION, PARAMETERS, SamplingParams, candidates, penalize, sample
+from model.sampling import DISTRIBUTION, PARAMETERS, SamplingParams, allowed, candidates, draw, penalize, sample
 
 torch.set_num_threads(1)
 
@@ -33,15 +33,23 @@ def case_name(case: dict[str, Any]) -> str:
     return "-".join([case["logits"], *(f"{name}={value}" for name, value in case["params"].items())])
 
 
-def filtered_logits(logits: Tensor, params: SamplingParams) -> Tensor:
+@pytest.fixture(params=["cpu", "card"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Whose sampler; a card's computes on a CPU, too."""
+    return str(request.param)
+
+
+def filtered_logits(logits: Tensor, params: SamplingParams, device: str) -> Tensor:
     """As transformers gives them: all, with -inf where a token may not come."""
+    if device == "card":
+        return allowed(logits, params)
     ids, kept = candidates(logits, params)
     assert bool((ids.diff() > 0).all())
     return torch.full(logits.shape, -math.inf).index_copy(0, ids, kept)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case_name(case) for case in CASES])
-def test_agrees_with_transformers(golden: dict[str, Tensor], index: int) -> None:
+def test_agrees_with_transformers(golden: dict[str, Tensor], index: int, device: str) -> None:
     case = CASES[index]
     params = SamplingParams(**NEUTRAL | case["params"])
     logits = golden[f"logits.{case['logits']}"]
@@ -50,7 +58,7 @@ def test_agrees_with_transformers(golden: dict[str, Tensor], index: int) -> None
     penalized = penalize(logits, seen, torch.zeros(len(logits), dtype=torch.long), params)
     torch.testing.assert_close(penalized, golden.get(f"penalized.{index}", logits))
 
-    filtered, expected = filtered_logits(penalized, params), golden[f"filtered.{index}"]
+    filtered, expected = filtered_logits(penalized, params, device), golden[f"filtered.{index}"]
     if case["top_p_cuts_a_tie"]:  # which of the equal tokens stays is an accident of sorting
         filtered, expected = filtered.sort().values, expected.sort().values
     torch.testing.assert_close(filtered, expected)
@@ -62,24 +70,25 @@ def test_the_golden_data_reaches_every_edge() -> None:
         assert sum(name in case["params"] for case in CASES) >= 20
 
 
-def test_top_p_keeps_the_token_that_crosses() -> None:
+def test_top_p_keeps_the_token_that_crosses(device: str) -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, kept in ((1e-300, 1), (0.4, 1), (0.6, 2), (0.85, 3), (0.97, 4)):
-        filtered = filtered_logits(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}))
+        filtered = filtered_logits(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}), device)
         assert filtered.isfinite().tolist() == [i < kept for i in range(4)]
 
 
 @pytest.mark.parametrize("top_p", [1e-300, 0.3, 0.95, 0.999, 1 - 2**-20])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 20.0])
-def test_top_p_sorts_few_and_keeps_what_sorting_all_keeps(top_p: float, spread: float) -> None:
+def test_top_p_sorts_few_and_keeps_what_sorting_all_keeps(top_p: float, spread: float, device: str) -> None:
     """With a real vocabulary, flat (all tokens tie) to peaked."""
     logits = spread * torch.randn(100_352, generator=torch.Generator().manual_seed(2))
-    ids, kept = candidates(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}))
+    found = filtered_logits(logits, SamplingParams(**NEUTRAL | {"top_p": top_p}), device)
+    ids = (found > -math.inf).nonzero()[:, 0]
     ordered, order = logits.double().sort(descending=True, stable=True)
     mass = ordered.softmax(-1).cumsum(-1)
     count = int((mass - ordered.softmax(-1) < top_p).sum())
     assert abs(mass[len(ids) - 1] - mass[max(count, 1) - 1]) < 1e-5  # probabilities of float32
-    assert torch.equal(ids, order[: len(ids)].sort().values) and torch.equal(kept, logits[ids])
+    assert torch.equal(ids, order[: len(ids)].sort().values) and torch.equal(found[ids], logits[ids])
 
 
 def test_filters_leave_the_given_logits_alone() -> None:
@@ -88,7 +97,8 @@ def test_filters_leave_the_given_logits_alone() -> None:
     params = SamplingParams(
         top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.5, frequency_penalty=1, presence_penalty=1
     )
-    candidates(penalize(logits, logits > 0, torch.ones(50), params), params)
+    for way in (candidates, allowed):
+        way(penalize(logits, logits > 0, torch.ones(50), params), params)
     assert torch.equal(logits, before)
 
 
@@ -115,19 +125,19 @@ def test_greedy_takes_the_largest_logit() -> None:
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(temperature=0)
     assert params.greedy and not SamplingParams().greedy
-    assert {sample(logits, params) for _ in range(5)} == {int(logits.argmax())}
+    assert {int(one(logits, params)) for one in (sample, draw)} == {int(logits.argmax())}
 
 
-def draw(logits: Tensor, params: SamplingParams, count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return [sample(logits, params, generator) for _ in range(count)]
+def draws(logits: Tensor, params: SamplingParams, count: int, seed: int, device: str) -> list[int]:
+    generator, one = torch.Generator().manual_seed(seed), draw if device == "card" else sample
+    return [int(one(logits, params, generator)) for _ in range(count)]
 
 
-def test_one_seed_gives_one_sequence() -> None:
+def test_one_seed_gives_one_sequence(device: str) -> None:
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(temperature=1)
-    assert draw(logits, params, 50, seed=3) == draw(logits, params, 50, seed=3)
-    assert draw(logits, params, 50, seed=3) != draw(logits, params, 50, seed=4)
+    assert draws(logits, params, 50, 3, device) == draws(logits, params, 50, 3, device)
+    assert draws(logits, params, 50, 3, device) != draws(logits, params, 50, 4, device)
 
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.soak)])
@@ -136,13 +146,13 @@ def test_one_seed_gives_one_sequence() -> None:
     [{}, {"temperature": 0.6}, {"temperature": 2.0, "top_k": 6}, {"top_p": 0.9, "min_p": 0.05}],
     ids=["plain", "cold", "hot-top-k", "top-p-min-p"],
 )
-def test_frequencies_are_the_distribution(options: dict[str, Any], count: int) -> None:
+def test_frequencies_are_the_distribution(options: dict[str, Any], count: int, device: str) -> None:
     """Pearson's chi-square; the expected numbers come from plain arithmetic, not from the sampler."""
     logits = [1.5, 0.2, -0.5, 2.1, 0.0, 1.1, -1.5, 0.7, 1.9, -0.1]
     params = SamplingParams(**NEUTRAL | options)
     expected = probabilities(logits, **NEUTRAL | options)
-    draws = draw(torch.tensor(logits), params, count, seed=11)
-    observed = [draws.count(token) for token in range(10)]
+    drawn = draws(torch.tensor(logits), params, count, 11, device)
+    observed = [drawn.count(token) for token in range(10)]
     assert all(seen == 0 for seen, p in zip(observed, expected, strict=True) if p == 0)
     chosen = [(seen, count * p) for seen, p in zip(observed, expected, strict=True) if p > 0]
     chi_square = sum((seen - mean) ** 2 / mean for seen, mean in chosen)
@@ -164,11 +174,11 @@ def probabilities(logits: list[float], temperature: float, top_k: int, top_p: fl
     return [weights[token] / total if token in nucleus else 0.0 for token in range(len(logits))]
 
 
-def test_a_token_that_is_cut_is_never_drawn() -> None:
+def test_a_token_that_is_cut_is_never_drawn(device: str) -> None:
     """With a real vocabulary nearly every probability is exactly zero."""
     logits = torch.full((100_352,), -math.inf)
     logits[[5, 70_000]] = torch.tensor([0.0, 1.0])
-    assert set(draw(logits, SamplingParams(temperature=1), 200, seed=0)) == {5, 70_000}
+    assert set(draws(logits, SamplingParams(temperature=1), 200, 0, device)) == {5, 70_000}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams) if field.name != "seed"])

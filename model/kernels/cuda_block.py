@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import triton
@@ -60,6 +60,8 @@ class CudaBlocks:
     launched.
     """
 
+    runs_ahead = True
+
     def __init__(self, blocks: Sequence[DbrxBlock], config: DbrxConfig, records: bool = True) -> None:
         self.blocks, self.config = blocks, config
         half, experts = blocks[0].norm_attn_norm, cast(PackedExperts, blocks[0].ffn.experts)
@@ -87,7 +89,7 @@ class CudaBlocks:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: Step) -> Tensor:
         """Write the new residual stream to x [n, 1, d_model]; gives router probabilities [blocks, n, experts]."""
         inputs = self._point(cast("KVCache", step.cache), step.plan.lengths)
-        inputs.positions.copy_(torch.tensor(step.plan.starts, dtype=torch.int32), non_blocking=True)
+        inputs.positions.copy_(self._sent(step.plan.starts, torch.int32), non_blocking=True)
         for to, of in ((inputs.x, x), (inputs.cos, cos), (inputs.sin, sin)):
             to.copy_(of.view(-1, to.shape[1]))
         out, probabilities = self._replay(inputs) if self.records else self._compute(inputs)
@@ -123,9 +125,13 @@ class CudaBlocks:
         if inputs.held != held:
             blocks = inputs.table.shape[-1]
             table = [[*of, *[0] * (blocks - len(of))] for each in held for of in (list(each.keys), list(each.values))]
-            inputs.table.copy_(torch.tensor(table, dtype=torch.int64).view(inputs.table.shape), non_blocking=True)
+            inputs.table.copy_(self._sent(table, torch.int64).view(inputs.table.shape), non_blocking=True)
             inputs.held = held
         return inputs
+
+    def _sent(self, numbers: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Numbers where a card fetches them by itself: from other memory the host copies them, and may wait for it."""
+        return torch.tensor(numbers, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def _compute(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The residual stream behind all blocks [rows, d_model], and router probabilities [blocks, rows, experts]."""

@@ -202,13 +202,13 @@ class CudaLinear(RowByRow):
         return torch.cat([linear(x, floats) for floats in self.floats(matrix, self.dtype)], dim=1).float()
 
     def floats(self, matrix: CudaMatrix, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Pieces [some outputs, inputs] of the floats that are meant, in order."""
+        """Pieces [some outputs, inputs] of the floats that are meant, in order; of those that are there the whole."""
+        if self.quantization == "none":
+            yield matrix.values.view(torch.bfloat16)[:, : matrix.inputs].to(dtype)
+            return
         step = max(1, PIECE // matrix.inputs)
         for start in range(0, matrix.outputs, step):
             values, ranges = matrix.values[start : start + step], matrix.ranges[start : start + step]
-            if self.quantization == "none":
-                yield values.view(torch.bfloat16)[:, : matrix.inputs].to(dtype)
-                continue
             out = torch.empty(len(values), matrix.inputs, dtype=dtype, device=values.device)
             constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group}
             grid = triton.cdiv(len(values), 16), triton.cdiv(values.shape[1], 64)

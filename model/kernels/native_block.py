@@ -71,6 +71,8 @@ class NativeBlocks:
     With a call a layer Python took 1 of 14 ms for a token of `mini`: the weights had driven its memory from the caches.
     """
 
+    runs_ahead = False
+
     def __init__(self, blocks: Sequence[NativeBlock]) -> None:
         self.blocks = blocks
         self.described = (Block * len(blocks))(*(block.block for block in blocks))

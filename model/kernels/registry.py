@@ -60,7 +60,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def _for_card(name: str, device: torch.device) -> Iterator[Callable[..., LinearKernel]]:
-    if has_triton(device) and SCHEMES[name].on_cards:
+    if has_triton(device) and (name == "bfloat16" or (name in SCHEMES and SCHEMES[name].on_cards)):
         from .cuda_linear import CudaLinear
 
         yield partial(CudaLinear, name, device=device)
@@ -105,9 +105,10 @@ def kernel_facts(form: str, group: int | None, stored: str) -> KernelFacts | Non
 
 
 def card_facts(form: str, group: int | None, device: str) -> KernelFacts | None:
-    """The same of a GPU, see `placement.Machine.card`: experts of a form in memory, attention and head in `DENSE`."""
+    """The same of a GPU, see `placement.Machine.card`: experts of a form in memory, beside few bits the rest in `DENSE`."""
     place = torch.device(device)
-    linear, dense = choose(form, group, place), choose(DENSE, None, place)
+    linear = choose(form, group, place)
+    dense = choose(DENSE, None, place) if form in SCHEMES else linear
     if linear is None or dense is None:
         return None
     name = " + ".join(dict.fromkeys((linear.name, dense.name)))
