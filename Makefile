@@ -11,6 +11,8 @@ CLIENTS ?= .venv-clients
 SCHEMATHESIS ?= .venv-schemathesis
 # Of `make gpu-rehearsal`; empty: the one that is installed.
 TRITON ?=
+# Of `make gpu`; empty: without transformers.
+REFERENCE ?=
 OTHER_TRITON = $(TRITON:%=.venv-triton-%)
 # Installed first, so that no range picks a newer build of several GB. Empty: the newest that pyproject.toml allows.
 TORCH  ?= torch==2.13.0
@@ -57,11 +59,12 @@ soak: $(DEV)  ## the promises at full counts (long)
 
 CARD_PAGE = docs/notebook/$(shell date +%F)-card
 
-gpu: $(DEV)  ## the tests that need a card, then what its kernels reach: a page and JSON in docs/notebook/ (6 minutes at most)
+gpu: $(DEV)  ## the tests that need a card, then what its kernels and networks reach: pages and JSON in docs/notebook/ (6 minutes at most); REFERENCE=FOLDER: transformers 4.57.6, by pip install --target, beside them
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: PyTorch finds no card here; make gpu-rehearsal does the same without one')"
-	timeout 210 $(BIN)/python -m pytest -n 0 -m gpu || echo "gpu: some tests failed, see above"
-	timeout 150 $(BIN)/python -m tests.bench_card $(CARD_PAGE)
-	@echo "gpu: figures are in $(CARD_PAGE).md and .json"
+	timeout 150 $(BIN)/python -m pytest -n 0 -m gpu || echo "gpu: some tests failed, see above"
+	timeout 80 $(BIN)/python -m tests.bench_card $(CARD_PAGE) || echo "gpu: the kernels' bench failed, see above"
+	timeout 120 $(BIN)/python -m tests.bench_card_network $(CARD_PAGE)-network $(REFERENCE)
+	@echo "gpu: figures are in $(CARD_PAGE).md, $(CARD_PAGE)-network.md, and beside them as JSON"
 
 gpu-rehearsal: $(DEV) $(OTHER_TRITON:%=%/.ready)  ## the same without a card: kernels interpreted at full counts, compiled for five kinds, experts on both sides (long); TRITON=3.6.0 takes that version
 	$(OTHER_TRITON:%=PYTHONPATH="$(CURDIR)/%") $(BIN)/python -m tests.rehearse_card

@@ -22,7 +22,7 @@ from model.formats.write_quantized import Writer
 from model.kernels import cuda_block, cuda_check, cuda_glu, cuda_linear
 from model.kernels.cuda_block import CudaBlocks, decode_on_card
 from model.kernels.cuda_glu import CudaGlu
-from model.kernels.cuda_linear import BITS, CudaLinear, Tile
+from model.kernels.cuda_linear import BITS, CudaLinear
 from model.kernels.cuda_norm import router_kernel
 from model.kv_cache import KVCache
 from model.quantization import dequantize, int4, int8
@@ -43,10 +43,6 @@ TOLERANCE = 1e-5  # of the largest number: sums of some hundred products in floa
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if INTERPRETED:
-    # One program for all of a small expert: they cost a tenth of a second each, whatever their tiles.
-    cuda_glu.DOWN = Tile(256, 16, 4, 255)
-    cuda_glu.tile = cuda_linear.tile = lambda tokens, bits: cuda_glu.DOWN
-    cuda_block.SPLITS = 2
     prepare()
 
 

@@ -21,6 +21,7 @@ STEPS = {
     "compiled for five kinds of cards": ([*TESTS, "-k", "compile", "tests/test_cuda_kernels.py"], {}),
     "experts on both sides": ([*TESTS, "-m", "not gpu", "tests/test_hybrid.py"], {}),
     "benches on small shapes": ([sys.executable, "-m", "tests.bench_card", str(PAGE)], INTERPRET),
+    "networks on small shapes": ([sys.executable, "-m", "tests.bench_card_network", f"{PAGE}-network"], INTERPRET),
 }
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     result = f"failed at {' and '.join(failed)}" if failed else "all passed"
     seconds = time.monotonic() - start
     print(f"gpu-rehearsal: {result} under triton {version('triton')} in {seconds:.0f} s ({', '.join(told)}); ", end="")
-    print(f"figures are in {PAGE}.md")
+    print(f"figures are in {PAGE}.md and {PAGE}-network.md")
     return len(failed)
 
 
