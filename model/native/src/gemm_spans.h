@@ -41,7 +41,7 @@ template <>
 struct SpanPanel<ShortDot> {
     static constexpr int PARTS = SPAN / 32, MINIMA = SPAN / 16;  // at most
     // A part's products are one sum of integers, which must stay below 2^31 = 2,147,483,648. That of 32 does with any weights,
-    // which are 4,096 at most (see `integers`): 32 * 4,096 * 16,383 = 2,147,352,576. By Cauchy and Schwarz longer ones do whose
+    // which are 4,096 at most (`MOST`): 32 * 4,096 * 16,383 = 2,147,352,576. By Cauchy and Schwarz longer ones do whose
     // weights have a norm of 21,400: 21,400 * (100,000 + sqrt(256) / 2) = 2,140,171,200.
     static constexpr int ROW_QMAX = (1 << 14) - 1;
     static constexpr float ROW_NORM = 100000, WEIGHTS_NORM = 21400;
@@ -55,17 +55,20 @@ struct SpanPanel<ShortDot> {
     alignas(64) float scale_rows[PANEL][PARTS] = {}, scales[PARTS][PANEL];
     alignas(64) float minima_rows[PANEL][MINIMA] = {}, minima[MINIMA][PANEL];
     int n_minima = 0, n_parts = 0;
+    bool always_fits = false;  // whatever the weights, one sum holds a span
 
     template <class Span>
     void set(int output, const Span &span) {
+        static_assert(Span::MOST <= 4096);
         span.integers(rows[output], scale_rows[output], minima_rows[output]);
         n_minima = Span::MINIMA, n_parts = span.parts();
+        always_fits = float(SPAN) * Span::MOST * Span::MOST <= WEIGHTS_NORM * WEIGHTS_NORM;
     }
     void order() {
         interleave((const float *)rows, SPAN / 2, SPAN / 2, (float *)words);
         interleave(scale_rows[0], PARTS, PARTS, scales[0]);
         if (n_minima) interleave(minima_rows[0], MINIMA, n_minima, minima[0]);
-        if (n_parts < PARTS) split_parts();
+        if (n_parts < PARTS && !always_fits) split_parts();
     }
     void add(const Row *const *x, int64_t n, float (*totals)[PANEL]) const { add_tiles(x, n, totals); }
 

@@ -23,7 +23,11 @@ template <class Type>
 struct BlockSpan {
     static constexpr bool SIGNED = requires { Type::signed_bytes; };
     static constexpr int CHUNK = 32, GROUPS = SPAN / Type::GROUP, MINIMA = Type::OFFSET || SIGNED ? 0 : GROUPS;
-    static constexpr bool WHOLE = Type::INPUTS == SPAN;  // see `integers`
+    static constexpr bool WHOLE = Type::INPUTS == SPAN;  // see `integers`, of which none is larger than MOST
+    static constexpr int MOST = [] {
+        if constexpr (WHOLE) return Type::MOST;
+        else return 128;
+    }();
     static constexpr int64_t BYTES = SPAN / Type::INPUTS * Type::BYTES;
     static int64_t row_bytes(const dbrx_matrix &m) { return m.inputs / Type::INPUTS * Type::BYTES; }
 
@@ -80,7 +84,7 @@ struct BlockSpan {
             }
     }
     // Weights as whole numbers, a scale for each 32 of them, and what is taken off each group. Groups' scales that are whole numbers
-    // times one of the block go into the weights, which are 4,096 at most: -32 * -128 of Q6_K.
+    // times one of the block go into the weights.
     void integers(int16_t *out, float *scales, float *minima) const {
         alignas(32) int8_t bytes[SPAN];
         quantized(bytes);

@@ -23,7 +23,7 @@ DBRX_INLINE void group_scales(const uint8_t *block, Floats *out) {
 }
 
 struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, two scales of 16 bits
-    static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16, OFFSET = 0;
+    static constexpr int FORMAT = DBRX_Q2_K, INPUTS = 256, BYTES = 84, GROUP = 16, OFFSET = 0, MOST = 3 * 15;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 80); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         for (int i = 0; i < 2; ++i) out[i] = eight_bytes(eight(block + 8 * i) & words(FOUR_BITS, FOUR_BITS));
@@ -38,7 +38,7 @@ struct Q2_K {  // 16 bytes of scale and minimum in 4 bits each, 64 of weights, t
 };
 
 struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits, a scale of 16 bits
-    static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16, OFFSET = 4;
+    static constexpr int FORMAT = DBRX_Q3_K, INPUTS = 256, BYTES = 110, GROUP = 16, OFFSET = 4, MOST = 4 * 32;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 108); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         const Floats middle = Floats::all(32);
@@ -54,7 +54,7 @@ struct Q3_K {  // 32 bytes of third bits, 64 of two bits, 12 of scales in 6 bits
 };
 
 struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of nibbles: two chunks in 32 bytes
-    static constexpr int FORMAT = DBRX_Q4_K, INPUTS = 256, BYTES = 144, GROUP = 32, OFFSET = 0;
+    static constexpr int FORMAT = DBRX_Q4_K, INPUTS = 256, BYTES = 144, GROUP = 32, OFFSET = 0, MOST = 15 * 63;
     // Of 6 bits each: those of the first four groups are the lower six bits of bytes 0 to 3 and 4 to 7; of the others bytes 8
     // to 11 have four bits each, the upper two lie above the former.
     static DBRX_INLINE uint32_t upper(uint32_t low, uint32_t high) { return (low & FOUR_BITS) | (high >> 6 & TWO_BITS) << 4; }
@@ -74,7 +74,7 @@ struct Q4_K {  // two scales of 16 bits, 12 bytes of scales and minima, 128 of n
 };
 
 struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
-    static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32, OFFSET = 0;
+    static constexpr int FORMAT = DBRX_Q5_K, INPUTS = 256, BYTES = 176, GROUP = 32, OFFSET = 0, MOST = 31 * 63;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return Q4_K::block_scale(block); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) { Q4_K::whole_scales(block, out); }
     static DBRX_INLINE void scales(const uint8_t *block, Floats *scale, Floats *min) { Q4_K::scales(block, scale, min); }
@@ -84,7 +84,7 @@ struct Q5_K {  // the same, with 32 bytes of fifth bits before the nibbles
 };
 
 struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bits, a scale of 16 bits
-    static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16, OFFSET = 32;
+    static constexpr int FORMAT = DBRX_Q6_K, INPUTS = 256, BYTES = 210, GROUP = 16, OFFSET = 32, MOST = 32 * 128;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block + 208); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         for (int i = 0; i < 2; ++i) out[i] = eight_signed(block + 192 + 8 * i);
@@ -98,7 +98,7 @@ struct Q6_K {  // 128 bytes of nibbles, 64 of upper two bits, 16 scales of 8 bit
 };
 
 struct IQ4_XS {  // a scale of 16 bits, 6 bytes of scales in 6 bits: of eight the upper two bits, then the lower four
-    static constexpr int FORMAT = DBRX_IQ4_XS, INPUTS = 256, BYTES = 136, GROUP = 32, OFFSET = 128;
+    static constexpr int FORMAT = DBRX_IQ4_XS, INPUTS = 256, BYTES = 136, GROUP = 32, OFFSET = 128, MOST = 127 * 32;
     static DBRX_INLINE float block_scale(const uint8_t *block) { return half(block); }
     static DBRX_INLINE void whole_scales(const uint8_t *block, Floats *out) {
         const Floats upper = eight_of(word(block) >> 16, 2) - Floats::all(2);

@@ -142,6 +142,7 @@ template <int BITS>
 struct GroupSpan {
     static constexpr int64_t BYTES = SPAN * BITS / 8;
     static constexpr int PARTS = SPAN / 32, MINIMA = PARTS;  // of 32 inputs, the smallest group
+    static constexpr int MOST = (1 << BITS) - 1;
 
     static int64_t row_bytes(const dbrx_matrix &m) {
         return m.inputs * BITS / 8 + 2 * Ranges::groups_of(m) * Ranges::bytes_of(m);
