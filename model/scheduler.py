@@ -163,7 +163,7 @@ class Scheduler:
         return new
 
     def _compute(self, rows: Ids[Sequence], drafts: Ids[Ids[int]]) -> Tensor:
-        """Logits behind the newest id of each row and its drafts. A drafted id is a row of its own with its row's keys."""
+        """Logits behind the newest id of each row and its drafts; one is a row by itself with its row's keys."""
         counts = [1 + len(draft) for draft in drafts]
         tokens = [[token] for row, draft in zip(rows, drafts, strict=True) for token in (row.ids[-1], *draft)]
         several = [_kv(row) for row, count in zip(rows, counts, strict=True) for _ in range(count)]

@@ -162,9 +162,9 @@ class Sequence:
             self.drafter.learn(len(draft), accepted, seconds)
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Of a row that runs ahead, choose the next id where logits [vocab] lie, for `take`: that id, and if all is well.
+        """Of a row that runs ahead, choose the next id where logits [vocab] lie: it, and 0 if they are not finite.
 
-        int64 [2]; nothing is waited for.
+        int64 [2], for `take`; nothing is waited for.
         """
         scores = self._biased(logits.float())
         return torch.stack((draw(scores, self.params, self._generator), scores.max().isfinite()))

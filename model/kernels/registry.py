@@ -105,7 +105,7 @@ def kernel_facts(form: str, group: int | None, stored: str) -> KernelFacts | Non
 
 
 def card_facts(form: str, group: int | None, device: str) -> KernelFacts | None:
-    """The same of a GPU, see `placement.Machine.card`: experts of a form in memory, beside few bits the rest in `DENSE`."""
+    """The same of a GPU, see `placement.Machine.card`: experts in a form, and the rest in `DENSE` or in floats."""
     place = torch.device(device)
     linear = choose(form, group, place)
     dense = choose(DENSE, None, place) if form in SCHEMES else linear

@@ -1,5 +1,5 @@
 // ggml's types in blocks of 256 weights ("K-quants", IQ4_XS), as llama.cpp writes them: scales of groups in few bits, times
-// one of 16 bits. See ggml_32.h for what a type tells; a span is one block.
+// one of 16 bits. See ggml_32.h for what a type tells; a span is one block. MOST: the largest weight times its group's whole scale.
 #pragma once
 #include "ggml_32.h"
 
