@@ -34,9 +34,9 @@ MIXES = {
     "Q8_0": ("Q8_0", "Q8_0"), "IQ4_NL": ("Q4_0", "Q5_0"), "IQ4_XS": ("Q5_K", "Q5_K"), "Q2_K": ("Q3_K", "Q6_K"),
     "Q3_K": ("Q4_K", "Q6_K"), "Q4_K": ("Q6_K", "Q6_K"), "Q5_K": ("Q6_K", "IQ4_XS"), "Q6_K": ("Q6_K", "IQ4_NL"),
 }  # fmt: skip
-# Products take a row in whole numbers up to 16,383, or up to 32,766 where rows are few (gemm_spans.h, spans.h). Rounding
-# errs by 1 / sqrt(12) of a step, as a root mean square: of a row's norm by 8 / (16,383 sqrt(12)), if no number is more
-# than 8 times the root mean square. A network of two layers has nine products behind each other: sqrt(9) times that.
+# Products take a row in whole numbers up to 16,383, or up to 32,766 where rows are few (gemm_spans.h, spans.h).
+# Rounding errs by 1 / sqrt(12) of a step, as a root mean square: of a row's norm by 8 / (16,383 sqrt(12)), if no number
+# is more than 8 times the root mean square. Two layers have nine products behind each other: sqrt(9) times that.
 MANY_ROWS = 3 * 8 / (16383 * 12**0.5)
 FEW_ROWS = MANY_ROWS / 2
 
