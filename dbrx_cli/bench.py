@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from model.kernels import choose, probe
 from model.kv_cache import KVCache
 from model.machine import memory_bandwidth
 from model.prefill import prefill
+from model.scheduler import Coming
 from model.sequence import finite
 
 if TYPE_CHECKING:
@@ -139,13 +141,14 @@ def peak_rss() -> int:
 @torch.inference_mode()
 def _decode(network: DbrxForCausalLM, logits: torch.Tensor, cache: KVCache, count: int) -> list[float]:
     """Seconds of each step; one more is made before."""
-    steps = []
-    for _ in range(count + 1):
-        start = time.perf_counter()
-        logits = network(logits.argmax(-1)[:, None], past_key_values=cache).logits[:, -1]
-        _synchronize(network)
-        steps.append(time.perf_counter() - start)
-    return steps[1:]
+    came = []
+    for _ in range(count + 2):
+        ids = logits.argmax(-1)[:, None]
+        coming = Coming(ids)
+        logits = network(ids, past_key_values=cache).logits[:, -1]  # begun before they are known, as of a reply
+        coming.read()
+        came.append(time.perf_counter())
+    return [after - before for before, after in pairwise(came)][1:]
 
 
 def _synchronize(network: DbrxForCausalLM) -> None:
