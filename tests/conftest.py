@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# A shell has commands behind `&` ignore these, and so would all that tests start and interrupt.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 # The same examples in every run, so that a change is judged by itself; `make soak` draws new ones.
 settings.register_profile("same", derandomize=True, deadline=None)

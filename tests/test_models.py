@@ -280,7 +280,7 @@ def test_a_damaged_cache_is_no_fault(cli: Cli, add: Add, cache: Path) -> None:
 
 def test_a_folder_of_ones_own_is_left_alone(cli: Cli, tmp_path: Path) -> None:
     result = cli("models", "remove", "--yes", tmp_path)
-    assert result.code == 2 and "your own" in result.fault and tmp_path.exists()
+    assert result.code == 2 and "outside the cache" in result.fault and tmp_path.exists()
 
 
 @pytest.mark.parametrize("name", DEMOS)

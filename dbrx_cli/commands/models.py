@@ -229,7 +229,7 @@ def _to_remove(name: str, revision: str | None) -> tuple[list[Path], str]:
             raise ModelError("the demo model is not on this machine")
         return [Path(demo["path"])], f"the model {name}"
     if name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is a folder of your own, not in the cache", "remove it yourself")
+        raise InputError(f"{name} is outside the cache", "remove it yourself")
     if name.startswith(PREFIX):
         raise InputError(f"{name} is in ollama's store", f"ollama rm {name.removeprefix(PREFIX)}")
     cached = [model for model in inventory() if model.name == name]
