@@ -58,10 +58,12 @@ soak: $(DEV)  ## the promises at full counts (long)
 	$(BIN)/python -m pytest $(TWO) -m soak
 
 CARD_PAGE = docs/notebook/$(shell date +%F)-card
+# These alone: others want packages that a machine with a card may lack.
+CARD_TESTS = $(shell grep -l 'mark[.]gpu' tests/test_*.py)
 
 gpu: $(DEV)  ## the tests that need a card, then what its kernels and networks reach: pages and JSON in docs/notebook/ (6 minutes at most); REFERENCE=FOLDER: transformers 4.57.6, by pip install --target, beside them
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu: PyTorch finds no card here; make gpu-rehearsal does the same without one')"
-	timeout 150 $(BIN)/python -m pytest -n 0 -m gpu || echo "gpu: some tests failed, see above"
+	timeout 150 $(BIN)/python -m pytest -n 0 -W default -m gpu $(CARD_TESTS) || echo "gpu: some tests failed, see above"
 	timeout 80 $(BIN)/python -m tests.bench_card $(CARD_PAGE) || echo "gpu: the kernels' bench failed, see above"
 	timeout 120 $(BIN)/python -m tests.bench_card_network $(CARD_PAGE)-network $(REFERENCE)
 	@echo "gpu: figures are in $(CARD_PAGE).md, $(CARD_PAGE)-network.md, and beside them as JSON"

@@ -75,10 +75,10 @@ def from_pretrained(
     streamed experts (default: most of what is free). context: tokens that room is left for. adapter: the folder of a
     LoRA adapter (`adapters`). `ranks` loads one rank's slices of every layer (`parallel`). quantize: a key of
     `SCHEMES`; "none" keeps what is stored; "auto" makes int8 of floats that stay in the CPU's memory, where no dtype
-    is asked for, and keeps all else. `pack` has weights held by the CPU's kernels: faster, but they are no parameters
-    any more. graph: decode steps on a card are replayed as CUDA graphs. use: how many tokens chose each expert so far
-    (`Bus.used`): a card that does not hold all experts gets those of most use. `progress` hears bytes read and bytes in
-    all.
+    is asked for, and keeps all else. `pack` has floats held by the kernels of the CPU, or of GPUs that
+    hold all in bfloat16: faster, but they are no parameters any more. graph: decode steps on a card are replayed as
+    CUDA graphs. use: how many tokens chose each expert so far (`Bus.used`): a card that does not hold all experts gets
+    those of most use. `progress` hears bytes read and bytes in all.
 
     What was decided stands in `load_plan` of the network. `ModelError` if the checkpoint is missing, damaged or of
     another kind, `ResourceError` if it does not fit.

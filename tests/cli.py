@@ -6,13 +6,13 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
 from model.model_files import ModelFiles
 from model.tokenizer import Tokenizer
@@ -39,7 +39,10 @@ class Result:
         return line
 
 
-_build = typer.main.get_command
+with suppress(ModuleNotFoundError):  # `make gpu` runs tests where there may be little beside PyTorch
+    import typer.main
+
+    _build = typer.main.get_command
 _read_tokenizer: Any = Tokenizer.from_folder
 _tokenizers: dict[object, Any] = {}
 

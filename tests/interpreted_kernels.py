@@ -269,12 +269,12 @@ def networks(
         with open_weights(stored) as floats:
             Writer(floats, stored := folder / form, form, group or 32).write(lambda _: None)
     with open_weights(stored) as weights:
-        plain = DbrxForCausalLM(weights.config).eval()
+        plain = DbrxForCausalLM(weights.config).eval().to(DEVICE)
         plain.load_state_dict({name: weights.read(name).float() for name in expected_tensors(weights.config)})
     monkeypatch.setattr(packing, "choose", lambda name, group, device: linear(name, group or 0))
     monkeypatch.setattr(packing, "experts_of", CudaGlu)
     dtype = "bfloat16" if form == "bfloat16" else "float32"
-    network = DbrxForCausalLM.from_pretrained(stored, dtype=dtype, pack=True)
+    network = DbrxForCausalLM.from_pretrained(stored, dtype=dtype, pack=True).to(DEVICE)  # what is not packed
     network.transformer.set_kv_dtype(torch.float32)
     assert network.kernels is not None and "triton" in network.kernels.name and network.dtype == torch.float32
     decode_on_card(network)
@@ -286,14 +286,16 @@ def networks(
 def test_a_step_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 1, 37 and 64 tokens in blocks of 32: the first of a block, within one, and behind the last."""
     network, plain = networks("int8", 0, tmp_path, monkeypatch, n_layers=1)
-    lengths = torch.tensor([1, 37, 64])
-    ids = torch.arange(3 * 64).view(3, 64) % 120
+    lengths = torch.tensor([1, 37, 64], device=DEVICE)
+    ids = torch.arange(3 * 64, device=DEVICE).view(3, 64) % 120
     logits, routers = [], []
     with torch.inference_mode():
         for each in (network, plain):
             cache = KVCache(1, 3, block_tokens=32)
-            plain(ids, attention_mask=torch.arange(64) < lengths[:, None], past_key_values=cache)
-            found = each(torch.tensor([[7], [8], [9]]), past_key_values=cache, output_router_logits=True)
+            there = torch.arange(64, device=DEVICE) < lengths[:, None]
+            plain(ids, attention_mask=there, past_key_values=cache)
+            new = torch.tensor([[7], [8], [9]], device=DEVICE)
+            found = each(new, past_key_values=cache, output_router_logits=True)
             logits.append(found.logits)
             routers.append(found.router_logits[0])
             assert cache.lengths == [2, 38, 65]
@@ -321,7 +323,7 @@ def test_what_doctor_compares(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_network(form: str, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt and 40 tokens: the same as those of a network of the floats that are meant, in float32."""
     network, plain = networks(form, group, tmp_path, monkeypatch)
-    prompt = torch.arange(40, 60)[None]
+    prompt = torch.arange(40, 60, device=DEVICE)[None]
     assert torch.equal(
         network.generate(prompt, max_new_tokens=40, do_sample=False),
         plain.generate(prompt, max_new_tokens=40, do_sample=False),

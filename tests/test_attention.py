@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -99,6 +100,7 @@ def test_flash_without_the_package_says_how_to_install_it() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
 @pytest.mark.parametrize("starts", [[0, 0], [5, 5], [3, 7]])
 def test_real_flash_equals_eager(starts: list[int]) -> None:
     device = torch.device("cuda")

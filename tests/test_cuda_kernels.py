@@ -9,7 +9,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,13 @@ def test_kernels_compile_for_cards_that_are_not_here(
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(300)
 def test_on_a_card() -> None:
-    """The same answers, with the tiles that are used there; and 200 shapes, and a network."""
-    done = run("-o", "addopts=", interpret=False)
+    """The same answers, with the tiles that are used there; and 200 shapes, and a network.
+
+    Each shape is compiled anew, some 400 kernels of two seconds: hence a process for each core.
+    """
+    done = run("-o", "addopts=", "-W", "default", "-n", "auto", "--dist", "worksteal", interpret=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -92,13 +97,27 @@ class Hurries(TorchFunctionMode):
 
 
 class Recorded:
-    """In the place of a kernel: what is launched."""
+    """In the place of a kernel: what is launched, on the card of its arguments, which must be the current one."""
+
+    current = 0  # guards that are open
 
     def __init__(self, name: str, launches: list[tuple[str, tuple[int, ...]]]) -> None:
         self.name, self.launches = name, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **constants: self.launches.append((self.name, grid))
+        def launch(*args: Any, **constants: Any) -> None:
+            assert Recorded.current > 0, f"{self.name} is launched on whatever card is the current one"
+            self.launches.append((self.name, grid))
+
+        return launch
+
+
+@contextmanager
+def guard(like: torch.Tensor) -> Iterator[None]:
+    """In the place of `torch.cuda.device_of`."""
+    Recorded.current += 1
+    yield
+    Recorded.current -= 1
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -111,6 +130,7 @@ def test_the_experts_of_a_step_wait_for_nothing(tokens: int, monkeypatch: pytest
     monkeypatch.setattr(cuda_glu, "gate_up_kernel", Recorded("gate_up", launches))
     monkeypatch.setattr(cuda_glu, "down_kernel", Recorded("down", launches))
     monkeypatch.setattr(cuda_linear, "gemv_kernel", Recorded("gemv", launches))
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
     linear = cuda_linear.CudaLinear("int4", 32, "cpu")
     glu = cuda_glu.CudaGlu(linear, "silu")
     held = glu.stack([glu.pack(FloatExpert(*(torch.randn(64, 32) for _ in range(3)))) for _ in range(4)])
@@ -123,6 +143,41 @@ def test_the_experts_of_a_step_wait_for_nothing(tokens: int, monkeypatch: pytest
         assert glu.forward(x, ids, weights, held).shape == (tokens, 32)
         assert linear.run(linear.prepare(x), matrix).shape == (tokens, 100)
     assert launches == [("gate_up", (2 * tokens, 8)), ("down", (tokens, 2)), ("gemv", (7 if tokens == 1 else 2,))]
+
+
+def test_a_recording_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is launched, as all later ones, on the stream that there was; and the reason is told."""
+    from model.kernels.cuda_block import CudaBlocks, Inputs
+
+    answer, current, tried = (torch.ones(1, 2), torch.ones(1, 1, 2)), ["own"], []
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        before, current[0] = current[0], name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(graph: object) -> Iterator[None]:
+        """As PyTorch has it: where the end of a recording fails its stream stays the current one."""
+        current[0] = "recording"
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    steps = CudaBlocks.__new__(CudaBlocks)
+    steps.records, steps.fault, steps.inputs = True, "", {}
+    monkeypatch.setattr(steps, "_compute", lambda inputs: tried.append(current[0]) or answer)
+    inputs = Inputs(*[torch.empty(1, 2)] * 5, [])  # type: ignore[arg-type]
+    for _ in range(2):
+        assert steps._replay(inputs)[0] is answer[0]
+    assert tried == ["own", "recording", "own"]
+    assert steps.graph == "off, it could not be recorded: operation failed due to a previous error during capture"
 
 
 def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +195,7 @@ def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module, kernels in names.items():
         for name in kernels:
             monkeypatch.setattr(module, f"{name}_kernel", Recorded(name, launches))
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
     config: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 40, "max_seq_len": 64}
     config["attn_config"] = {"kv_n_heads": 2, "rope_theta": 500000}
     config["ffn_config"] = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}

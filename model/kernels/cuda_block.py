@@ -71,13 +71,14 @@ class CudaBlocks:
         kept = half.attn.kv_dtype or half.norm_1.weight.dtype
         self.key = torch.empty(1, 1, half.attn.heads[-1], config.head_dim, dtype=kept, device=self.device)
         self.records = records and self.device.type == "cuda"
+        self.fault = ""  # why none could be recorded
         self.inputs: dict[int, Inputs] = {}  # by rows
 
     @property
     def graph(self) -> str:
         """Whether steps are replayed, in words."""
         if not self.records:
-            return "off"
+            return f"off, it could not be recorded: {self.fault}" if self.fault else "off"
         return "recorded" if any(inputs.graph for inputs in self.inputs.values()) else "not recorded yet"
 
     def takes(self, step: Step) -> bool:
@@ -92,7 +93,8 @@ class CudaBlocks:
         inputs.positions.copy_(self._sent(step.plan.starts, torch.int32), non_blocking=True)
         for to, of in ((inputs.x, x), (inputs.cos, cos), (inputs.sin, sin)):
             to.copy_(of.view(-1, to.shape[1]))
-        out, probabilities = self._replay(inputs) if self.records else self._compute(inputs)
+        with torch.cuda.device_of(x):
+            out, probabilities = self._replay(inputs) if self.records else self._compute(inputs)
         x.copy_(out.view_as(x))
         return probabilities
 
@@ -101,11 +103,12 @@ class CudaBlocks:
         if inputs.warm and inputs.graph is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                # The outer one gives the stream back where a recording fails: then the inner one does not.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                     inputs.outputs = self._compute(inputs)
                 inputs.graph = graph
-            except RuntimeError:  # the card's memory, or a driver that cannot
-                self.records = False
+            except RuntimeError as error:  # the card's memory, or a driver that cannot
+                self.records, self.fault = False, str(error).partition("\n")[0]
         if inputs.graph is None or inputs.outputs is None:
             inputs.warm = True
             return self._compute(inputs)

@@ -139,9 +139,15 @@ class CudaGlu(LinearsGlu):
         self.linear = linear
         self.function = activation
 
+    def pack(self, expert: FloatExpert) -> Packed:
+        return super().pack(self._sent(expert))
+
     def quantize(self, expert: FloatExpert) -> QuantizedExpert:
-        """On the card: its floats are there meanwhile."""
-        return super().quantize(type(expert)(*(matrix.to(self.linear.device, non_blocking=True) for matrix in expert)))
+        return super().quantize(self._sent(expert))
+
+    def _sent(self, expert: FloatExpert) -> FloatExpert:
+        """On the card, which turns its w2 and quantizes it: its floats are there meanwhile."""
+        return type(expert)(*(matrix.to(self.linear.device, non_blocking=True) for matrix in expert))
 
     def stored(self, packed: Packed) -> QuantizedExpert | None:
         if self.quantization == "none":
@@ -172,21 +178,22 @@ class CudaGlu(LinearsGlu):
         inner = torch.empty(tokens * top_k, 128 // bits, second.chunks, device=x.device)
         grid = tokens * top_k, triton.cdiv(second.chunks * (128 // bits), made.N // 2)
         shape = {"TOP_K": top_k, "BITS": bits, "GROUP": self.linear.group}
-        gate_up_kernel[grid](
-            x,
-            expert_ids,
-            held.table,
-            inner,
-            hidden,
-            ACTIVATION=self.function,
-            CHUNKS=first.chunks,
-            INNER_CHUNKS=second.chunks,
-            **made._asdict(),
-            **shape,
-        )
-        shape |= {"CHUNKS": second.chunks, **DOWN._asdict()}
         out = torch.empty_like(residual)
-        down_kernel[tokens, triton.cdiv(d_model, DOWN.N)](
-            inner, expert_ids, router_weights, held.table, residual, out, d_model, **shape
-        )
+        with torch.cuda.device_of(x):
+            gate_up_kernel[grid](
+                x,
+                expert_ids,
+                held.table,
+                inner,
+                hidden,
+                ACTIVATION=self.function,
+                CHUNKS=first.chunks,
+                INNER_CHUNKS=second.chunks,
+                **made._asdict(),
+                **shape,
+            )
+            shape |= {"CHUNKS": second.chunks, **DOWN._asdict()}
+            down_kernel[tokens, triton.cdiv(d_model, DOWN.N)](
+                inner, expert_ids, router_weights, held.table, residual, out, d_model, **shape
+            )
         return out

@@ -191,9 +191,10 @@ class CudaLinear(RowByRow):
         T = triton.next_power_of_2(tokens)
         made = tile(T, self.bits)
         constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group, **made._asdict()}
-        gemv_kernel[(triton.cdiv(matrix.outputs, made.N),)](
-            x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, **constants
-        )
+        with torch.cuda.device_of(x):
+            gemv_kernel[(triton.cdiv(matrix.outputs, made.N),)](
+                x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, **constants
+            )
         return out
 
     def gemm(self, x: Tensor, matrix: CudaMatrix) -> Tensor:
@@ -212,7 +213,8 @@ class CudaLinear(RowByRow):
             out = torch.empty(len(values), matrix.inputs, dtype=dtype, device=values.device)
             constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group}
             grid = triton.cdiv(len(values), 16), triton.cdiv(values.shape[1], 64)
-            dequantize_kernel[grid](values, ranges, out, len(values), matrix.inputs, N=16, C=64, **constants)
+            with torch.cuda.device_of(values):
+                dequantize_kernel[grid](values, ranges, out, len(values), matrix.inputs, N=16, C=64, **constants)
             yield out
 
 

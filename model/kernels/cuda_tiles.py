@@ -11,6 +11,9 @@ chunk 74 // 32 = 2, one of 192 chunks, and lies at 10 x 192 + 2; in its row it i
 10 // 8 = 1 of the chunk. With groups of 128 it shares the scale of group 2 // (128 // 32) = 0.
 
 Shapes have these axes: T tokens, N outputs, C chunks.
+
+Triton launches on the current card, wherever its arguments lie: whoever launches makes theirs the current one
+(`torch.cuda.device_of`).
 """
 
 from __future__ import annotations
