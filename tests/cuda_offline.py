@@ -27,8 +27,6 @@ from model.kernels.cuda_norm import AT_ONCE, norm_kernel, router_kernel
 TOOLS = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
 D_MODEL, HIDDEN, TOP_K = 6144, 10752, 4
 FORMATS = {"int4 g32": (4, 32), "int4 g128": (4, 128), "int8": (8, 0), "bfloat16": (16, 0)}
-# Each kernel once, and each form but the other groups of int4, which take longest to compile.
-ONE_FORM = {("gate_up", "int4 g32"), ("down", "bfloat16"), ("Wqkv, 8 tokens", "int8")}
 LATENCY = 700e-9  # s from a load to its data, of a card that is busy; measured ones are 500 to 800 ns
 # Per clock and multiprocessor 128 instructions are issued, of which 64 of these: integers, and conversions of integers
 # of 32 bits; all other conversions are 16.

@@ -206,7 +206,7 @@ def test_random_shapes(first: int) -> None:
         form, group = draw.choice([*FORMATS, ("int4", 64), ("int4", 256)])
         most = 600 // BITS[form]
         check_linear(form, group, draw.randint(1, 10), 2 * draw.randint(1, most), draw.randint(1, 90))
-        count, hidden, d_model = draw.randint(1, 16), 2 * draw.randint(1, 40), 2 * draw.randint(1, most)
+        count, hidden, d_model = draw.randint(1, 8), 2 * draw.randint(1, 40), 2 * draw.randint(1, most)
         top_k = draw.randint(1, min(count, 3))
         tokens = draw.randint(1, 3 // top_k)
         experts = Experts.of(form, group, count, hidden, d_model, draw.choice(list(ACTIVATIONS)))
