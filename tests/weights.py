@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def make_weights(config: dict[str, Any], seed: int) -> dict[str, Array]:
     """
     width = config["d_model"]
     common = _normal(seed, "common direction", (width,))
-    common -= common.mean()  # the layer norms take the mean away
+    common = common - common.mean()  # the layer norms take the mean away
     common /= np.sqrt(np.mean(common**2))
     return {
         name: _round_to_bfloat16(_values(config, seed, name, shape, common))
@@ -178,8 +179,11 @@ def _random_state(seed: int, name: str) -> np.random.RandomState:
     return np.random.RandomState(np.frombuffer(digest, "<u4"))
 
 
+@lru_cache(256)  # one test after the other writes the same network, as other files
 def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Array:
-    return _random_state(seed, name).standard_normal(prod(shape)).astype(np.float32).reshape(shape)
+    values = _random_state(seed, name).standard_normal(prod(shape)).astype(np.float32).reshape(shape)
+    values.flags.writeable = False
+    return values
 
 
 def _round_to_bfloat16(values: Floats) -> Array:
