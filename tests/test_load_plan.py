@@ -26,7 +26,7 @@ from model.quantization import SCHEMES
 from tests.weights import make_checkpoint
 
 LOADED, DESCRIBED = 200, 200
-QUICK = 50  # of those that are loaded, without the slow tests
+QUICK = 30  # of those that are loaded, without the slow tests
 FORMS = ("float32", "bfloat16", "float16", *SCHEMES)
 Case = tuple[str, int, dict[str, Any]]  # a stored form, bytes of free memory, options
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -418,7 +419,8 @@ def test_a_kernel_serves_each_cell_of_the_table(machine: str) -> None:
             assert choose(plan.scheme if plan.scheme != "none" else plan.format)
 
 
-def test_a_local_checkpoint(cli: Cli, checkpoint: Path) -> None:
+def test_a_local_checkpoint(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.rates.measure", partial(measure, nbytes=2**21))
     plan = json.loads(cli("plan", checkpoint, "--json").out)
     assert plan["runs"] and set(plan["experts"]) == {"cpu"}
     assert 0 < plan["tokens_per_s_predicted"] < plan["tokens_per_s_ceiling"]

@@ -14,7 +14,7 @@ from typing import Any
 import pexpect
 import pytest
 
-from dbrx_cli.engine import Delta, Done, Request
+from dbrx_cli.engine import Delta, Done, Request, http_client
 from dbrx_cli.engine.remote import RemoteEngine, ServerParams
 from dbrx_cli.options import EngineOptions, OutputOptions
 from dbrx_cli.report import Report
@@ -295,7 +295,8 @@ FAULTS: dict[str, tuple[Send, int]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_told_as_it_is(server: Server, cli: Cli, name: str) -> None:
+def test_a_fault_is_told_as_it_is(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(http_client, "FIRST_SECONDS", http_client.IDLE_SECONDS)
     server.reply, code = FAULTS[name]
     began = time.monotonic()
     result = cli("generate", "--json", "--no-log", "--url", server.url, "hi")
