@@ -94,15 +94,21 @@ def _stream(plan: LoadPlan, stored: Stored, options: LoadOptions, home: Device, 
 
 
 def _beside(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
-    """All on GPUs but the experts that find no room: as few GPUs as leave the fewest of them to the CPU."""
+    """All on GPUs but the experts that find no room: as few GPUs as leave the fewest of them to the CPU.
+
+    With "balanced" on all GPUs.
+    """
     largest = sorted(plan.machine.gpus, key=lambda gpu: -gpu.memory)
-    some = (largest[: count + 1] for count in range(len(largest)))
+    fewest = len(largest) if options.device_map == "balanced" else 1
+    some = (largest[:count] for count in range(fewest, len(largest) + 1))
     tried = [_over(plan, [gpu for gpu in plan.machine.gpus if gpu in each], options) for each in some]
     return min((each for each in tried if each.runs), key=lambda each: each.on_cpu, default=tried[-1])
 
 
 def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
     """Whole layers over these GPUs, in order; the experts that find no room there with the CPU, as many of each layer.
+
+    With "sequential" a GPU is filled before the next one gets a layer, where all find room.
 
     A prompt is read in longer steps than on a CPU, unless all would have room but for these: weights become floats in
     each step, or come over the bus.
@@ -120,7 +126,7 @@ def _over(plan: LoadPlan, gpus: list[Device], options: LoadOptions) -> LoadPlan:
     steps = _longer(plan), plan
     for plan in steps:
         rooms = room(plan)
-        counts = _fill(rooms, each, n, evenly=True)
+        counts = _fill(rooms, each, n, evenly=options.device_map != "sequential")
         if sum(counts.values()) == n:
             break
     else:

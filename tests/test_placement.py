@@ -282,8 +282,8 @@ def test_the_command(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cli("plan", tmp_path).code == 3
 
 
-def in_int4(machine: Machine) -> LoadPlan:
-    return plan_load(official(), Stored(), machine, LoadOptions(quantize="int4", device_map="auto"))
+def in_int4(machine: Machine, device_map: str = "auto") -> LoadPlan:
+    return plan_load(official(), Stored(), machine, LoadOptions(quantize="int4", device_map=device_map))
 
 
 def test_weights_in_few_bits_lie_on_as_few_gpus_as_hold_them() -> None:
@@ -301,6 +301,9 @@ def test_weights_in_few_bits_lie_on_as_few_gpus_as_hold_them() -> None:
         several.free(gpu) > 0 for gpu in several.devices
     )
     assert tokens_per_s(several) == pytest.approx(1008e9 / several.sizes.active)
+    for device_map, layers in (("auto", [20, 20]), ("sequential", [37, 3]), ("balanced", [13, 14, 13])):
+        spread = in_int4(parse_devices("3xH100"), device_map)
+        assert spread.resident and [*Counter(layer.device for layer in spread.layers).values()] == layers
     small = in_int4(parse_devices("2xRTX4090,cpu=256GiB"))
     assert small.fault is not None and "(--offload auto)" in str(small.fault.hint)
     old = replace(parse_devices("V100,cpu=256GiB"), card=lambda form, group, device: None)
