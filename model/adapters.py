@@ -181,8 +181,9 @@ class LoraLinear(nn.Module):
 
 
 def attach(network: DbrxForCausalLM, changes: Changes) -> None:
-    """Put an adapter beside the layers of a network that is loaded."""
+    """Put an adapter beside the layers of a network that is loaded, each change where its layer lies."""
     for name, several in changes.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        module = network.get_submodule(parent)
-        setattr(module, leaf, LoraLinear(module.get_submodule(leaf), several, network.device))
+        module, places = network.get_submodule(parent), network.device_map
+        prefix = max((each for each in places if not each or name.startswith(each + ".")), key=len)
+        setattr(module, leaf, LoraLinear(module.get_submodule(leaf), several, places[prefix]))

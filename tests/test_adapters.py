@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model import DbrxForCausalLM
 from model.adapter_config import FOLLOWED, PLAIN, WITHOUT_EFFECT, LoraConfig
-from model.adapters import attach, read_adapter
+from model.adapters import LoraLinear, attach, read_adapter
 from model.config import DbrxConfig
 from model.errors import ModelError
 from model.formats import open_weights
@@ -260,6 +260,17 @@ def test_beside_the_layers_it_gives_the_same(base: Path, tmp_path: Path) -> None
     network = DbrxForCausalLM.from_pretrained(base)
     attach(network, read_adapter(write(tmp_path / "a", tensors), network.config))
     torch.testing.assert_close(logits(network), by_hand(base, tensors, 2.0), rtol=0, atol=2e-4)
+
+
+def test_a_change_lies_where_its_layer_does(base: Path, tmp_path: Path) -> None:
+    """Of layers over several GPUs; the first has the embedding."""
+    network = DbrxForCausalLM.from_pretrained(base)
+    network.device_map = {"": torch.device("cpu"), "transformer.blocks.2": torch.device("meta")}
+    attach(network, read_adapter(write(tmp_path / "a", pairs(("q_proj", ROUTER))), network.config))
+    beside = {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
+    assert len({".blocks.2." in name for name in beside}) == 2
+    for name, module in beside.items():
+        assert module._changes[0].a.device.type == ("meta" if ".blocks.2." in name else "cpu")
 
 
 def test_over_a_checkpoint_in_int8(base: Path, tmp_path: Path, cli: Cli) -> None:
