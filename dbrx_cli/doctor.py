@@ -437,7 +437,13 @@ def card_kernels(device: torch.device) -> Iterator[Check]:
         return
     from model.kernels.cuda_check import compare
 
-    found = list(compare(device))
+    try:
+        found = list(compare(device))
+    except Exception as error:  # of PyTorch, of Triton, or of the C compiler that Triton starts
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        hint = "Triton needs a C compiler and Python's headers (apt-get install gcc python3-dev)"
+        yield Check(title, "problem", f"cannot be compiled or run: {reason}", hint, 1)
+        return
     facts = {each.kernels: each.error for each in found}
     if wrong := [each for each in found if not each.agrees]:
         off = ", ".join(f"{each.kernels} off by {each.error:.2g} of the largest number" for each in wrong)

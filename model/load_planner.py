@@ -140,7 +140,7 @@ def _on_cards(machine: Machine, options: LoadOptions, scheme: str, group: int | 
     able = tuple(gpu for gpu in machine.gpus if kernels[gpu.name])
     kernel = next(filter(None, kernels.values()), None)
     if kernel is None:
-        wanted = "Triton and a GPU of compute capability 8.0 (Ampere) or newer"
+        wanted = "Triton, a C compiler for it, and a GPU of compute capability 8.0 (Ampere) or newer (`dbrx doctor`)"
         raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", hint)
     return replace(machine, gpus=able), kernel
 

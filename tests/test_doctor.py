@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -285,6 +287,8 @@ def test_kernels_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a card says nothing of them; what is compared, tests/interpreted_kernels.py runs."""
     pytest.importorskip("triton")
     from model.kernels.cuda_check import Compared
+    from model.kernels.cuda_linear import CudaLinear
+    from model.kernels.registry import fault
 
     card = torch.device("cuda", 0)
     monkeypatch.setattr("model.kernels.has_triton", lambda device: False)
@@ -300,6 +304,13 @@ def test_kernels_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     (wrong,) = doctor.card_kernels(card)
     assert (wrong.state, wrong.exit_code) == ("problem", 1) and wrong.hint
     assert "down of int8 off by nan" in wrong.text and "gemv" not in wrong.text
+    missing = subprocess.CalledProcessError(1, ["gcc"])  # as Triton leaves it, where Python.h is missing
+    monkeypatch.setattr("model.kernels.cuda_check.compare", Mock(side_effect=missing))
+    (broken,) = doctor.card_kernels(card)
+    assert broken.state == "problem" and "gcc" in broken.text and "C compiler" in str(broken.hint)
+    kernel = CudaLinear("bfloat16", device="cpu")
+    monkeypatch.setattr(kernel, "run", Mock(side_effect=missing))
+    assert "gcc" in str(fault(kernel))
 
 
 def test_no_two_dimensions_of_the_golden_network_are_equal() -> None:

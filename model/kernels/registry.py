@@ -132,8 +132,8 @@ def fault(kernel: LinearKernel) -> str | None:
         try:
             packed, meant = _both(kernel, weight)
             out = kernel.run(kernel.prepare(x.to(kernel.device, kernel.dtype)), packed).float().cpu()
-        except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-            return str(error).partition("\n")[0]
+        except Exception as error:  # of PyTorch, of Triton, or of the C compiler that Triton starts
+            return str(error).partition("\n")[0] or type(error).__name__
         exact = x @ meant.cpu().t()
         if not bool(((out - exact).abs() <= TOLERANCE * exact.abs().amax(1, keepdim=True)).all()):
             return "computes wrong numbers here"
