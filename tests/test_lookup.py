@@ -223,6 +223,8 @@ def test_each_row_of_a_batch_has_its_drafts(case: fidelity.Case, params: dict[st
 class Table:
     """Stands in for a network: the next id depends on the last one alone, by a table of logits [vocab, vocab]."""
 
+    runs_ahead = False
+
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         self.config = SimpleNamespace(max_seq_len=100, n_layers=1)
