@@ -18,7 +18,7 @@ from .cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_ke
 from .cuda_glu import CudaExperts, CudaGlu
 from .cuda_linear import GEMV_MAX_TOKENS, CudaLinear, CudaMatrix
 from .cuda_norm import AT_ONCE, norm_kernel, router_kernel
-from .cuda_tiles import CHUNK
+from .cuda_tiles import CHUNK, FUSED
 from .linear import PackedLinear
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ class CudaBlocks:
                 CHUNKS=chunks,
                 BITS=self.glu.linear.bits,
                 num_warps=8,
+                **FUSED,
             )
             x = self.glu.decode(normed, ids, weights, held, residual)
         return x, probabilities
@@ -183,14 +184,14 @@ class CudaBlocks:
         rows, heads, kv_heads = len(x), config.n_heads, half.attn.heads[-1]
         normed = self._room(rows, bits, Wqkv.chunks)
         places = triton.next_power_of_2(normed.shape[1] * Wqkv.chunks)
-        of_inputs = {"CHUNKS": Wqkv.chunks, "BITS": bits}
+        of_inputs = {"CHUNKS": Wqkv.chunks, "BITS": bits, **FUSED}
         norm_kernel[(rows,)](x, half.norm_1.weight, normed, config.d_model, EPS, W=places, num_warps=8, **of_inputs)
         qkv = self.linear.gemv(normed, rows, Wqkv)
 
         clip = math.inf if half.attn.clip is None else float(half.attn.clip)
         D = max(16, triton.next_power_of_2(config.head_dim))
         table, (tokens, *_) = inputs.table[layer], inputs.held
-        same = {"HEADS": heads, "KV_HEADS": kv_heads, "D": D, "BLOCKS": table.shape[-1]}
+        same = {"HEADS": heads, "KV_HEADS": kv_heads, "D": D, "BLOCKS": table.shape[-1], **FUSED}
         same |= {"TOKENS": tokens.room // len(tokens.keys), "KV": KV_TYPES[self.key.dtype]}
         begin = qkv, inputs.cos, inputs.sin, inputs.positions, table
         append_kernel[rows, kv_heads](*begin, clip, config.head_dim, num_warps=1, **same)
@@ -211,7 +212,7 @@ class CudaBlocks:
             **same,
         )
         attended = self._room(rows, bits, out_proj.chunks)
-        of_outputs = {"CHUNKS": out_proj.chunks, "BITS": bits}
+        of_outputs = {"CHUNKS": out_proj.chunks, "BITS": bits, **FUSED}
         merge_kernel[rows, heads](
             sums, tops, totals, attended, config.head_dim, HEADS=heads, D=D, SPLITS=SPLITS, num_warps=2, **of_outputs
         )

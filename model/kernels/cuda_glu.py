@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..weights import QuantizedExpert, QuantizedMatrix
 from .base import Packed
 from .cuda_linear import GEMV_MAX_TOKENS, CudaLinear, CudaMatrix, Tile, prepared, tile
-from .cuda_tiles import add_products, place_of, pointer
+from .cuda_tiles import FUSED, add_products, place_of, pointer
 from .dispatch import Dispatched
 from .torch_glu import LinearsGlu
 
@@ -177,7 +177,7 @@ class CudaGlu(LinearsGlu):
         hidden, d_model = second.inputs, second.outputs
         inner = torch.empty(tokens * top_k, 128 // bits, second.chunks, device=x.device)
         grid = tokens * top_k, triton.cdiv(second.chunks * (128 // bits), made.N // 2)
-        shape = {"TOP_K": top_k, "BITS": bits, "GROUP": self.linear.group}
+        shape = {"TOP_K": top_k, "BITS": bits, "GROUP": self.linear.group, **FUSED}
         out = torch.empty_like(residual)
         with torch.cuda.device_of(x):
             gate_up_kernel[grid](

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, pad
 from ..quantization import SCHEMES, int4, int8
 from ..weights import QuantizedMatrix
 from .base import Packed, RowByRow, Rows, check_scales
-from .cuda_tiles import CHUNK, add_products
+from .cuda_tiles import CHUNK, FUSED, add_products
 
 GEMV_MAX_TOKENS = 8
 PIECE = 2**24  # weights that are dequantized at once: 32 MB of bfloat16, which stay in the second cache
@@ -190,7 +190,7 @@ class CudaLinear(RowByRow):
         out = torch.empty(tokens, matrix.outputs, device=x.device)
         T = triton.next_power_of_2(tokens)
         made = tile(T, self.bits)
-        constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group, **made._asdict()}
+        constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group, **made._asdict(), **FUSED}
         with torch.cuda.device_of(x):
             gemv_kernel[(triton.cdiv(matrix.outputs, made.N),)](
                 x, matrix.values, matrix.ranges, out, tokens, matrix.outputs, T=T, **constants
@@ -211,7 +211,7 @@ class CudaLinear(RowByRow):
         for start in range(0, matrix.outputs, step):
             values, ranges = matrix.values[start : start + step], matrix.ranges[start : start + step]
             out = torch.empty(len(values), matrix.inputs, dtype=dtype, device=values.device)
-            constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group}
+            constants = {"CHUNKS": matrix.chunks, "BITS": self.bits, "GROUP": self.group, **FUSED}
             grid = triton.cdiv(len(values), 16), triton.cdiv(values.shape[1], 64)
             with torch.cuda.device_of(values):
                 dequantize_kernel[grid](values, ranges, out, len(values), matrix.inputs, N=16, C=64, **constants)

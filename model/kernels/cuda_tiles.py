@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 CHUNK = 128  # bits
+FUSED = {"enable_fp_fusion": True}  # of each launch: a product and a sum at once. Triton 3.10 does not by itself
 
 
 @triton.jit
