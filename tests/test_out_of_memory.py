@@ -12,12 +12,13 @@ import torch
 
 from dbrx_cli.engine import Done, Request
 from dbrx_cli.engine.local import LocalEngine
+from dbrx_cli.engine.memory import memory_fault
 from dbrx_cli.options import ModelOptions, OutputOptions
 from dbrx_cli.report import Report
-from model import Message, SamplingParams
+from model import DbrxForCausalLM, Message, SamplingParams
 from model.errors import ResourceError
 from model.kernels.native_linear import NativeLinear
-from model.kv_cache import KVRow
+from model.kv_cache import KVCache, KVRow
 from tests.cli import Cli
 
 pytestmark = pytest.mark.slow  # whole runs and sessions
@@ -101,3 +102,11 @@ def test_generate_ends_with_5(cli: Cli, tiny_checkpoint: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.nn.functional, "linear", failing)
     result = cli("generate", "-m", tiny_checkpoint, "hi")
     assert result.code == 5 and "5.0 GB more were wanted; shorten the prompt" in result.fault
+
+
+def test_weights_that_are_packed_count(tiny_checkpoint: Path) -> None:
+    """They are no parameters, and most of a model."""
+    network = DbrxForCausalLM.from_pretrained(tiny_checkpoint, quantize="int8", pack=True)
+    assert network.load_plan is not None
+    fault = memory_fault(MemoryError("out of memory"), network, KVCache(3))
+    assert fault is not None and f"the weights take {network.load_plan.sizes.total / 1e6:.1f} MB" in fault.message

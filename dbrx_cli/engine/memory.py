@@ -25,7 +25,9 @@ def memory_fault(error: Exception, network: DbrxForCausalLM, cache: KVCache) -> 
     """The fault to tell if memory ran out; None if `error` is something else."""
     if not lacks_memory(error):
         return None
-    weights = sum(parameter.nbytes for parameter in network.parameters())
+    plan = network.load_plan  # what is packed for a kernel is no parameter
+    held = plan.weights.values() if plan is not None else ()
+    weights = sum(held) or sum(parameter.nbytes for parameter in network.parameters())
     wanted = WANTED.search(str(error))
     more = f", and {_size(float(wanted[1]))} more were wanted" if wanted and wanted[2] == "bytes" else ""
     return ResourceError(
