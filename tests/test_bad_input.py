@@ -44,6 +44,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_a_damaged_checkpoint_is_named(

@@ -320,6 +320,7 @@ def test_no_template_escapes(source: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert messages == HELLO and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(BOMBS)))
 def test_bombs_are_cut_off(number: int) -> None:
     source = BOMBS[number]

@@ -203,6 +203,7 @@ def assert_fits(schema: dict[str, Any], text: str) -> None:
     Draft202012Validator(schema).validate(json.loads(text, object_pairs_hook=once))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_what_comes_out_fits_the_schema(name: str, vocabulary: str) -> None:

@@ -35,6 +35,7 @@ def run(*args: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_float64(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**ENVIRONMENT, "TRITON_INTERPRET": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -60,6 +61,7 @@ def _compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 ONE_FORM = [("gate_up", "bfloat16"), ("down", "int4 g32"), ("Wqkv, 8 tokens", "int8")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "only"),
     [
@@ -79,6 +81,7 @@ def test_products_compile_for_cards_that_are_not_here(arch: int, only: list[tupl
         assert each.wide >= 4 and each.shared < 48 * 1024 < CARDS[arch].shared, each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.soak) for arch in (80, 89, 100, 120))])
 @pytest.mark.usefixtures("_compiler")
 def test_other_kernels_compile_for_cards_that_are_not_here(arch: int) -> None:

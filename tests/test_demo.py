@@ -447,6 +447,7 @@ def in_process(wheel: Path, before: str = "") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_process_leaves_nothing_that_counts(wheel: Path, stage: str) -> None:
     process = in_process(

@@ -45,6 +45,7 @@ def test_logits(name: str, backend: str) -> None:
         assert difference < 1e-4, way
 
 
+@pytest.mark.slow
 @each_model
 def test_internals_and_losses(name: str) -> None:
     case = fidelity.load(name)

@@ -80,6 +80,7 @@ def test_quantized_types_give_the_logits_of_their_values(tmp_path: Path, kind: s
         assert torch.equal(network(IDS).logits, expected(IDS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READABLE)
 def test_every_type_is_read_as_the_package_reads_it(tmp_path: Path, kind: str) -> None:
     """Random bits in all large tensors, through each way of reading."""

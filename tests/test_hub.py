@@ -192,6 +192,7 @@ def test_a_commit_that_changes_in_between(server: FakeHub) -> None:
     same(models.download(NAME), checkpoint(seed=1))
 
 
+@pytest.mark.slow
 def test_an_update_that_fails_leaves_the_old_snapshot_in_use(server: FakeHub) -> None:
     old = models.download(NAME)
     server.add(NAME, checkpoint(seed=1))

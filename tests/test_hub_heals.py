@@ -145,6 +145,7 @@ def test_a_wrong_answer_is_not_kept(
         assert models.missing_files(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=[SOAK, pytest.mark.timeout(1800)])])
 def test_odd_answers_are_told_and_heal(server: FakeHub, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Wrong values at random places; what an answer does not depend on may be anything, and may be missing."""

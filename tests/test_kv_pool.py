@@ -114,6 +114,7 @@ class Interrupt:
         return self._trace
 
 
+@pytest.mark.slow
 def test_an_interrupt_between_any_two_lines_leaves_a_sound_pool(network: DbrxForCausalLM) -> None:
     """Texts that part inside a block, and a budget in which blocks give way."""
     texts, layers = [[1] * 10, [1] * 6 + [2] * 7, [1] * 5, [3] * 14], network.config.n_layers
@@ -131,6 +132,7 @@ def test_an_interrupt_between_any_two_lines_leaves_a_sound_pool(network: DbrxFor
             break
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_a_cancel_leaves_no_row_behind(network: DbrxForCausalLM) -> None:
     """Whichever line of it Ctrl-C strikes; the next scheduler has all of the room."""
     for line in count(1):
@@ -206,6 +208,7 @@ def test_rows_wait_until_they_fit_and_what_never_fits_is_refused(network: DbrxFo
     assert "ask for fewer tokens" in fault.value.one_line and len(scheduler) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_no_block_is_lost_whoever_comes_and_goes(
     network: DbrxForCausalLM, blocks: weakref.WeakSet[KVBlock], monkeypatch: pytest.MonkeyPatch, seed: int

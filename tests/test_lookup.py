@@ -149,6 +149,7 @@ def without_drafts(case: fidelity.Case) -> Callable[[str], list[int]]:
     return cache(lambda name: run(case, None, case.data["greedy_prompt"].tolist(), **CASES[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [1, 3, 10**6], ids=["never-right", "sometimes", "always"])
 @pytest.mark.parametrize("name", CASES)
 def test_drafts_change_no_text(
@@ -253,6 +254,7 @@ class Fixed:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", [500, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("options", "draft"),

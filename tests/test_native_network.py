@@ -96,6 +96,7 @@ def test_a_product_is_that_of_float64(form: str, group: int, shape: tuple[int, i
             assert torch.equal(found[:1], kernel.run(kernel.prepare(x[:1]), packed))
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("offload", ["none", "disk"])
 @pytest.mark.parametrize(
@@ -227,6 +228,7 @@ def test_what_is_stored_is_read_where_the_file_is_mapped(tiny_checkpoint: Path, 
             assert any(start <= matrix.values < end for start, end in areas)
 
 
+@pytest.mark.slow
 def test_without_a_native_library_all_is_computed_by_pytorch(
     cli: Cli, small_checkpoint: Path, without_native: None
 ) -> None:

@@ -186,6 +186,7 @@ def test_the_prediction_by_hand() -> None:
     assert all(predict(plan, rates) < tokens_per_s(plan) for plan in (resident, streamed, fast))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4-g128", "Q4_K"])
 def test_rates_of_each_format(format: str, streamed: bool) -> None:

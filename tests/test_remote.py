@@ -294,6 +294,7 @@ FAULTS: dict[str, tuple[Send, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_told_as_it_is(server: Server, cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(http_client, "FIRST_SECONDS", http_client.IDLE_SECONDS)

@@ -178,7 +178,7 @@ def test_a_token_that_is_cut_is_never_drawn(device: str) -> None:
     """With a real vocabulary nearly every probability is exactly zero."""
     logits = torch.full((100_352,), -math.inf)
     logits[[5, 70_000]] = torch.tensor([0.0, 1.0])
-    assert set(draws(logits, SamplingParams(temperature=1), 200, 0, device)) == {5, 70_000}
+    assert set(draws(logits, SamplingParams(temperature=1), 50, 0, device)) == {5, 70_000}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams) if field.name != "seed"])

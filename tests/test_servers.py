@@ -67,6 +67,7 @@ def test_addresses(server: Server, root: str, address: str, listed: bool) -> Non
 PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 529)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", PASSING)
 @pytest.mark.parametrize("at", ["list", "reply"])
 def test_one_passing_error_ends_no_command(server: Server, cli: Cli, code: int, at: str) -> None:

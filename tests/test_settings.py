@@ -331,6 +331,7 @@ def test_no_colour(cli: Cli, file: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ["NO_COLOR"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["40", "100"])
 def test_help_fits_the_terminal(columns: str) -> None:
     """Every flag is there whole, on a terminal of any width."""

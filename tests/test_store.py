@@ -108,6 +108,7 @@ TEXT = st.text(st.characters(categories=("L", "M", "N", "P", "S", "Z", "C", "Cs"
 TURNS = st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), TEXT), max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(saves=st.lists(TURNS, min_size=1, max_size=4), reopen=st.booleans())
 def test_any_change_of_any_text(store: Store, path: Path, saves: list[list[Message]], reopen: bool) -> None:

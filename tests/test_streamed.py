@@ -340,6 +340,7 @@ def test_files_that_are_removed_are_still_read(tiny: Path, tmp_path: Path) -> No
     assert torch.equal(answer(network)[0], expected[0])
 
 
+@pytest.mark.slow
 def test_an_interruption_is_quick_and_leaves_nothing_wrong(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a slow disk is waited for, at many moments; then the same answer as before."""
     gc.collect()  # the networks of other tests: what interrupts the closing of one is not raised

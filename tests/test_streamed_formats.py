@@ -110,6 +110,7 @@ def test_int8_as_stored_computes_what_it_means(rows: int, width: int, apart: int
         kernel.load(QuantizedExpert(*matrices))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gguf(tmp_path: Path, kind: str, dtype: str) -> None:

@@ -501,6 +501,7 @@ def test_a_pattern_that_backtracks_without_end_is_an_input_error() -> None:
         encoder.encode("x" * 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [MAX_TEXT // 8, pytest.param(MAX_TEXT, marks=pytest.mark.soak)])
 @each_maker
 @pytest.mark.parametrize("unit", [" ", "a", "\n", " \n", "1.", "\t x", "\x04", "مرحبا"])
