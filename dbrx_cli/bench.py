@@ -140,7 +140,7 @@ def peak_rss() -> int:
 
 @torch.inference_mode()
 def _decode(network: DbrxForCausalLM, logits: torch.Tensor, cache: KVCache, count: int) -> list[float]:
-    """Seconds of each step; one more is made before."""
+    """Seconds of each step, but for the first two."""
     came = []
     for _ in range(count + 2):
         ids = logits.argmax(-1)[:, None]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dbrx_cli.options import DEFAULT_MODEL, DEMOS, WhichModel
-from model.errors import AccessError, ConnectionFault, DbrxError, ModelError
+from model.errors import AccessError, ConnectionFault, DbrxError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -440,9 +440,8 @@ def card_kernels(device: torch.device) -> Iterator[Check]:
     try:
         found = list(compare(device))
     except Exception as error:  # of PyTorch, of Triton, or of the C compiler that Triton starts
-        reason = str(error).partition("\n")[0] or type(error).__name__
         hint = "Triton needs a C compiler and Python's headers (apt-get install gcc python3-dev)"
-        yield Check(title, "problem", f"cannot be compiled or run: {reason}", hint, 1)
+        yield Check(title, "problem", f"cannot be compiled or run: {first_line(error)}", hint, 1)
         return
     facts = {each.kernels: each.error for each in found}
     if wrong := [each for each in found if not each.agrees]:

@@ -22,6 +22,7 @@ from .adapter_config import CONFIG, MAX_RANK, MERGE, LoraConfig, other_adapter
 from .checkpoint import FLOATS, Checkpoint
 from .config import DbrxConfig
 from .errors import ModelError
+from .placement import place_of
 from .quantization import is_finite
 from .safetensors_file import damaged, shown
 from .weights import Weights, WrappedWeights
@@ -184,6 +185,6 @@ def attach(network: DbrxForCausalLM, changes: Changes) -> None:
     """Put an adapter beside the layers of a network that is loaded, each change where its layer lies."""
     for name, several in changes.items():
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        module, places = network.get_submodule(parent), network.device_map
-        prefix = max((each for each in places if not each or name.startswith(each + ".")), key=len)
-        setattr(module, leaf, LoraLinear(module.get_submodule(leaf), several, places[prefix]))
+        module, place = network.get_submodule(parent), place_of(name, network.device_map)
+        assert place is not None
+        setattr(module, leaf, LoraLinear(module.get_submodule(leaf), several, place))

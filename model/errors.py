@@ -57,3 +57,8 @@ class ConnectionFault(DbrxError):
     """A server could not be reached or broke off."""
 
     exit_code = 7
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error of another program says; the error's name where that is nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__

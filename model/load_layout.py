@@ -9,7 +9,7 @@ from typing import Any
 from .errors import ResourceError
 from .expert_use import known, least_used, shares
 from .load_plan import ARRIVING, AUTOMATIC, LoadOptions, LoadPlan, Stored
-from .placement import Device, Layer, capacity
+from .placement import Device, Layer, capacity, place_of
 
 CACHE_SHARE = 0.75  # of the memory that is left: what streamed experts get, unless the user says how much
 READING_AHEAD = 4  # slots that are read to, where experts are then packed into memory of their own
@@ -218,7 +218,8 @@ def _spread(plan: LoadPlan, options: LoadOptions) -> LoadPlan:
 
 def _given(plan: LoadPlan, device_map: Mapping[str, Any]) -> LoadPlan:
     """Modules where the user wants them, whether they fit or not."""
-    where = [_place_of(f"transformer.blocks.{i}.norm_attn_norm", device_map) for i in range(plan.sizes.n_layers)]
+    found = (place_of(f"transformer.blocks.{i}.norm_attn_norm", device_map) for i in range(plan.sizes.n_layers))
+    where = ["cpu" if place is None else device_name(place) for place in found]
     return replace(plan, layers=tuple(Layer(device, device) for device in where), device_map=dict(device_map))
 
 
@@ -233,12 +234,6 @@ def _placed(plan: LoadPlan, layers: tuple[Layer, ...]) -> LoadPlan:
 def device_name(place: Any) -> str:
     """Of a device map's value: numbers are those of GPUs."""
     return f"cuda:{place}" if isinstance(place, int) else str(place)
-
-
-def _place_of(module: str, device_map: Mapping[str, Any]) -> str:
-    """The device of the longest name in the map that the module's begins with."""
-    names = [name for name in device_map if not name or module == name or module.startswith(name + ".")]
-    return device_name(device_map[max(names, key=len)]) if names else "cpu"
 
 
 def _fill(rooms: Mapping[str, int], each: int, most: int, evenly: bool) -> dict[str, int]:

@@ -88,7 +88,7 @@ def _plan(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOpt
 def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: LoadOptions, quantize: str) -> LoadPlan:
     """A plan in which nothing has its place yet: dtypes, scheme, kernel, and the sizes that follow from them."""
     scheme = quantize if quantize != "none" else stored.scheme
-    packs = _packs(machine, options)
+    packs, may_pack = _packs(machine, options), options.pack and options.ranks == 1
     if scheme in SCHEMES:
         for inputs in (config.d_model, config.ffn_config.ffn_hidden_size):
             SCHEMES[scheme].check(inputs)
@@ -96,12 +96,13 @@ def _in_form(config: DbrxConfig, stored: Stored, machine: Machine, options: Load
     group = stored.group if scheme == stored.scheme and has_groups else None
     dtype = (stored.float_type or "bfloat16") if options.dtype == "auto" else options.dtype
     form = dtype if scheme == "none" else scheme
-    wanted = packs and (scheme != "none" or (options.pack and options.ranks == 1))
+    wanted = packs and (scheme != "none" or may_pack)
     kernel = machine.kernel(form, group, stored.scheme) if wanted else None
     if scheme != "none" and not packs:
         machine, kernel = _on_cards(machine, options, scheme, group)
-    elif machine.gpus and options.pack and options.ranks == 1 and options.offload in ("auto", "none"):
-        kernel = _floats_on_cards(machine, options, form)
+    elif may_pack and machine.gpus and isinstance(options.device_map, str) and options.offload in ("auto", "none"):
+        kernels = [machine.card(form, None, gpu.name) for gpu in machine.gpus]
+        kernel = kernels[0] if all(kernels) else None  # else PyTorch multiplies
     activations = kernel.dtype if kernel else dtype
     kv_dtype = dtype if scheme == "none" else activations
     kept_dtype = stored.float_type if kernel and packs else None  # the embedding's, of which rows are read
@@ -143,12 +144,6 @@ def _on_cards(machine: Machine, options: LoadOptions, scheme: str, group: int | 
         wanted = "Triton, a C compiler for it, and a GPU of compute capability 8.0 (Ampere) or newer (`dbrx doctor`)"
         raise ModelError(f"{machine.gpus[0].name} has no kernels for {scheme} weights: they need {wanted}", hint)
     return replace(machine, gpus=able), kernel
-
-
-def _floats_on_cards(machine: Machine, options: LoadOptions, form: str) -> KernelFacts | None:
-    """The kernels for floats of a type, if each GPU has some; else PyTorch multiplies."""
-    kernels = [machine.card(form, None, gpu.name) for gpu in machine.gpus if isinstance(options.device_map, str)]
-    return kernels[0] if kernels and all(kernels) else None
 
 
 def _keeps_form(kept: Format, machine: Machine, options: LoadOptions) -> bool:

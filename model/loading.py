@@ -32,6 +32,7 @@ from .model_files import ModelFiles
 from .offload import stream_experts, strip_experts
 from .packing import kernels_of, pack_into, strip_dense
 from .parallel import Ranks, ShardedWeights, localize
+from .placement import place_of
 from .quantization import KEPT
 from .weights import CanBeKept, KeptWeights, Weights
 
@@ -243,11 +244,12 @@ def _read_tensors(network: DbrxForCausalLM, plan: LoadPlan, reading: Reading) ->
     weights, places, state = reading.weights, network.device_map, {}
     dtype, owned, packed = getattr(torch, plan.dtype), plan.streamed > 0, plan.kernel is not None
     for name, parameter in network.state_dict().items():
-        prefix = max((p for p in places if not p or name == p or name.startswith(p + ".")), key=len)
+        place = place_of(name, places)
+        assert place is not None  # a map has all modules: see `require_all`
         floats = weights.nbytes_of(name) >= 2 * parameter.numel()  # no fewer bits than any float has
-        as_stored = (owned or packed) and floats and name == EMBEDDING and places[prefix].type == "cpu"
+        as_stored = (owned or packed) and floats and name == EMBEDDING and place.type == "cpu"
         own = owned or (packed and not as_stored)
-        state[name] = weights.read(name, dtype=None if as_stored else dtype, device=places[prefix], owned=own)
+        state[name] = weights.read(name, dtype=None if as_stored else dtype, device=place, owned=own)
         reading.advance(weights.nbytes_of(name))
         if own:
             weights.give_back()

@@ -22,6 +22,7 @@ from .formats.quantized import QuantizedWeights
 from .kernels import GluExpertKernel, LinearKernel, Packed, PackedLinear, choose, experts_of
 from .kernels.native_kept import NativeKept
 from .parallel import ShardedWeights
+from .placement import place_of
 from .quantization import DENSE, KEPT, SCHEMES
 from .safetensors_file import damaged
 from .staging import Staging, staged
@@ -125,8 +126,7 @@ def pack_into(
     exact = torch.float32 if plan.format == "float32" else None
 
     def matrix(module: nn.Module, attribute: str, name: str) -> int:
-        place = next(place for prefix, place in plan.device_map.items() if name.startswith(f"{prefix}."))
-        kernel = kernels[str(place)].dense
+        kernel = kernels[str(place_of(name, plan.device_map))].dense
         packed = _pack_dense(weights, kernel, name, exact)
         setattr(module, attribute, PackedLinear(kernel, packed, last=module is network))
         if not mapped:

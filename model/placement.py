@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from .config import DbrxConfig
 from .quantization import DENSE, SCHEMES
@@ -151,6 +151,15 @@ class Machine:
     kernel: Callable[[str, int | None, str], KernelFacts | None] = native_kernel
     # The same on a GPU, by its name.
     card: Callable[[str, int | None, str], KernelFacts | None] = triton_kernel
+
+
+Place = TypeVar("Place")
+
+
+def place_of(module: str, places: Mapping[str, Place]) -> Place | None:
+    """What a map of modules has for one, by the longest of its names that the module's begins with; None for none."""
+    names = [name for name in places if not name or module == name or module.startswith(name + ".")]
+    return places[max(names, key=len)] if names else None
 
 
 def capacity(tokens: int) -> int:

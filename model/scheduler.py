@@ -52,9 +52,7 @@ class Ahead:
         """Logits of those that go on; now their keys count."""
         for row in rows:
             _kv(row).length += 1
-        if len(rows) == len(self.rows):
-            return self.logits
-        return torch.stack([scores for row, scores in zip(self.rows, self.logits, strict=True) if row in rows])
+        return _some(self.logits, [i for i, row in enumerate(self.rows) if row in rows])
 
 
 class Scheduler:
@@ -147,13 +145,13 @@ class Scheduler:
         begun = time.perf_counter() if ahead is None else ahead.begun
         most = MAX_LOOKUP if len(rows) == 1 else max(0, GEMV_ROWS - len(rows)) // len(rows)
         drafts = [row.draft(most) for row in rows]
-        # A draft is worth more than to be ahead: the id before it has to be known.
-        runs_ahead = self._network.runs_ahead and rows == self._active and not any(drafts)
+        can_run_ahead = self._network.runs_ahead and rows == self._active and all(row.runs_ahead for row in rows)
+        runs_ahead = can_run_ahead and not any(drafts)  # these are worth more, and the id before them has to be known
         if ahead is None:
             logits = self._compute(rows, drafts)
         else:
             logits, drafts = ahead.logits_of(rows), [[]] * len(rows)
-        if runs_ahead and all(row.runs_ahead for row in rows):
+        if runs_ahead:
             new = self._go_ahead(rows, logits, begun)
         else:
             each = torch.split(logits, [1 + len(draft) for draft in drafts])
@@ -183,8 +181,7 @@ class Scheduler:
         going = [i for i, row in enumerate(rows) if row.left > 1]
         if going:
             kept = [_kv(rows[i]) for i in going]
-            ids = chosen[:, :1] if len(going) == len(rows) else torch.cat([chosen[i : i + 1, :1] for i in going])
-            behind = self._network(ids, past_key_values=KVCache.of(kept)).logits[:, -1]
+            behind = self._network(_some(chosen, going)[:, :1], past_key_values=KVCache.of(kept)).logits[:, -1]
             for kv in kept:
                 kv.length -= 1  # it counts when the id is known
         numbers, now = coming.read(), time.perf_counter()
@@ -265,6 +262,11 @@ class Scheduler:
 
     def _chunk(self, rows: int) -> int:
         return max(1, self._network.prefill_chunk // rows)
+
+
+def _some(numbers: Tensor, which: Ids[int]) -> Tensor:
+    """These rows of a tensor, in order. To index with them would send them to its card, and wait for it."""
+    return numbers if len(which) == len(numbers) else torch.stack([numbers[i] for i in which])
 
 
 def _kv(row: Sequence) -> KVRow:

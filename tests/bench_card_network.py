@@ -143,14 +143,6 @@ def between(came: list[float]) -> float:
     return statistics.median(b - a for a, b in pairwise(came[2:-1]))
 
 
-def token_bytes(network: DbrxForCausalLM) -> int:
-    """Of the weights that a token reads."""
-    plan = network.load_plan
-    assert plan is not None
-    parts = plan.sizes
-    return parts.n_layers * (parts.dense + parts.top_k * parts.expert) + parts.head
-
-
 def prompt_operations(config: DbrxConfig, tokens: int) -> float:
     """Of a prompt's products: two a weight that a token meets."""
     kv = config.attn_config.kv_n_heads * config.head_dim
@@ -167,14 +159,17 @@ def measure(weights: MadeUp, form: str, bandwidth: float, dense: float) -> Row:
     kernels = network.kernels
     assert kernels is not None and "triton" in kernels.name, "the card's kernels are not used"
     _, came = reply(network, 16, 8, greedy)  # compiles, and records
-    graph_s = came[min(4, len(came) - 1)] - came[0]
+    graph_s = came[4] - came[0]
     reply(network, PROMPT, 1, greedy)  # once for what is compiled and tuned
     _, (read,) = reply(network, PROMPT, 1, greedy)
-    nbytes, kv_token = token_bytes(network), 2 * network.config.attn_config.kv_n_heads * network.config.head_dim * 2
+    plan = network.load_plan
+    assert plan is not None
+    parts = plan.sizes
+    nbytes = parts.n_layers * (parts.dense + parts.top_k * parts.expert) + parts.head  # of the weights for a token
     found, contexts = {}, []
     for tokens in BEHIND:
         found[tokens], came = reply(network, tokens, NEW, greedy)
-        each, kv = between(came), tokens * kv_token * LAYERS
+        each, kv = between(came), tokens * parts.kv * parts.n_layers
         contexts.append(
             {"tokens": tokens, "ms": each * 1e3, "of_bandwidth": (nbytes + kv) / each / bandwidth, "kv_bytes": kv}
         )

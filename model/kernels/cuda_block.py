@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import first_line
 from ..experts import PackedExperts
 from ..transformer import EPS, DbrxBlock, Step
 from .cuda_attention import SPLITS, TILE, append_kernel, attend_kernel, merge_kernel
@@ -108,7 +109,7 @@ class CudaBlocks:
                     inputs.outputs = self._compute(inputs)
                 inputs.graph = graph
             except RuntimeError as error:  # the card's memory, or a driver that cannot
-                self.records, self.fault = False, str(error).partition("\n")[0]
+                self.records, self.fault = False, first_line(error)
         if inputs.graph is None or inputs.outputs is None:
             inputs.warm = True
             return self._compute(inputs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import first_line
 from ..placement import KernelFacts
 from ..quantization import DENSE, KEPT, SCHEMES, dequantize
 from .base import CPU, GluExpertKernel, LinearKernel, Packed
@@ -133,7 +134,7 @@ def fault(kernel: LinearKernel) -> str | None:
             packed, meant = _both(kernel, weight)
             out = kernel.run(kernel.prepare(x.to(kernel.device, kernel.dtype)), packed).float().cpu()
         except Exception as error:  # of PyTorch, of Triton, or of the C compiler that Triton starts
-            return str(error).partition("\n")[0] or type(error).__name__
+            return first_line(error)
         exact = x @ meant.cpu().t()
         if not bool(((out - exact).abs() <= TOLERANCE * exact.abs().amax(1, keepdim=True)).all()):
             return "computes wrong numbers here"
